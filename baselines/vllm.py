@@ -1,0 +1,78 @@
+"""vLLM's default scheduling as of the versions the paper compares with (0.1.7, 0.6): Kwon et al., SOSP'23, section 4.5."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from fastserve.kvcache import Location
+from fastserve.request import Request
+from fastserve.scheduler import Iteration, MemoryOptions, register
+from fastserve.scheduler.base import SwapMode
+from fastserve.scheduler.fcfs import ArrivalOrder
+from fastserve.scheduler.plan import IterationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMOptions(MemoryOptions):
+    """vLLM recomputes by default."""
+
+    swap: SwapMode = "recompute"
+
+
+@register
+class VLLM(ArrivalOrder):
+    """First come, first served on a paged cache, prompts before decoding.
+
+    While a waiting prompt fits, an iteration runs prompts only and the running requests pause; otherwise all running
+    requests decode one token. A request keeps its place in the batch until it ends. When a decode step finds no free
+    block, the newest running request gives up its cache and waits, at its old place in the order of arrival.
+    """
+
+    name = "vllm"
+    Options = VLLMOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+
+    def on_add(self, request: Request) -> None:
+        """Wait at the end."""
+        super().on_add(request)
+        self._waiting[request.request_id] = request
+
+    def on_remove(self, request: Request) -> None:
+        """Forget."""
+        super().on_remove(request)
+        self._waiting.pop(request.request_id, None)
+
+    def on_start(self, request: Request, now: float) -> None:
+        """Admitted."""
+        del self._waiting[request.request_id]
+
+    def on_preempt(self, request: Request, now: float) -> None:
+        """Back to the front: nobody before the newest running request can be waiting."""
+        self._waiting[request.request_id] = request
+        self._waiting.move_to_end(request.request_id, last=False)
+
+    def schedule(self, now: float) -> Iteration:
+        """Prompts if any can be admitted, else a decode step of all that run."""
+        plan = IterationPlan(self, now, self.config.max_batch_size - len(self.running))
+        self._admit(plan, swapped=False)
+        if plan.is_empty:
+            plan = IterationPlan(self, now)
+            for request in self.running.values():
+                if not plan.offer(request):
+                    break
+            self._admit(plan, swapped=True)
+        return plan.decide(others_keep_their_place=True)
+
+    def _admit(self, plan: IterationPlan, *, swapped: bool) -> None:
+        """Take requests from the front of the waiting ones: those swapped out, or those that are to compute a prompt."""
+        for request in self._waiting.values():
+            if (self.kv.location(request) not in (Location.NONE, Location.GPU)) is not swapped:
+                break
+            alone = plan.is_empty and not self.running
+            if not plan.offer(request, may_evict=False, keep_free=0 if alone else self.watermark_blocks):
+                break

@@ -1,0 +1,52 @@
+"""Time. Nothing else in the engine reads it, so that a run under virtual time is the same run."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Seconds since the clock was made."""
+
+    def now(self) -> float:
+        """Current time in seconds."""
+        ...
+
+    def sleep_until(self, when: float) -> None:
+        """Return once `now()` is at least `when`."""
+        ...
+
+
+class WallClock:
+    """Real time, monotonic."""
+
+    def __init__(self) -> None:
+        self._origin = time.perf_counter()
+
+    def now(self) -> float:
+        """Seconds of real time since the clock was made."""
+        return time.perf_counter() - self._origin
+
+    def sleep_until(self, when: float) -> None:
+        """Sleep until `when`; returns at once if it has passed."""
+        while (left := when - self.now()) > 0:
+            time.sleep(left)
+
+
+class VirtualClock:
+    """Simulated time: moves only when told to, never backwards."""
+
+    __slots__ = ("_now",)
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        """Simulated seconds."""
+        return self._now
+
+    def sleep_until(self, when: float) -> None:
+        """Jump to `when`; a time that has passed leaves the clock alone."""
+        if when > self._now:
+            self._now = when

@@ -1,0 +1,98 @@
+"""Configuration as plain frozen data, checked when it is made. No torch: a simulation imports this."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastserve.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture of a decoder-only model: everything needed to size its cache and to build it with dummy weights."""
+
+    name: str
+    architecture: Literal["opt", "llama"]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_model_len: int
+    """Longest prompt + output in tokens (position embeddings of OPT, `max_position_embeddings` of Llama)."""
+    tie_word_embeddings: bool = True
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    """Llama 3 frequency scaling in Hugging Face's keys, or None."""
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model {self.name}: {self.num_heads} attention heads do not divide into {self.num_kv_heads} KV heads"
+            )
+
+    def kv_bytes_per_token(self, dtype: str = "float16") -> int:
+        """Bytes of key and value cache one token takes over all layers (819,200 for OPT-13B in fp16)."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def num_parameters(self) -> int:
+        """Weights of the model, tied embeddings counted once; biases and norms are left out (below 0.1 %)."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = (2 if self.architecture == "opt" else 3) * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        if self.architecture == "opt":
+            embeddings += self.max_model_len * self.hidden_size
+        return self.num_layers * (attention + mlp) + embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Size of the paged KV cache, in blocks of `block_size` tokens on the GPU and in host memory."""
+
+    num_gpu_blocks: int
+    num_host_blocks: int
+    block_size: int = 16
+    bytes_per_token: int = 0
+    """Bytes one token's keys and values take over all layers; prices a swap."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_gpu_blocks", 1), ("num_host_blocks", 0), ("block_size", 1), ("bytes_per_token", 0)):
+            require_int(name, getattr(self, name), least)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: what a transfer moves at the least."""
+        return self.block_size * self.bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits every policy obeys. Defaults are those of the FastServe artifact (paper section 5, evaluation)."""
+
+    max_batch_size: int = 16
+    token_budget: int = 2048
+    """Prompt tokens one iteration may prefill; a longer prompt is scheduled alone."""
+
+    def __post_init__(self) -> None:
+        require_int("max_batch_size", self.max_batch_size, 1)
+        require_int("token_budget", self.token_budget, 1)
+
+
+def require_int(name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")

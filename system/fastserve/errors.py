@@ -1,0 +1,27 @@
+"""Errors a user can cause. Every message names the value at fault and what would be right; the commands print it and exit 2."""
+
+from __future__ import annotations
+
+
+class FastServeError(Exception):
+    """Base of every error that reports bad input or a resource that ran out, never a bug of ours."""
+
+
+class ConfigError(FastServeError):
+    """An unknown policy, preset or option, or a value out of range."""
+
+
+class CheckpointError(FastServeError):
+    """A model directory that is missing, incomplete, or of an architecture we do not run."""
+
+
+class RequestTooLongError(FastServeError):
+    """A request that could never fit the cache or the model's context, however long it waited."""
+
+
+class TraceError(FastServeError):
+    """A trace that is missing, empty or malformed; names the file and the line or record."""
+
+
+class OutputError(FastServeError):
+    """A result that could not be written."""

@@ -1,0 +1,57 @@
+"""The interface between the engine and whatever executes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastserve.kvcache import Transfer
+from fastserve.request import Request, SamplingParams
+from fastserve.scheduler.iteration import Iteration
+
+
+class IterationResult(NamedTuple):
+    """What came of an iteration."""
+
+    tokens: Sequence[int]
+    """One per request of the iteration, in its order; meaningless where the prompt is not yet wholly computed."""
+    start_s: float
+    end_s: float
+
+
+class Executor(ABC):
+    """Carries out iterations in the order submitted, and transfers on their own, beside the computation."""
+
+    max_in_flight: int = 1
+    """Iterations that may be submitted and not yet collected: 1, or the depth of the pipeline."""
+
+    def add_request(self, request: Request, params: SamplingParams) -> None:  # noqa: B027 (optional hook)
+        """A request enters the system."""
+
+    def remove_request(self, request: Request) -> None:  # noqa: B027 (optional hook)
+        """A request has finished or was aborted."""
+
+    @abstractmethod
+    def submit(self, iteration: Iteration) -> None:
+        """Start the iteration's transfers and, if it has requests, its computation. Does not wait."""
+
+    @abstractmethod
+    def collect(self) -> IterationResult:
+        """Wait for the oldest computation submitted and return what came of it."""
+
+    @abstractmethod
+    def wait(self, until: float) -> None:
+        """Wait until a transfer ends or the clock reaches `until`, whichever is first."""
+
+    @abstractmethod
+    def finished_transfers(self) -> list[Transfer]:
+        """Transfers that have ended since last asked."""
+
+    @property
+    @abstractmethod
+    def num_transfers_in_flight(self) -> int:
+        """Transfers under way."""
+
+    def close(self) -> None:  # noqa: B027 (optional hook)
+        """Give back threads, processes and memory."""

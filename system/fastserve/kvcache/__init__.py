@@ -1,0 +1,7 @@
+"""Bookkeeping of the paged KV cache: which blocks each request owns, and where. No torch: tensors live in the worker."""
+
+from fastserve.kvcache.block_pool import BlockPool
+from fastserve.kvcache.errors import CacheError
+from fastserve.kvcache.manager import Direction, KVCacheManager, Location, Transfer
+
+__all__ = ["BlockPool", "CacheError", "Direction", "KVCacheManager", "Location", "Transfer"]

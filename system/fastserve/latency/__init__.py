@@ -1,0 +1,16 @@
+"""How long will an iteration take? Fitted models, the profiles that store them, and the profiler that measures them."""
+
+from fastserve.latency.base import LatencyModel
+from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.profile import HostLink, Profile, list_profiles, load_profile
+
+__all__ = [
+    "DecodeFit",
+    "FittedLatency",
+    "HostLink",
+    "LatencyModel",
+    "PrefillFit",
+    "Profile",
+    "list_profiles",
+    "load_profile",
+]

@@ -1,0 +1,156 @@
+"""Profiles: what was measured of one model on one machine, as JSON files by name (`a100-80g/opt-13b-tp1`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastserve.config import require_int, require_positive
+from fastserve.errors import ConfigError
+from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+
+FORMAT_VERSION = 1
+_SHIPPED = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, slots=True)
+class HostLink:
+    """The link between GPU and host memory, the same in each direction."""
+
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+    def __post_init__(self) -> None:
+        require_positive("host_link.bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
+        if not 0 <= self.latency_s < float("inf"):
+            raise ConfigError(f"host_link.latency_s must be a finite number of at least 0, got {self.latency_s!r}")
+
+    def transfer_time(self, num_bytes: int) -> float:
+        """Seconds one transfer occupies its direction of the link."""
+        return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One model on one machine: iteration times, cache size, host link, and where the numbers come from."""
+
+    name: str
+    model: str
+    hardware: str
+    engine: str
+    dtype: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    latency: FittedLatency
+    kv_capacity_tokens: int
+    """Tokens of KV cache that fit beside the weights."""
+    kv_bytes_per_token: int
+    host_link: HostLink
+    provenance: dict[str, Any]
+    """Source, date, residuals and assumptions, as in the file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content."""
+        prefill = self.latency.prefill
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "hardware": self.hardware,
+            "engine": self.engine,
+            "dtype": self.dtype,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "coefficients": {
+                "unit": "seconds",
+                "prefill": {
+                    "constant": prefill.constant,
+                    "per_token": prefill.per_token,
+                    "per_token_squared": prefill.per_token_squared,
+                },
+                "decode": [
+                    {
+                        "max_batch_size": fit.max_batch_size,
+                        "constant": fit.constant,
+                        "per_context_token": fit.per_context_token,
+                        "per_request": fit.per_request,
+                    }
+                    for fit in self.latency.decode
+                ],
+            },
+            "kv_cache": {"capacity_tokens": self.kv_capacity_tokens, "bytes_per_token": self.kv_bytes_per_token},
+            "host_link": {
+                "bandwidth_bytes_per_s": self.host_link.bandwidth_bytes_per_s,
+                "latency_s": self.host_link.latency_s,
+            },
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the profile so that a reader sees the old file or the whole new one."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def list_profiles() -> list[str]:
+    """Names of the shipped profiles."""
+    return sorted(path.relative_to(_SHIPPED).with_suffix("").as_posix() for path in _SHIPPED.rglob("*.json"))
+
+
+def load_profile(name: str) -> Profile:
+    """The shipped profile called `name`, or the one in the JSON file at that path."""
+    path = Path(name) if name.endswith(".json") else _SHIPPED / f"{name}.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"no profile {name!r}: give the path of a .json file written by `fastserve profile`, or one of: "
+            + ", ".join(list_profiles())
+        )
+    try:
+        return _parse(name.removesuffix(".json"), json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"profile {path} is malformed: {type(error).__name__}: {error}") from error
+
+
+def _parse(name: str, data: dict[str, Any]) -> Profile:
+    if data["format_version"] != FORMAT_VERSION:
+        raise ConfigError(f"profile {name}: format_version {data['format_version']!r}, expected {FORMAT_VERSION}")
+    fits = data["coefficients"]
+    prefill, decode = fits["prefill"], fits["decode"]
+    latency = FittedLatency(
+        PrefillFit(float(prefill["constant"]), float(prefill["per_token"]), float(prefill["per_token_squared"])),
+        tuple(
+            DecodeFit(
+                float(fit["constant"]),
+                float(fit["per_context_token"]),
+                float(fit["per_request"]),
+                fit["max_batch_size"],
+            )
+            for fit in decode
+        ),
+    )
+    if not decode or decode[-1]["max_batch_size"] is not None:
+        raise ConfigError(f"profile {name}: the last decode fit must have max_batch_size null")
+    require_positive(f"profile {name}: time of a decode step", latency.iteration_time([], [1]))
+    cache = data["kv_cache"]
+    for key in ("capacity_tokens", "bytes_per_token"):
+        require_int(f"profile {name}: kv_cache.{key}", cache[key], 1)
+    return Profile(
+        name=name,
+        model=data["model"],
+        hardware=data["hardware"],
+        engine=data["engine"],
+        dtype=data["dtype"],
+        tensor_parallel_size=data["tensor_parallel_size"],
+        pipeline_parallel_size=data["pipeline_parallel_size"],
+        latency=latency,
+        kv_capacity_tokens=cache["capacity_tokens"],
+        kv_bytes_per_token=cache["bytes_per_token"],
+        host_link=HostLink(**data["host_link"]),
+        provenance=data["provenance"],
+    )

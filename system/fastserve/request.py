@@ -1,0 +1,87 @@
+"""What a request is: to its user (SamplingParams) and to a scheduler (Request: the prompt and the progress, no future)."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastserve.config import require_int
+from fastserve.errors import ConfigError
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands in its life."""
+
+    ACTIVE = "active"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when a request ends. Never shown to a scheduler: `max_tokens` is the future in a replay."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    seed: int = 0
+    """With temperature > 0, a token depends on this and its position only, not on the batch it ran in."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_int("max_tokens", self.max_tokens, 1)
+        require_int("top_k", self.top_k, 0)
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation job as a scheduler sees it.
+
+    `num_tokens` counts the prompt and what has been generated; `num_computed_tokens` counts those whose keys and
+    values are in the cache. Whatever is between them is what the next iterations must compute: a fresh prompt, the
+    rest of a chunked one, a recomputation after a dropped cache, or the single token sampled last. There are no phases.
+    """
+
+    request_id: str
+    arrival_s: float
+    num_prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt, then generated tokens; empty in a simulation."""
+    max_output_tokens: int = 0
+    """The bound a user declared or the model sets, for policies that reserve memory for it; not the real length."""
+    num_tokens: int = field(init=False)
+    num_computed_tokens: int = field(init=False, default=0)
+    status: RequestStatus = field(init=False, default=RequestStatus.ACTIVE)
+    in_flight: bool = field(init=False, default=False)
+    """Part of an iteration that was submitted and not yet collected."""
+    level: int = field(init=False, default=0)
+    """Queue it stands in, 0 the highest; stays 0 in policies without queues."""
+    standing: Any = field(init=False, default=None, repr=False)
+    """Belongs to the scheduling policy: whatever it needs to know of the request to order it."""
+
+    def __post_init__(self) -> None:
+        require_int(f"request {self.request_id}: num_prompt_tokens", self.num_prompt_tokens, 1)
+        self.num_tokens = self.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @classmethod
+    def from_tokens(cls, request_id: str, arrival_s: float, token_ids: Sequence[int]) -> Request:
+        """A request for a real executor, which needs the prompt itself."""
+        return cls(request_id, arrival_s, len(token_ids), list(token_ids))

@@ -1,0 +1,17 @@
+"""Which requests run next: the interface, what all policies share, and FastServe's own policies."""
+
+from fastserve.scheduler.base import MemoryOptions, NoOptions, Scheduler
+from fastserve.scheduler.iteration import Drop, Iteration
+from fastserve.scheduler.registry import find_policy, list_policies, make_scheduler, register
+
+__all__ = [
+    "Drop",
+    "Iteration",
+    "MemoryOptions",
+    "NoOptions",
+    "Scheduler",
+    "find_policy",
+    "list_policies",
+    "make_scheduler",
+    "register",
+]

@@ -1,0 +1,35 @@
+"""Iteration: a scheduler's decision, as immutable data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastserve.kvcache import Transfer
+from fastserve.request import Request
+
+
+class Drop(NamedTuple):
+    """A request whose cache was given up, and the computed tokens that were lost with it."""
+
+    request: Request
+    num_lost_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What runs next, and what moves meanwhile.
+
+    With `requests` empty it is a decision to wait: the `stalled` requests were chosen and cannot run before a
+    transfer ends.
+    """
+
+    requests: tuple[Request, ...] = ()
+    num_scheduled_tokens: tuple[int, ...] = ()
+    """Tokens computed for each of `requests`: a prompt, a chunk of one, or 1."""
+    swap_out: tuple[Transfer, ...] = ()
+    swap_in: tuple[Transfer, ...] = ()
+    dropped: tuple[Drop, ...] = ()
+    preempted: tuple[Request, ...] = ()
+    """Unfinished requests that held a place in the batch and lost it."""
+    stalled: tuple[Request, ...] = ()

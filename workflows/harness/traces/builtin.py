@@ -1,0 +1,210 @@
+"""Traces that need no download: shipped tables of real data sets, and synthetic lengths.
+
+Every source turns a fixed number of uniform draws into one request, so that a longer workload extends a shorter one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastserve.errors import ConfigError, TraceError
+from harness.options import parse_options
+from harness.traces.lengths import FloatArray, IntArray, LengthFilter, LengthSource
+
+TABLES = Path(__file__).resolve().parents[3] / "traces"
+_LONGEST = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class HistogramLengths:
+    """A histogram over prompt × output: a bin by its count, then uniform integers inside it.
+
+    Rows of `lowest` and `highest` are the inclusive (prompt, output) corners of the occupied bins.
+    """
+
+    description: str
+    lowest: IntArray
+    highest: IntArray
+    counts: IntArray
+    limits: LengthFilter | None = None
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any]) -> HistogramLengths:
+        """Build from a table that traces/build_tables.py wrote."""
+        prompt_edges, output_edges = np.array(table["prompt_edges"]), np.array(table["output_edges"])
+        prompt_bin, output_bin, counts = np.array(table["bins"], dtype=np.int64).T
+        return cls(
+            description=table["description"],
+            lowest=np.stack([prompt_edges[prompt_bin], output_edges[output_bin]], axis=1),
+            highest=np.stack([prompt_edges[prompt_bin + 1], output_edges[output_bin + 1]], axis=1) - 1,
+            counts=counts,
+            limits=LengthFilter(**table["filter"]) if table["filter"] else None,
+        )
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` requests, all within the filter the table was made with."""
+        draws = rng.random((n, 3))
+        ends = np.cumsum(self.counts)
+        chosen = np.searchsorted(ends, (draws[:, 0] * ends[-1]).astype(np.int64), side="right")
+        (prompt_low, output_low), (prompt_high, output_high) = self.lowest[chosen].T, self.highest[chosen].T
+        if self.limits:
+            prompt_high = np.minimum(prompt_high, self.limits.max_total - output_low)
+        prompt = _uniform(prompt_low, prompt_high, draws[:, 1])
+        if self.limits:
+            output_high = np.minimum(output_high, self.limits.max_total - prompt)
+        return prompt, _uniform(output_low, output_high, draws[:, 2])
+
+
+@dataclass(frozen=True)
+class GeometricLengths:
+    """Independent geometric lengths above the filter's minima: maximum entropy for means that are known."""
+
+    description: str
+    mean_prompt: float
+    mean_output: float
+    limits: LengthFilter
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` requests; the filter's maxima, far beyond the tails, are kept by clipping."""
+        draws, limits = rng.random((n, 2)), self.limits
+        prompt = _geometric(limits.min_prompt, self.mean_prompt, draws[:, 0])
+        prompt = np.minimum(prompt, limits.max_prompt)
+        output = _geometric(limits.min_output, self.mean_output, draws[:, 1])
+        return prompt, np.minimum(output, limits.max_total - prompt)
+
+
+@dataclass(frozen=True)
+class ZipfLengths:
+    """Lengths L in [`minimum`, `maximum`] with probability proportional to L^-theta; theta 0 is uniform.
+
+    Prompt and output are drawn independently; with a `ratio`, the sum is drawn and split prompt : output = ratio : 1.
+    """
+
+    theta: float
+    minimum: int
+    maximum: int
+    ratio: float = 0.0
+
+    @property
+    def description(self) -> str:
+        """The distribution in words."""
+        what = f"their sum split prompt:output = {self.ratio:g}:1" if self.ratio else "prompt and output independent"
+        return f"zipf: lengths L in [{self.minimum}, {self.maximum}] with P(L) ~ L^-{self.theta:g}, {what}"
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` requests."""
+        # Relative to the minimum, so that a large theta cannot underflow every weight to zero.
+        weights = (np.arange(self.minimum, self.maximum + 1) / self.minimum) ** -self.theta
+        cumulative = np.cumsum(weights)
+        draws = rng.random((n, 2)) * cumulative[-1]
+        lengths = self.minimum + np.minimum(np.searchsorted(cumulative, draws, side="right"), len(weights) - 1)
+        if not self.ratio:
+            return lengths[:, 0], lengths[:, 1]
+        total = lengths[:, 0]
+        prompt = np.clip(np.rint(total * self.ratio / (1 + self.ratio)).astype(np.int64), 1, total - 1)
+        return prompt, total - prompt
+
+
+@dataclass(frozen=True)
+class FixedLengths:
+    """Every request alike."""
+
+    prompt: int
+    output: int
+
+    @property
+    def description(self) -> str:
+        """The lengths in words."""
+        return f"fixed: {self.prompt} prompt tokens, {self.output} output tokens"
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Repeat the lengths `n` times."""
+        return np.full(n, self.prompt, dtype=np.int64), np.full(n, self.output, dtype=np.int64)
+
+
+def _uniform(low: IntArray, high: IntArray, draws: FloatArray) -> IntArray:
+    return low + (draws * (high - low + 1)).astype(np.int64)
+
+
+def _geometric(minimum: int, mean: float, draws: FloatArray) -> IntArray:
+    stop = 1 / (mean - minimum + 1)
+    return minimum + np.floor(np.log1p(-draws) / np.log1p(-stop)).astype(np.int64)
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """Read a shipped table by its file's stem. Raises TraceError if it is not there."""
+    path = TABLES / f"{name}.json"
+    try:
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TraceError(
+            f"{path}: the table of a built-in trace could not be read ({error}); check it out again"
+        ) from error
+    return table
+
+
+def _histogram(stem: str) -> Callable[[str], LengthSource]:
+    def open_table(options: str) -> LengthSource:
+        parse_options(f"trace {stem.replace('_', '-')!r}", options, {})
+        return HistogramLengths.from_table(read_table(stem))
+
+    return open_table
+
+
+def _alpaca(options: str) -> LengthSource:
+    parse_options("trace 'alpaca'", options, {})
+    table = read_table("alpaca")
+    parameters = table["parameters"]
+    return GeometricLengths(
+        description=table["description"],
+        mean_prompt=parameters["mean_prompt"],
+        mean_output=parameters["mean_output"],
+        limits=LengthFilter(**table["filter"]),
+    )
+
+
+def _zipf(options: str) -> LengthSource:
+    values = parse_options("trace 'zipf'", options, {"theta": 1.0, "min": 4, "max": 1024, "ratio": 0.0})
+    theta, minimum, maximum, ratio = values["theta"], int(values["min"]), int(values["max"]), values["ratio"]
+    if theta < 0 or ratio < 0:
+        raise ConfigError(f"trace 'zipf': theta and ratio must be at least 0, not theta={theta:g}, ratio={ratio:g}")
+    lowest = 2 if ratio else 1
+    if not lowest <= minimum <= maximum <= _LONGEST:
+        raise ConfigError(f"trace 'zipf': need {lowest} <= min <= max <= {_LONGEST}, not min={minimum}, max={maximum}")
+    return ZipfLengths(theta, minimum, maximum, ratio)
+
+
+def _fixed(options: str) -> LengthSource:
+    values = parse_options("trace 'fixed'", options, {"prompt": 128, "output": 64})
+    for key, value in values.items():
+        if not 1 <= value <= _LONGEST:
+            raise ConfigError(f"trace 'fixed': {key} must be 1 to {_LONGEST} tokens, not {value}")
+    return FixedLengths(int(values["prompt"]), int(values["output"]))
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """How a built-in trace is written, what it is, and how its options text opens it."""
+
+    usage: str
+    description: str
+    open: Callable[[str], LengthSource]
+
+
+BUILTIN = {
+    "sharegpt": Builtin("sharegpt", "ShareGPT first turns, from a shipped histogram", _histogram("sharegpt")),
+    "alpaca": Builtin("alpaca", "Alpaca, geometric lengths with the published means of 19 in and 58 out", _alpaca),
+    "azure-conv": Builtin("azure-conv", "Azure 2023 conversations, from a shipped histogram", _histogram("azure_conv")),
+    "zipf": Builtin(
+        "zipf[:theta=1.0,min=4,max=1024,ratio=0]",
+        "Zipf lengths; a ratio above 0 draws prompt + output and splits it ratio:1",
+        _zipf,
+    ),
+    "fixed": Builtin("fixed[:prompt=128,output=64]", "every request alike", _fixed),
+}
