@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds since the clock was made."""
+    """Seconds since the start of a run."""
 
     def now(self) -> float:
         """Current time in seconds."""
@@ -19,14 +19,17 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Real time, monotonic."""
+    """Real time, monotonic, from the moment it is first read: loading a model is not part of a run."""
 
     def __init__(self) -> None:
-        self._origin = time.perf_counter()
+        self._origin: float | None = None
 
     def now(self) -> float:
-        """Seconds of real time since the clock was made."""
-        return time.perf_counter() - self._origin
+        """Seconds of real time since the first call."""
+        time_now = time.perf_counter()
+        if self._origin is None:
+            self._origin = time_now
+        return time_now - self._origin
 
     def sleep_until(self, when: float) -> None:
         """Sleep until `when`; returns at once if it has passed."""

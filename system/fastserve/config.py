@@ -75,15 +75,41 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits every policy obeys. Defaults are those of the FastServe artifact (paper section 5, evaluation)."""
+    """Limits every policy obeys."""
 
-    max_batch_size: int = 16
-    token_budget: int = 2048
+    max_batch_size: int
+    token_budget: int
     """Prompt tokens one iteration may prefill; a longer prompt is scheduled alone."""
 
     def __post_init__(self) -> None:
         require_int("max_batch_size", self.max_batch_size, 1)
         require_int("token_budget", self.token_budget, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes of an engine, the same for every policy. Defaults are the FastServe artifact's.
+
+    None is left to whoever builds the engine: `simulated_engine` takes the profile's, `LLM` what memory allows.
+    """
+
+    max_batch_size: int = 16
+    token_budget: int = 2048
+    block_size: int = 16
+    num_gpu_blocks: int | None = None
+    num_host_blocks: int | None = None
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; a real engine is bounded by its model as well, a simulation is not."""
+
+    def __post_init__(self) -> None:
+        require_int("block_size", self.block_size, 1)
+        if self.max_model_len is not None:
+            require_int("max_model_len", self.max_model_len, 2)
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        """The limits the scheduler obeys."""
+        return SchedulerConfig(self.max_batch_size, self.token_budget)
 
 
 def require_int(name: str, value: object, least: int) -> None:

@@ -40,7 +40,12 @@ def _llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: 
     )
 
 
-_LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "max_model_len": 8192, "rope_theta": 500_000.0, "eos_token_id": 128_001}
+_LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "max_model_len": 8192,
+    "rope_theta": 500_000.0,
+    "eos_token_id": 128_001,
+}
 
 PRESETS: dict[str, ModelConfig] = {
     config.name: config

@@ -124,9 +124,7 @@ class KVCacheManager:
         entry = self._entries.get(request.request_id)
         if entry is None:
             blocks = self._gpu.allocate(self.blocks_for(num_tokens))
-            self._entries[request.request_id] = _Entry(
-                request, Location.GPU, blocks, [], len(blocks) * self.block_size
-            )
+            self._entries[request.request_id] = _Entry(request, Location.GPU, blocks, [], len(blocks) * self.block_size)
             return
         if entry.location is not Location.GPU:
             raise WrongLocationError(f"request {request.request_id} cannot grow: its cache is {entry.location.value}")

@@ -49,9 +49,10 @@ class Scheduler(ABC):
     head_of_line: ClassVar[bool] = False
     """Whether a request that does not fit blocks all behind it (first come, first served) or is passed over."""
 
-    def __init__(
-        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: Any = None
-    ) -> None:
+    needs_latency: ClassVar[bool] = False
+    """Whether it asks `latency`; a real engine then measures itself before it starts, unless given a profile."""
+
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: Any = None) -> None:
         self.config = config
         self.kv = kv
         self.latency = latency

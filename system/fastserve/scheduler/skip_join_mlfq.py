@@ -66,12 +66,14 @@ class SkipJoinMLFQ(Scheduler):
 
     name = "fastserve"
     Options = SkipJoinMLFQOptions
+    needs_latency = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         options: SkipJoinMLFQOptions = self.options
         base = options.quantum_base_s or self.latency.iteration_time([], [1])
         self.quanta = [base * options.quantum_ratio**level for level in range(options.num_levels)]
+        self._alpha_s = options.alpha_s
         self.queues: list[OrderedDict[str, Request]] = [OrderedDict() for _ in self.quanta]
         self._num_joins = 0
         self._num_waits = 0
@@ -125,36 +127,32 @@ class SkipJoinMLFQ(Scheduler):
 
     def prepare(self, now: float) -> None:
         """Promote whoever has waited `alpha_s` to the highest queue."""
-        while wait := self._next_wait(now):
-            _, number, request = wait
+        from_arrival, from_now = self._waits_from_arrival, self._waits_from_now
+        while True:
+            waits = from_arrival if not from_now or (from_arrival and from_arrival[0] <= from_now[0]) else from_now
+            if not waits or waits[0][0] > now:
+                return
+            _, number, request = waits.popleft()
             if request.standing.wait != number:
                 continue
             # One that already stands in the highest queue must not lose its place there by being promoted again.
             if request.level > 0:
                 del self.queues[request.level][request.request_id]
                 self._join(request, 0)
-            self._start_waiting(request, now, self._waits_from_now)
-
-    def _next_wait(self, now: float) -> _Wait | None:
-        """Take the earliest wait whose deadline has passed."""
-        first, second = self._waits_from_arrival, self._waits_from_now
-        if not first or (second and second[0][0] < first[0][0]):
-            first = second
-        return first.popleft() if first and first[0][0] <= now else None
+            self._start_waiting(request, now, from_now)
 
     def _join(self, request: Request, level: int) -> None:
         request.level = level
         standing = request.standing
         standing.service_s = 0.0
-        standing.position = self._num_joins
-        self._num_joins += 1
+        self._num_joins = standing.position = self._num_joins + 1
         self.queues[level][request.request_id] = request
 
     def _start_waiting(self, request: Request, since: float, waits: deque[_Wait]) -> None:
-        if self.options.alpha_s is not None:
-            self._num_waits += 1
-            request.standing.wait = self._num_waits
-            waits.append((since + self.options.alpha_s, self._num_waits, request))
+        if self._alpha_s is not None:
+            self._num_waits = number = self._num_waits + 1
+            request.standing.wait = number
+            waits.append((since + self._alpha_s, number, request))
 
     def _next_iteration_time(self, request: Request) -> float:
         """Seconds the request's next iteration takes on its own: its prompt (or what was dropped), or one token."""

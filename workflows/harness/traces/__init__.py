@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastserve.errors import ConfigError
 from harness.traces.builtin import BUILTIN
 from harness.traces.lengths import ARTIFACT_FILTER, LengthFilter, LengthSource, RecordedLengths, length_statistics
-from harness.traces.readers import LENGTH_READERS, TEXT_READERS
+from harness.traces.readers import LENGTH_READERS, TEXT_READERS, LengthReader, TextReader
 from harness.traces.text import token_counter
 
 __all__ = [
@@ -45,7 +45,7 @@ def load_trace(spec: str, tokenizer: str | None = None) -> LengthSource:
 
 def list_traces() -> list[tuple[str, str]]:
     """Give (name, description) of every built-in trace and every kind of file."""
-    readers = {**TEXT_READERS, **LENGTH_READERS}
+    readers: dict[str, TextReader | LengthReader] = {**TEXT_READERS, **LENGTH_READERS}
     return [(builtin.usage, builtin.description) for builtin in BUILTIN.values()] + [
         (f"{kind}:PATH", reader.description) for kind, reader in readers.items()
     ]

@@ -122,7 +122,9 @@ def read_alpaca(path: str, counter: TokenCounter) -> RecordedLengths:
 
 
 def _recorded(kind: str, path: str, rows: Iterable[_Row]) -> RecordedLengths:
-    prompts, outputs, arrivals = [], [], []
+    prompts: list[int] = []
+    outputs: list[int] = []
+    arrivals: list[float] = []
     for row in rows:
         prompts.append(_tokens(row.where, *row.prompt))
         outputs.append(_tokens(row.where, *row.output))
@@ -180,7 +182,12 @@ def _csv_rows(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[s
                     f"{path}, line 1: no column {', '.join(missing)}; expected {', '.join(columns)}, {found}"
                 )
             for row in reader:
-                yield f"{path}, line {reader.line_num}", row
+                where = f"{path}, line {reader.line_num}"
+                if None in row:
+                    raise TraceError(
+                        f"{where}: more fields than the {len(present)} columns; expected {', '.join(present)}"
+                    )
+                yield where, row
         except csv.Error as error:
             raise TraceError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
@@ -218,10 +225,11 @@ def _fields(row: dict[str, Any], prompt: str, output: str) -> tuple[tuple[str, o
 
 
 def _tokens(where: str, field: str, value: object) -> int:
-    try:
-        tokens = value if type(value) is int else int(value.strip()) if isinstance(value, str) else 0
-    except ValueError:
-        tokens = 0
+    tokens = value if type(value) is int else 0
+    if isinstance(value, str):
+        digits = value.strip()
+        # Not int() alone, which also takes 1_000 and digits of other scripts.
+        tokens = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 10 else 0
     if not 0 < tokens <= _LONGEST:
         raise TraceError(f"{where}: {field} must be a positive integer, not {_shown(value)}")
     return tokens
@@ -239,7 +247,8 @@ def _seconds(where: str, field: str, value: object, unit: str = "seconds") -> fl
 
 def _moment(where: str, value: str | None) -> tuple[datetime, float]:
     """Split a timestamp into whole seconds and the fraction of a second."""
-    whole, _, fraction = (value or "").strip().partition(".")
+    # The 2024 edition of the trace adds the time zone, always UTC.
+    whole, _, fraction = (value or "").strip().removesuffix("+00:00").partition(".")
     try:
         return datetime.strptime(whole, "%Y-%m-%d %H:%M:%S"), _fraction(fraction)
     except ValueError as error:

@@ -1,0 +1,47 @@
+"""An engine in virtual time: the real scheduler and cache manager on a simulated executor. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastserve.clock import VirtualClock
+from fastserve.config import CacheConfig, EngineOptions
+from fastserve.engine import Engine
+from fastserve.executor.simulated import SimulatedExecutor
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import Profile
+from fastserve.scheduler import make_scheduler
+
+HOST_SWAP_BYTES = 56_000_000_000
+"""Host memory for swapped caches where `num_host_blocks` is not set: the artifact's 56 GB."""
+
+
+def simulated_engine(
+    profile: Profile,
+    policy: str = "fastserve",
+    policy_options: Mapping[str, Any] | None = None,
+    options: EngineOptions | None = None,
+) -> Engine:
+    """An engine that takes the time `profile` says, with the cache that fits the profile's hardware.
+
+    Raises ConfigError for an unknown policy or option. Bounded by the cache, not by the model's context: lengths are
+    the workload's, and a simulation has no position embeddings to run out of; set `max_model_len` to bound it.
+    """
+    options = options or EngineOptions()
+    block_bytes = options.block_size * profile.kv_bytes_per_token
+    cache = CacheConfig(
+        num_gpu_blocks=_or_default(options.num_gpu_blocks, profile.kv_capacity_tokens // options.block_size),
+        num_host_blocks=_or_default(options.num_host_blocks, HOST_SWAP_BYTES // block_bytes),
+        block_size=options.block_size,
+        bytes_per_token=profile.kv_bytes_per_token,
+    )
+    kv = KVCacheManager(cache)
+    clock = VirtualClock()
+    scheduler = make_scheduler(policy, policy_options or {}, options.scheduler_config, kv, profile.latency)
+    executor = SimulatedExecutor(profile.latency, profile.host_link, clock)
+    return Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
+
+
+def _or_default(value: int | None, default: int) -> int:
+    return default if value is None else value

@@ -1,0 +1,75 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class SamplingLike(Protocol):
+    """What the sampler reads of a request's sampling parameters."""
+
+    @property
+    def temperature(self) -> float:
+        """0 is greedy."""
+
+    @property
+    def top_p(self) -> float:
+        """Keep the likeliest tokens that together reach this probability; 1 keeps all."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Keep so many of the likeliest tokens; None, 0 and -1 keep all."""
+
+    @property
+    def seed(self) -> int | None:
+        """None draws differently each time."""
+
+
+def sample(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[int]) -> Tensor:
+    """One token per request, `[num_requests]` int64 on the device of `logits`, without waiting for it.
+
+    A request's token depends on its logits, its parameters, its seed and its position: never on the other requests or
+    on what was drawn before, so a preempted or recomputed request draws the same tokens.
+
+    Args:
+        logits: `[num_requests, vocab_size]`.
+        sampling: parameters, one per request.
+        positions: where the new token will stand in each request.
+    """
+    tokens = logits.argmax(-1)
+    rows = [row for row, params in enumerate(sampling) if params.temperature > 0]
+    if rows:
+        tokens[rows] = _draw(logits[rows], [sampling[row] for row in rows], [positions[row] for row in rows])
+    return tokens
+
+
+def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[int]) -> Tensor:
+    """Invert the cumulative distribution, likeliest token first, at one uniform number per request."""
+    device, vocab_size = logits.device, logits.shape[1]
+    top_k = [params.top_k if params.top_k and params.top_k > 0 else vocab_size for params in sampling]
+    uniform = [_uniform(params.seed, position) for params, position in zip(sampling, positions, strict=True)]
+    settings = [(p.temperature, p.top_p, k, u) for p, k, u in zip(sampling, top_k, uniform, strict=True)]
+    temperature, top_p, limit, draw = torch.tensor(settings, dtype=torch.float64).to(device).unsqueeze(2).unbind(1)
+    # A stable sort gives equal logits one order; the largest is subtracted lest a tiny temperature overflow.
+    scores, order = logits.double().sort(stable=True, dim=-1, descending=True)
+    probabilities = ((scores - scores[:, :1]) / temperature).softmax(-1)
+    kept = torch.arange(vocab_size, device=device) < limit
+    probabilities = probabilities * kept
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept &= before < top_p
+    kept[:, 0] = True
+    cumulative = (probabilities * kept).cumsum(-1)
+    chosen = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+    chosen = chosen.minimum(kept.sum(-1, keepdim=True) - 1)
+    return order.gather(1, chosen).squeeze(1)
+
+
+def _uniform(seed: int | None, position: int) -> float:
+    """In [0, 1), by `seed` and `position` alone."""
+    return random.random() if seed is None else random.Random(f"{seed}:{position}").random()

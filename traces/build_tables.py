@@ -1,0 +1,149 @@
+"""Rebuild the shipped length tables from the raw data sets, which are not shipped.
+
+    python traces/build_tables.py --sharegpt sharegpt_first_turn.csv --azure azure_llm_2023_conv.csv
+
+A table is a histogram over prompt x output with edges spaced evenly in the logarithm. The number of bins on each axis
+is chosen, between 24 and 48, so that the table's statistics come closest to the data's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "workflows"), str(HERE.parent / "system")]
+
+from harness.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace  # noqa: E402
+from harness.traces.lengths import FloatArray, IntArray  # noqa: E402
+
+BIN_COUNTS = range(24, 49)
+
+
+def log_edges(lengths: IntArray, bins: int) -> IntArray:
+    """Cut [min, max + 1) into at most `bins` half-open integer ranges, equally wide in the logarithm."""
+    return np.unique(np.rint(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1)).astype(np.int64))
+
+
+def count(prompt: IntArray, output: IntArray, prompt_edges: IntArray, output_edges: IntArray) -> IntArray:
+    """Count requests in each cell of the grid."""
+    return np.histogram2d(prompt, output, bins=(prompt_edges, output_edges))[0].astype(np.int64)
+
+
+def table_statistics(counts: IntArray, prompt_edges: IntArray, output_edges: IntArray) -> dict[str, float]:
+    """Compute exactly what `length_statistics` tends to for samples that are uniform inside each cell."""
+    weights = counts / counts.sum()
+    prompt_weights, output_weights = weights.sum(axis=1), weights.sum(axis=0)
+    prompt_mean, prompt_square, _ = _bin_moments(prompt_edges)
+    output_mean, output_square, output_inverse = _bin_moments(output_edges)
+    mean_prompt, mean_output = prompt_weights @ prompt_mean, output_weights @ output_mean
+    std_prompt = np.sqrt(prompt_weights @ prompt_square - mean_prompt**2)
+    std_output = np.sqrt(output_weights @ output_square - mean_output**2)
+    covariance = prompt_mean @ weights @ output_mean - mean_prompt * mean_output
+    return {
+        "mean_prompt": float(mean_prompt),
+        "mean_output": float(mean_output),
+        "std_prompt": float(std_prompt),
+        "std_output": float(std_output),
+        "mean_inverse_output": float(output_weights @ output_inverse),
+        "correlation": float(covariance / (std_prompt * std_output)),
+    }
+
+
+def _bin_moments(edges: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Give E[x], E[x^2] and E[1/x] of a uniform integer in each bin."""
+    low, high = edges[:-1], edges[1:] - 1
+    size, mean = edges[1:] - edges[:-1], (low + high) / 2
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, edges[-1]))])
+    return mean, mean**2 + (size**2 - 1) / 12, (harmonic[high] - harmonic[low - 1]) / size
+
+
+def worst_error(table: dict[str, float], data: dict[str, float]) -> float:
+    """Give the largest relative difference of any statistic."""
+    return max(abs(table[name] / data[name] - 1) for name in data)
+
+
+def build(name: str, path: Path, kind: str, data_set: str, limits: LengthFilter | None) -> dict[str, Any]:
+    """Make the table behind the built-in trace `name` from a raw file that the manifest describes as `data_set`."""
+    records = load_trace(f"{kind}:{path}")
+    assert isinstance(records, RecordedLengths)
+    prompt, output = records.prompt_tokens, records.output_tokens
+    if limits:
+        kept = limits.keeps(prompt, output)
+        prompt, output = prompt[kept], output[kept]
+    statistics = length_statistics(prompt, output)
+
+    def grids() -> Iterator[tuple[float, IntArray, IntArray, IntArray, dict[str, float]]]:
+        for prompt_bins, output_bins in product(BIN_COUNTS, BIN_COUNTS):
+            edges = log_edges(prompt, prompt_bins), log_edges(output, output_bins)
+            counts = count(prompt, output, *edges)
+            achieved = table_statistics(counts, *edges)
+            yield worst_error(achieved, statistics), *edges, counts, achieved
+
+    error, prompt_edges, output_edges, counts, achieved = min(grids(), key=lambda grid: grid[0])
+    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    source = next(entry for entry in manifest["data_sets"] if entry["name"] == data_set)
+    filtered = " after the artifact's filter" if limits else ""
+    return {
+        "description": f"{name}: drawn from the histogram of {len(prompt)} requests{filtered}; {source['title']}",
+        "source": f"{source['title']}. {source['citation']}.",
+        "url": source["url"],
+        "licence": source["licence"],
+        "input": {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "records": len(records),
+            "kept": len(prompt),
+        },
+        "filter": asdict(limits) if limits else None,
+        "statistics": statistics,
+        "table_statistics": achieved,
+        "worst_relative_error": round(error, 6),
+        "layout": "bins: [prompt bin, output bin, count], empty ones omitted; bin i is edges[i] to edges[i + 1] - 1",
+        "prompt_edges": prompt_edges.tolist(),
+        "output_edges": output_edges.tolist(),
+        "bins": [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)],
+    }
+
+
+def write(table: dict[str, Any], path: Path) -> None:
+    """Write a table as JSON, the bins of one prompt bin to a line."""
+    fields = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in table.items() if name != "bins"]
+    rows = [json.dumps(list(row))[1:-1] for _, row in groupby(table["bins"], key=lambda cell: cell[0])]
+    text = "{\n" + ",\n".join(fields) + ',\n  "bins": [\n    ' + ",\n    ".join(rows) + "\n  ]\n}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Rebuild the tables whose raw file is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sharegpt", type=Path, help="CSV with prompt_tokens,output_tokens of ShareGPT first turns")
+    parser.add_argument("--azure", type=Path, help="Azure LLM inference trace 2023, conversation, as published")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this script's)")
+    options = parser.parse_args()
+    if not (options.sharegpt or options.azure):
+        parser.error("give --sharegpt, --azure or both")
+    jobs = (
+        ("sharegpt", options.sharegpt, "csv", "sharegpt-first-turn", ARTIFACT_FILTER),
+        ("azure-conv", options.azure, "azure", "azure-2023-conv", None),
+    )
+    for name, path, kind, data_set, limits in jobs:
+        if path:
+            table = build(name, path, kind, data_set, limits)
+            target = options.out / f"{name.replace('-', '_')}.json"
+            write(table, target)
+            error = table["worst_relative_error"]
+            print(f"{target}: {len(table['bins'])} bins, every statistic within {error:.2%} of the data's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""meta.json: what a run was, so that anyone can say where a figure comes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness.workload import Workload
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "triton")
+
+
+def run_meta(config: dict[str, Any], workload: Workload, rejected: list[str]) -> dict[str, Any]:
+    """Commit, versions, hardware, resolved configuration, digest of the workload, reasons of the first rejections."""
+    return {
+        "commit": _commit(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "configuration": config,
+        "trace": {"description": workload.description, "digest": workload.digest},
+        "rejected": rejected[:20],
+    }
+
+
+@cache
+def _commit() -> str | None:
+    """The checkout's commit, with `-dirty` where files differ from it; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "cpu": _cpu_model()}
+    torch = sys.modules.get("torch")  # A simulation has not imported it, and its hardware does not matter.
+    if torch is not None:
+        hardware["torch_threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            hardware["gpu"] = torch.cuda.get_device_name()
+    return hardware
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

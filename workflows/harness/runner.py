@@ -1,0 +1,151 @@
+"""One run: a workload served by one policy on one backend, measured and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastserve.config import EngineOptions
+from fastserve.console import Progress
+from fastserve.engine import Arrival, Engine
+from fastserve.errors import ConfigError
+from fastserve.job import Job
+from fastserve.latency import load_profile
+from fastserve.options import build_options, option_names
+from fastserve.request import Request, SamplingParams
+from fastserve.scheduler import find_policy
+from harness.meta import run_meta
+from harness.results import RunFolder, iteration_table, request_table, summarize
+from harness.workload import Workload, make_workload
+
+BACKENDS = ("sim", "engine")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run. `settings` are the `--set` options: of the engine or of the policy."""
+
+    backend: str = "sim"
+    policy: str = "fastserve"
+    trace: str = "sharegpt"
+    arrivals: str = "poisson"
+    rate: float | None = None
+    num_requests: int = 400
+    seed: int = 0
+    profile: str | None = None
+    model: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    load_format: str = "auto"
+    tokenizer: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Carry out the run, write its four files to the folder `out`, and return the summary.
+
+    Raises a FastServeError for bad input, before any work where that can be known; nothing is written then.
+    """
+    engine_settings, policy_settings = split_settings(config.policy, config.settings)
+    options = build_options(EngineOptions, engine_settings, "the engine")
+    build_options(find_policy(config.policy).Options, policy_settings, f"policy {config.policy!r}")
+    if config.backend == "sim":
+        _refuse(config, "engine", model=None, device="cpu", dtype="float32", load_format="auto")
+        if config.profile is None:
+            raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
+    elif config.backend == "engine":
+        if config.model is None:
+            raise ConfigError("--backend engine needs --model: a directory in Hugging Face format or a preset")
+    else:
+        raise ConfigError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
+    workload = make_workload(
+        config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer
+    )
+    with RunFolder(out) as folder:
+        jobs, engine = _serve(config, options, policy_settings, workload)
+        metrics = [job.metrics for job in jobs]
+        summary = {
+            "policy": config.policy,
+            "backend": config.backend,
+            "rate": config.rate,
+            "num_requests": config.num_requests,
+            "seed": config.seed,
+            **summarize(metrics, len(engine.iterations)),
+        }
+        resolved = {**asdict(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
+        resolved["engine"] |= asdict(engine.kv.config)
+        del resolved["settings"]
+        rejected = [job.error for job in jobs if job.error]
+        folder.write(
+            request_table(metrics),
+            iteration_table(engine.iterations),
+            summary,
+            run_meta(resolved, workload, rejected),
+        )
+    return summary
+
+
+def split_settings(policy: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the engine and of the policy; ConfigError names both kinds for one that is neither."""
+    of_engine, of_policy = option_names(EngineOptions), option_names(find_policy(policy).Options)
+    for name in settings:
+        if name not in of_engine and name not in of_policy:
+            raise ConfigError(
+                f"unknown option {name!r}; valid for policy {policy!r}: {', '.join(of_policy) or 'none'}; "
+                f"for the engine: {', '.join(of_engine)}"
+            )
+    return (
+        {name: value for name, value in settings.items() if name in of_engine},
+        {name: value for name, value in settings.items() if name not in of_engine},
+    )
+
+
+def _serve(
+    config: RunConfig, options: EngineOptions, policy_settings: dict[str, Any], workload: Workload
+) -> tuple[list[Job], Engine]:
+    title = f"{config.policy} on {config.backend}"
+    if config.backend == "sim":
+        from fastserve.simulation import simulated_engine
+
+        assert config.profile is not None
+        engine = simulated_engine(load_profile(config.profile), config.policy, policy_settings, options)
+        with Progress(title, len(workload)) as progress:
+            return engine.run(_arrivals(workload, None), progress.advance), engine
+
+    from fastserve.llm import LLM
+
+    assert config.model is not None
+    with (
+        LLM(
+            config.model,
+            load_format=config.load_format,
+            policy=config.policy,
+            policy_options=policy_settings,
+            device=config.device,
+            dtype=config.dtype,
+            profile=config.profile,
+            **asdict(options),
+        ) as llm,
+        Progress(title, len(workload)) as progress,
+    ):
+        arrivals = list(_arrivals(workload, llm.model_config.vocab_size))
+        return llm.engine.run(arrivals, progress.advance), llm.engine
+
+
+def _arrivals(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:
+    """The workload's requests; each generates exactly its recorded length. With a vocabulary, prompts are made up."""
+    rows = zip(
+        workload.arrival_s.tolist(), workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True
+    )
+    for i, (arrival_s, prompt_tokens, output_tokens) in enumerate(rows):
+        token_ids = [] if vocab_size is None else workload.prompt_token_ids(i, vocab_size)
+        request = Request(str(i), arrival_s, prompt_tokens, token_ids)
+        yield Arrival(request, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
+
+
+def _refuse(config: RunConfig, backend: str, **defaults: object) -> None:
+    for name, default in defaults.items():
+        if getattr(config, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} applies to --backend {backend} only")
