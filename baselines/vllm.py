@@ -1,4 +1,4 @@
-"""vLLM's default scheduling as of the versions the paper compares with (0.1.7, 0.6): Kwon et al., SOSP'23, section 4.5."""
+"""vLLM's default scheduling in the versions the paper compares with (0.1.7, 0.6); Kwon et al., SOSP'23, section 4.5."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class VLLM(ArrivalOrder):
         return plan.decide(others_keep_their_place=True)
 
     def _admit(self, plan: IterationPlan, *, swapped: bool) -> None:
-        """Take requests from the front of the waiting ones: those swapped out, or those that are to compute a prompt."""
+        """Take requests from the front of the waiting ones: those swapped out, or those with a prompt to compute."""
         for request in self._waiting.values():
             if (self.kv.location(request) not in (Location.NONE, Location.GPU)) is not swapped:
                 break

@@ -244,7 +244,10 @@ class Engine:
     def _check_fits(self, request: Request, params: SamplingParams) -> None:
         """Raise RequestTooLongError for a request that no schedule could serve."""
         total = request.num_prompt_tokens + params.max_tokens
-        sizes = f"request {request.request_id}: prompt of {request.num_prompt_tokens} tokens + output of up to {params.max_tokens}"
+        sizes = (
+            f"request {request.request_id}: prompt of {request.num_prompt_tokens} tokens "
+            f"+ output of up to {params.max_tokens}"
+        )
         if self.max_model_len is not None and total > self.max_model_len:
             raise RequestTooLongError(f"{sizes} exceeds the model's context of {self.max_model_len} tokens")
         # The last token generated is never fed back, so it needs no room.

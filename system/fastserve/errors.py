@@ -1,4 +1,4 @@
-"""Errors a user can cause. Every message names the value at fault and what would be right; the commands print it and exit 2."""
+"""Errors a user can cause. Each message names the value at fault and the remedy; the commands print it and exit 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request is: to its user (SamplingParams) and to a scheduler (Request: the prompt and the progress, no future)."""
+"""What a request is: to its user (SamplingParams), and to a scheduler (Request: prompt and progress, no future)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RequestStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn and when a request ends. Never shown to a scheduler: `max_tokens` is the future in a replay."""
+    """How tokens are drawn and when a request ends. Hidden from schedulers: in a replay, `max_tokens` is the future."""
 
     max_tokens: int = 16
     temperature: float = 0.0

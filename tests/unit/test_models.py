@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def worker_of(directory: Path, **options: Any) -> Worker:
 
 
 def generate(worker: Worker, chunk: int = 1000, swap: bool = False) -> list[list[int]]:
-    """Run PROMPTS together, prefilled in chunks; with `swap`, each moves to other blocks by way of the host at times."""
+    """Run PROMPTS together, prefilled in chunks; with `swap`, each moves by way of the host now and then."""
     free = list(range(len(PROMPTS) * BLOCKS_EACH, 64))
     tables = [list(range(row * BLOCKS_EACH, (row + 1) * BLOCKS_EACH)) for row in range(len(PROMPTS))]
     tokens, computed = [list(prompt) for prompt in PROMPTS], [0] * len(PROMPTS)
@@ -175,6 +176,31 @@ def test_dummy_output_varies_and_depends_on_the_seed_alone(name: str, dtype: str
         assert len(set(tokens)) > OUTPUT // 2
 
 
+def test_blocks_can_be_copied_while_others_are_computed() -> None:
+    worker = Worker(preset("opt-tiny"), num_gpu_blocks=64, num_host_blocks=16, block_size=BLOCK)
+    wanted = generate(worker)
+    spare = list(range(48, 64))
+    content = torch.randn(worker.gpu_cache[spare].shape)
+    worker.gpu_cache[spare] = content
+    stop = threading.Event()
+
+    def shuttle() -> None:
+        while not stop.is_set():
+            worker.copy_out(spare, range(16))
+            worker.copy_in(range(16), spare[::-1])
+            worker.copy_out(spare[::-1], range(16))
+            worker.copy_in(range(16), spare)
+
+    thread = threading.Thread(target=shuttle)
+    thread.start()
+    try:
+        assert generate(worker) == wanted
+    finally:
+        stop.set()
+        thread.join()
+    assert torch.equal(worker.gpu_cache[spare], content)
+
+
 def test_dummy_weights_have_the_parameters_the_configuration_counts() -> None:
     for name in ("opt-tiny", "llama-tiny"):
         config = preset(name)
@@ -195,8 +221,8 @@ def huge() -> ModelConfig:
         (
             preset("opt-tiny"),
             {"num_gpu_blocks": 10**9},
-            r"model opt-tiny in float32 and 1000000000 GPU blocks .* needs .* GiB, "
-            r"but cpu has .* GiB available; lower num_host_blocks, num_gpu_blocks",
+            r"model opt-tiny in float32 with 1000000000 GPU blocks .* needs .* GiB, but cpu has .* GiB available; "
+            r"lower num_gpu_blocks or num_host_blocks",
         ),
         (preset("opt-tiny"), {"num_host_blocks": 10**9}, "1000000000 host blocks"),
         (huge(), {}, "model huge"),

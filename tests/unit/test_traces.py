@@ -358,7 +358,7 @@ def test_missing_table_is_a_trace_error(monkeypatch):
 def test_list_traces_covers_what_load_trace_takes():
     names = [name for name, _ in list_traces()]
     assert [name.split("[")[0].removesuffix(":PATH") for name in names] == [
-        *("sharegpt", "alpaca", "azure-conv", "zipf", "fixed"),
+        *("sharegpt", "sharegpt-published", "alpaca", "azure-conv", "zipf", "fixed"),
         *("sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "csv"),
     ]
     assert all(description for _, description in list_traces())
@@ -368,3 +368,10 @@ def test_filter_bounds_are_inclusive():
     limits = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048)
     prompt, output = np.array([4, 3, 4, 1024, 1025, 1024]), np.array([4, 4, 3, 1024, 4, 1025])
     assert limits.keeps(prompt, output).tolist() == [True, False, False, True, False, False]
+
+
+def test_sharegpt_published_has_the_published_means() -> None:
+    prompt, output = load_trace("sharegpt-published").sample(200_000, np.random.default_rng(0))
+    assert prompt.mean() == pytest.approx(161, rel=0.03)  # Prompts near the filter's 1,024 are clipped.
+    assert output.mean() == pytest.approx(338, rel=0.02)
+    assert ARTIFACT_FILTER.keeps(prompt, output).all()

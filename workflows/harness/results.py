@@ -1,4 +1,4 @@
-"""The four files of a run: requests.parquet, iterations.parquet, summary.json, meta.json. Written whole or not at all."""
+"""The four files of a run: requests.parquet, iterations.parquet, summary.json, meta.json. All are written, or none."""
 
 from __future__ import annotations
 

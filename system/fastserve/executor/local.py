@@ -17,7 +17,7 @@ from fastserve.worker import Worker
 
 
 class LocalExecutor(Executor):
-    """Computes an iteration when it is collected. Reads block tables from `kv` at submission, and changes nothing there.
+    """Computes an iteration when it is collected. Reads block tables from `kv` at submission and changes nothing.
 
     Transfers need no order among themselves or with the computation: the manager gives no block away before the copy
     that involves it has been reported as finished.

@@ -1,4 +1,4 @@
-"""Bookkeeping of the paged KV cache: which blocks each request owns, and where. No torch: tensors live in the worker."""
+"""Bookkeeping of the paged KV cache: which blocks each request owns, and where. Tensors live in the worker."""
 
 from fastserve.kvcache.block_pool import BlockPool
 from fastserve.kvcache.errors import CacheError

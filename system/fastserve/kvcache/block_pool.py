@@ -6,7 +6,7 @@ from fastserve.kvcache.errors import BlockOwnershipError, OutOfBlocksError
 
 
 class BlockPool:
-    """Hands out block numbers 0 .. num_blocks - 1, the most recently freed first (its memory is likeliest still cached)."""
+    """Hands out block numbers 0 .. num_blocks - 1, the most recently freed first: likeliest to be in a cache still."""
 
     __slots__ = ("_free", "name", "num_blocks")
 

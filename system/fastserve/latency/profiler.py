@@ -1,4 +1,4 @@
-"""Measure iteration times over a grid, fit them, and say how well the fit describes them. Knows nothing of what runs."""
+"""Measure iteration times over a grid, fit them, and say how well the fit describes them. Torch-free."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def measure(
 
 
 def fit(measurements: Sequence[Measurement]) -> FittedLatency:
-    """Least squares on relative errors with coefficients of at least 0, prefill and decode apart; mixtures are not used."""
+    """Least squares on relative errors, coefficients of at least 0, prefill and decode apart; mixtures are not used."""
     prefill = [m for m in measurements if not m.context_lens]
     decode = [m for m in measurements if not m.prefill_lens]
     a, b, c = _non_negative_fit(

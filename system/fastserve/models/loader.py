@@ -86,7 +86,7 @@ def dummy_weights(model: DecoderModel, seed: int) -> None:
         elif "norm" in name:
             target.fill_(1.0)
         else:
-            generator = torch.Generator(target.device).manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+            generator = torch.Generator(target.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
             std = _EMBEDDING_STD if "embed" in name or "lm_head" in name else _LAYER_GAIN / math.sqrt(target.shape[1])
             target.normal_(0.0, std, generator=generator)
 

@@ -1,4 +1,4 @@
-"""Scheduler: the interface, and what every policy shares. A policy decides an order; the rest is here and in plan.py."""
+"""Scheduler: the interface, and what all policies share. A policy decides an order; the rest is here and in plan.py."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ class Scheduler(ABC):
 
     @abstractmethod
     def in_order(self) -> Iterable[Request]:
-        """Every request in the system, the most urgent first. Read lazily: a batch costs its own length, not the queue's."""
+        """Every request in the system, most urgent first. Read lazily: a batch costs its length, not the queue's."""
 
     @abstractmethod
     def rank(self, request: Request) -> Any:
-        """A sort key that agrees with `in_order`: smaller is more urgent. Those of largest rank lose their cache first."""
+        """A sort key that agrees with `in_order`: smaller is more urgent. The largest lose their cache first."""
 
     @abstractmethod
     def on_add(self, request: Request) -> None:

@@ -109,7 +109,7 @@ class IterationPlan:
         )
 
     def _make_resident(self, request: Request, needed: int, may_evict: bool, keep_free: int) -> bool:
-        """Get the request onto the GPU with `needed` more blocks, now or when transfers have ended; False if it cannot."""
+        """Get the request onto the GPU with `needed` more blocks, now or once transfers have ended; False if not."""
         kv = self._kv
         location = kv.location(request)
         if location is Location.SWAPPING_OUT or location is Location.SWAPPING_IN:

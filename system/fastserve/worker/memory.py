@@ -28,10 +28,11 @@ def available_bytes(device: torch.device) -> int:
     return available
 
 
-def require_room(what: str, size: int, device: torch.device, remedy: str) -> None:
+def require_room(what: str, size: int, device: torch.device) -> None:
     """Raise ConfigError unless `size` bytes fit on `device`."""
     available = available_bytes(device)
     if size > available:
         raise ConfigError(
-            f"{what} needs {size / 2**30:.2f} GiB, but {device} has {available / 2**30:.2f} GiB available; {remedy}"
+            f"{what} needs {size / 2**30:.2f} GiB, but {device} has {available / 2**30:.2f} GiB available; "
+            "lower num_gpu_blocks or num_host_blocks, or choose a smaller model or dtype"
         )

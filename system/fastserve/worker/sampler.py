@@ -41,7 +41,7 @@ def sample(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence
         sampling: parameters, one per request.
         positions: where the new token will stand in each request.
     """
-    tokens = logits.argmax(-1)
+    tokens = logits.float().argmax(-1)  # on a CPU, thrice as fast as in bfloat16
     rows = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if rows:
         tokens[rows] = _draw(logits[rows], [sampling[row] for row in rows], [positions[row] for row in rows])

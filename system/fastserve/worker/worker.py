@@ -56,21 +56,7 @@ class Worker:
             raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
         self.device = _device(device)
         self.block_size = block_size
-        block_bytes = block_size * model_config.kv_bytes_per_token(dtype)
-        on_device = num_gpu_blocks * block_bytes
-        on_host = num_host_blocks * block_bytes
-        weights = model_config.num_parameters() * DTYPE_BYTES[dtype]
-        per_block = f"({block_bytes / 2**20:.2f} MiB each)"
-        sizes = f"model {model_config.name} in {dtype} and {num_gpu_blocks} GPU blocks {per_block}"
-        remedy = "lower num_gpu_blocks or choose a smaller model or dtype"
-        if self.device.type == "cpu":
-            sizes += f" and {num_host_blocks} host blocks"
-            remedy = f"lower num_host_blocks, {remedy.removeprefix('lower ')}"
-            require_room(sizes, weights + on_device + on_host, self.device, remedy)
-        else:
-            require_room(sizes, weights + on_device, self.device, remedy)
-            host = torch.device("cpu")
-            require_room(f"{num_host_blocks} host blocks {per_block}", on_host, host, "lower num_host_blocks")
+        self._check_room(model_config, num_gpu_blocks, num_host_blocks, dtype)
         torch_dtype: torch.dtype = getattr(torch, dtype)
         self.model = build_model(model_config, torch_dtype, self.device, seed if model_dir is None else model_dir)
         layout = (model_config.num_layers, 2, block_size, model_config.num_kv_heads, model_config.head_dim)
@@ -78,6 +64,19 @@ class Worker:
         # Page-locked, or a copy to or from the GPU would neither reach link speed nor run beside the compute.
         pinned = self.device.type == "cuda" and num_host_blocks > 0
         self.host_cache = torch.zeros(num_host_blocks, *layout, dtype=torch_dtype, pin_memory=pinned)
+
+    def _check_room(self, model: ModelConfig, num_gpu_blocks: int, num_host_blocks: int, dtype: str) -> None:
+        block_bytes = self.block_size * model.kv_bytes_per_token(dtype)
+        device_bytes = model.num_parameters() * DTYPE_BYTES[dtype] + num_gpu_blocks * block_bytes
+        host_bytes = num_host_blocks * block_bytes
+        per_block = f"of {block_bytes / 2**20:.2f} MiB"
+        device_part = f"model {model.name} in {dtype} with {num_gpu_blocks} GPU blocks {per_block}"
+        host_part = f"{num_host_blocks} host blocks {per_block}"
+        if self.device.type == "cpu":
+            require_room(f"{device_part} and {host_part}", device_bytes + host_bytes, self.device)
+        else:
+            require_room(device_part, device_bytes, self.device)
+            require_room(host_part, host_bytes, torch.device("cpu"))
 
     @torch.inference_mode()
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:

@@ -62,6 +62,25 @@ class HistogramLengths:
 
 
 @dataclass(frozen=True)
+class ScaledLengths:
+    """Another source's lengths, prompts and outputs each multiplied by a factor of its own, kept within a filter."""
+
+    description: str
+    source: LengthSource
+    prompt_factor: float
+    output_factor: float
+    limits: LengthFilter
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` requests of the source and scale them."""
+        prompt, output = self.source.sample(n, rng)
+        limits = self.limits
+        prompt = np.clip(np.rint(prompt * self.prompt_factor).astype(np.int64), limits.min_prompt, limits.max_prompt)
+        output = np.maximum(np.rint(output * self.output_factor).astype(np.int64), limits.min_output)
+        return prompt, np.minimum(output, limits.max_total - prompt)
+
+
+@dataclass(frozen=True)
 class GeometricLengths:
     """Independent geometric lengths above the filter's minima: maximum entropy for means that are known."""
 
@@ -157,6 +176,23 @@ def _histogram(stem: str) -> Callable[[str], LengthSource]:
     return open_table
 
 
+SHAREGPT_PUBLISHED_MEANS = (161.0, 338.0)
+"""ShareGPT's mean prompt and output in tokens as vLLM's paper gives them (Kwon et al., SOSP'23, figure 11)."""
+
+
+def _sharegpt_published(options: str) -> LengthSource:
+    parse_options("trace 'sharegpt-published'", options, {})
+    table = read_table("sharegpt")
+    prompt_mean, output_mean = SHAREGPT_PUBLISHED_MEANS
+    return ScaledLengths(
+        description=f"{table['description']}; scaled to the published means, {prompt_mean:g} in, {output_mean:g} out",
+        source=HistogramLengths.from_table(table),
+        prompt_factor=prompt_mean / table["statistics"]["mean_prompt"],
+        output_factor=output_mean / table["statistics"]["mean_output"],
+        limits=LengthFilter(**table["filter"]),
+    )
+
+
 def _alpaca(options: str) -> LengthSource:
     parse_options("trace 'alpaca'", options, {})
     table = read_table("alpaca")
@@ -199,6 +235,11 @@ class Builtin:
 
 BUILTIN = {
     "sharegpt": Builtin("sharegpt", "ShareGPT first turns, from a shipped histogram", _histogram("sharegpt")),
+    "sharegpt-published": Builtin(
+        "sharegpt-published",
+        "the same, scaled to ShareGPT's published means of 161 in and 338 out",
+        _sharegpt_published,
+    ),
     "alpaca": Builtin("alpaca", "Alpaca, geometric lengths with the published means of 19 in and 58 out", _alpaca),
     "azure-conv": Builtin("azure-conv", "Azure 2023 conversations, from a shipped histogram", _histogram("azure_conv")),
     "zipf": Builtin(

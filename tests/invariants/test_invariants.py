@@ -1,0 +1,139 @@
+"""Invariants I1 to I5, I7 and I8 on generated scenarios; I6 is in test_tokens_survive_preemption.py."""
+
+import math
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastserve.job import Job
+from fastserve.scheduler import list_policies
+from support.checked_engine import CheckedEngine
+from support.engines import arrival, make_engine
+
+POLICIES = sorted(list_policies())
+BLOCK_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Scenario:
+    policy: str
+    swap: str
+    num_gpu_blocks: int
+    num_host_blocks: int
+    max_batch_size: int
+    token_budget: int
+    requests: tuple[tuple[float, int, int], ...]
+    """Gap to the one before (s), prompt, output."""
+    aborts: tuple[tuple[int, int], ...]
+    """(step, request)"""
+    alpha_s: float | None
+
+
+scenarios = st.builds(
+    Scenario,
+    policy=st.sampled_from(POLICIES),
+    swap=st.sampled_from(["reactive", "recompute"]),
+    num_gpu_blocks=st.integers(4, 40),
+    num_host_blocks=st.integers(0, 40),
+    max_batch_size=st.integers(1, 5),
+    token_budget=st.integers(1, 40),
+    requests=st.lists(
+        st.tuples(st.floats(0, 0.2), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=14
+    ).map(tuple),
+    aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13)), max_size=4).map(tuple),
+    alpha_s=st.sampled_from([None, 0.05, 0.3]),
+)
+
+
+def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
+    """Drive the engine as `Engine.run` does, with aborts in between."""
+    options: dict = {"swap": scenario.swap}
+    if scenario.policy == "fastserve":
+        options["alpha_s"] = scenario.alpha_s
+    engine = make_engine(
+        scenario.policy,
+        options,
+        num_gpu_blocks=scenario.num_gpu_blocks,
+        num_host_blocks=scenario.num_host_blocks,
+        max_batch_size=scenario.max_batch_size,
+        token_budget=scenario.token_budget,
+        engine_class=CheckedEngine,
+    )
+    at, arrivals = 0.0, []
+    for i, (gap, prompt, output) in enumerate(scenario.requests):
+        at += gap
+        arrivals.append(arrival(str(i), at, prompt, output))
+    aborts: dict[int, list[int]] = {}
+    for step, victim in scenario.aborts:
+        aborts.setdefault(step, []).append(victim)
+    steps = 0
+    original_step = engine.step
+
+    def step_with_aborts(until: float = math.inf) -> list[Job]:
+        nonlocal steps
+        for victim in aborts.get(steps, []):
+            engine.abort(str(victim))
+        steps += 1
+        assert steps < 20_000, "no end in sight"
+        return original_step(until) if engine.has_unfinished else []
+
+    engine.step = step_with_aborts  # type: ignore[method-assign]
+    return engine, engine.run(arrivals)
+
+
+def check_outcome(scenario: Scenario, engine: CheckedEngine, jobs: list[Job]) -> None:
+    # I1: every request that arrived has ended, once.
+    assert sorted(int(job.request.request_id) for job in jobs) == list(range(len(scenario.requests)))
+    assert not engine.has_unfinished
+    assert engine.scheduler.num_requests == 0
+    # I2: everything was given back.
+    assert engine.kv.num_free_gpu_blocks == scenario.num_gpu_blocks
+    assert engine.kv.num_free_host_blocks == scenario.num_host_blocks
+    assert engine.kv.num_vacating_blocks == 0
+    for job, (_, prompt, output) in zip(jobs, scenario.requests, strict=True):
+        metrics = job.metrics
+        fits = math.ceil((prompt + output - 1) / BLOCK_SIZE) <= scenario.num_gpu_blocks
+        if not fits:
+            assert metrics.status == "rejected"
+            assert f"{scenario.num_gpu_blocks}" in metrics.error
+            continue
+        assert metrics.status in ("finished", "aborted")
+        if metrics.status == "finished":
+            assert metrics.output_tokens == output
+            # I5: arrival <= first schedule <= first token <= finish, and the three parts add up to the whole.
+            assert metrics.arrival_s <= metrics.first_scheduled_s < metrics.first_token_s <= metrics.finished_s
+            parts = metrics.queueing_s + metrics.swapping_s + metrics.execution_s
+            assert math.isclose(parts, metrics.finished_s - metrics.arrival_s, abs_tol=1e-9)
+            assert metrics.queueing_s > -1e-9
+            # Swapped back in as often as swapped out, unless its cache was never wanted again.
+            assert metrics.swap_in_bytes <= metrics.swap_out_bytes
+    starts = [record.start_s for record in engine.iterations]
+    assert starts == sorted(starts)
+
+
+@given(scenarios)
+@settings(max_examples=400, deadline=None)
+def test_i1_i2_i3_i4_i5_i8_hold_in_generated_scenarios(scenario: Scenario) -> None:
+    engine, jobs = run(scenario)
+    check_outcome(scenario, engine, jobs)
+
+
+@given(scenarios)
+@settings(max_examples=40, deadline=None)
+def test_i7_the_same_scenario_gives_the_same_run(scenario: Scenario) -> None:
+    (first, first_jobs), (second, second_jobs) = run(scenario), run(scenario)
+    assert first.iterations == second.iterations
+    assert [repr(job.metrics) for job in first_jobs] == [repr(job.metrics) for job in second_jobs]
+
+
+def test_scenarios_reach_every_kind_of_preemption() -> None:
+    """The generator above is worth nothing if its pools are never short."""
+    requests = tuple((0.01, 20, 30) for _ in range(10))
+    base = Scenario("fastserve", "reactive", 26, 200, 4, 64, requests, (), 0.3)
+    jobs = run(base)[1]
+    assert sum(job.swap_out_bytes for job in jobs) > 0
+    assert sum(job.swap_in_bytes for job in jobs) > 0
+    host_full = run(Scenario("fastserve", "reactive", 26, 0, 4, 64, requests, (), 0.3))[1]
+    assert sum(job.recomputed_tokens for job in host_full) > 0
+    assert sum(job.swap_out_bytes for job in host_full) == 0

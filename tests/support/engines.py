@@ -1,0 +1,39 @@
+"""A small latency model with round numbers, and engines in virtual time built on it."""
+
+from fastserve.clock import VirtualClock
+from fastserve.config import CacheConfig, SchedulerConfig
+from fastserve.engine import Arrival, Engine
+from fastserve.executor.simulated import SimulatedExecutor
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit
+from fastserve.request import Request, SamplingParams
+from fastserve.scheduler import make_scheduler
+
+# A prompt token takes 1 ms; any iteration at least 10 ms; a decode step exactly that.
+LATENCY = FittedLatency(PrefillFit(0.010, 0.001, 0.0), (DecodeFit(0.010, 0.0, 0.0),))
+# A block of 4 tokens of 250 bytes: one block takes 1 ms each way.
+LINK = HostLink(1e6, 0.0)
+BYTES_PER_TOKEN = 250
+
+
+def make_engine(
+    policy: str,
+    policy_options: dict | None = None,
+    *,
+    num_gpu_blocks: int = 1000,
+    num_host_blocks: int = 1000,
+    max_batch_size: int = 4,
+    token_budget: int = 64,
+    max_model_len: int | None = None,
+    engine_class: type[Engine] = Engine,
+) -> Engine:
+    kv = KVCacheManager(CacheConfig(num_gpu_blocks, num_host_blocks, 4, BYTES_PER_TOKEN))
+    clock = VirtualClock()
+    config = SchedulerConfig(max_batch_size, token_budget)
+    scheduler = make_scheduler(policy, policy_options or {}, config, kv, LATENCY)
+    executor = SimulatedExecutor(LATENCY, LINK, clock)
+    return engine_class(scheduler, executor, kv, clock, max_model_len=max_model_len)
+
+
+def arrival(name: str, at: float, prompt: int, output: int) -> Arrival:
+    return Arrival(Request(name, at, prompt), SamplingParams(max_tokens=output, ignore_eos=True))

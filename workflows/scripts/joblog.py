@@ -1,0 +1,48 @@
+"""What every job's script shares: its output goes to the user and to its log, its errors too."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from fastserve.errors import FastServeError
+
+
+class _Both:
+    """A text stream that writes to two. Not a terminal: jobs run side by side, and their bars would overwrite each other."""
+
+    def __init__(self, first: TextIO, second: TextIO) -> None:
+        self._streams = (first, second)
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def logged(path: str) -> Iterator[None]:
+    """Copy stdout and stderr into the log at `path`; end the job on an error, with one line if it is the user's to mend."""
+    with Path(path).open("w", encoding="utf-8") as log:
+        both = _Both(sys.stderr, log)
+        with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):  # type: ignore[type-var]
+            try:
+                yield
+            except FastServeError as error:
+                print(f"error: {error}")
+                sys.exit(2)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
