@@ -73,6 +73,7 @@ class VLLM(ArrivalOrder):
         for request in self._waiting.values():
             if (self.kv.location(request) not in (Location.NONE, Location.GPU)) is not swapped:
                 break
+            # With nobody running, whatever a later request holds must not keep the first from starting.
             alone = plan.is_empty and not self.running
-            if not plan.offer(request, may_evict=False, keep_free=0 if alone else self.watermark_blocks):
+            if not plan.offer(request, may_evict=alone, keep_free=0 if alone else self.watermark_blocks):
                 break

@@ -10,7 +10,7 @@ def first_upward_crossing(rates: ArrayLike, values: ArrayLike, bound: float) -> 
     """Rate at which `values` first exceeds `bound`, coming from a point that does not; None if it never does.
 
     Linear between the two neighbouring points. Later crossings of a curve that is not monotone are ignored. None as
-    well if the first point is above the bound already: the crossing then lies at some lower rate, which one we do not know.
+    well if the first point is above the bound already: the crossing then lies at some lower rate, nobody knows which.
     Raises ValueError unless rates rise strictly and every value is a finite number.
     """
     x, y = _curve(rates, values)
@@ -29,7 +29,7 @@ def is_monotone(values: ArrayLike) -> bool:
 
 
 def largest_fall(values: ArrayLike) -> float:
-    """How far the values fall below the highest value before them, at most, as a share of it; 0 for a monotone curve."""
+    """How far values fall below the highest one before them, at most, as a share of it; 0 for a monotone curve."""
     y = np.asarray(values, dtype=float)
     if not len(y):
         return 0.0

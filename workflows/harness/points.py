@@ -145,6 +145,16 @@ def curve(points: pd.DataFrame, series: str, metric: str) -> Curve:
     return Curve(table.index.to_numpy(dtype=float), values.mean(axis=1), values.min(axis=1), values.max(axis=1))
 
 
+def capacity_of(rates: np.ndarray, values: np.ndarray, slo: float) -> tuple[float | None, str]:
+    """The rate at which the values first exceed the SLO; else None, and why."""
+    if not np.all(np.isfinite(values)):
+        return None, "at some rate no request finished"
+    rate = first_upward_crossing(rates, values, slo)
+    if rate is not None:
+        return rate, ""
+    return None, "above the SLO at the lowest rate already" if values[0] > slo else "within the SLO at every rate"
+
+
 def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """Per series, the rate at which its metric first exceeds the SLO, beside that of the paper's own points.
 
@@ -157,11 +167,11 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
         ours = curve(points, series["name"], metric)
         own = points[points["series"] == series["name"]]
         by_seed = [
-            _capacity(group["rate"].to_numpy(), group[metric].to_numpy(dtype=float), slo)[0]
+            capacity_of(group["rate"].to_numpy(), group[metric].to_numpy(dtype=float), slo)[0]
             for _, group in own.groupby("seed")
         ]
         crossing = [rate for rate in by_seed if rate is not None]
-        capacity, note = _capacity(ours.rates, ours.mean, slo)
+        capacity, note = capacity_of(ours.rates, ours.mean, slo)
         row = {
             "experiment": name,
             "series": series["name"],
@@ -181,11 +191,10 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
         }
         theirs = reported[reported["system"] == series["paper_system"]]
         if len(theirs):
-            paper_capacity, _ = _capacity(theirs["rate"].to_numpy(), theirs["value"].to_numpy(), slo)
-            both = capacity is not None and paper_capacity is not None
+            paper_capacity, _ = capacity_of(theirs["rate"].to_numpy(), theirs["value"].to_numpy(), slo)
             row |= {
                 "paper_capacity": paper_capacity,
-                "relative_difference": capacity / paper_capacity - 1 if both else None,
+                "relative_difference": capacity / paper_capacity - 1 if capacity and paper_capacity else None,
                 "paper_monotone": is_monotone(theirs["value"]),
                 "paper_largest_fall": largest_fall(theirs["value"]),
             }
@@ -210,20 +219,11 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         staging.unlink(missing_ok=True)
 
 
-def _capacity(rates: np.ndarray, values: np.ndarray, slo: float) -> tuple[float | None, str]:
-    if not np.all(np.isfinite(values)):
-        return None, "at some rate no request finished"
-    rate = first_upward_crossing(rates, values, slo)
-    if rate is not None:
-        return rate, ""
-    return None, "above the SLO at the lowest rate already" if values[0] > slo else "within the SLO at every rate"
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; delete its folder and run the pipeline again") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"cannot read {path}: it does not hold an object; delete its folder and run the pipeline again")
+        raise ConfigError(f"cannot read {path}: not an object; delete its folder and run the pipeline again")
     return content

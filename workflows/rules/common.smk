@@ -13,6 +13,10 @@ from harness.points import FILES, check_experiment, point_folder, run_config
 SMOKE = "smoke/"
 SCHEMA = workflow.source_path("../schemas/config.schema.yaml")
 REPORTED_POINTS = workflow.source_path("../data/reported_points.csv")
+# Inputs of the cheap steps, which are repeated when these change. A measurement is repeated by --forcerun.
+HARNESS_POINTS = workflow.source_path("../harness/points.py")
+HARNESS_CAPACITY = workflow.source_path("../harness/capacity.py")
+HARNESS_PLOTS = workflow.source_path("../harness/plots.py")
 
 smoke_config = yaml.safe_load(Path(workflow.source_path("../config/smoke.yaml")).read_text(encoding="utf-8"))
 validate(config, SCHEMA)

@@ -1,15 +1,16 @@
 # From points to tables and figures.
 rule collect:
     input:
-        files_of_experiment("summary.json"),
+        summaries=files_of_experiment("summary.json"),
+        code=HARNESS_POINTS,
     output:
         "results/{experiment}/points.csv",
     log:
         "results/{experiment}/logs/collect.log",
-    params:
-        experiment=definition("series", "points", "seeds"),
     conda:
         "../../environment.yml"
+    params:
+        experiment=definition("series", "points", "seeds"),
     script:
         "../scripts/collect.py"
 
@@ -18,14 +19,15 @@ rule capacity:
     input:
         points="results/{experiment}/points.csv",
         reported=REPORTED_POINTS,
+        code=[HARNESS_POINTS, HARNESS_CAPACITY],
     output:
         "results/{experiment}/capacity.csv",
     log:
         "results/{experiment}/logs/capacity.log",
-    params:
-        experiment=definition("series", "metric", "slo", "paper"),
     conda:
         "../../environment.yml"
+    params:
+        experiment=definition("series", "metric", "slo", "paper"),
     script:
         "../scripts/capacity.py"
 
@@ -35,14 +37,15 @@ rule draw:
         points="results/{experiment}/points.csv",
         reported=REPORTED_POINTS,
         meta=files_of_experiment("meta.json"),
+        code=[HARNESS_POINTS, HARNESS_CAPACITY, HARNESS_PLOTS],
     output:
         png="figures/{experiment}.png",
         pdf="figures/{experiment}.pdf",
     log:
         "results/{experiment}/logs/draw.log",
-    params:
-        experiment=lambda wildcards: EXPERIMENTS[wildcards.experiment],
     conda:
         "../../environment.yml"
+    params:
+        experiment=lambda wildcards: EXPERIMENTS[wildcards.experiment],
     script:
         "../scripts/draw.py"

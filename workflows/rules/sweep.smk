@@ -9,11 +9,11 @@ for _name, _experiment in EXPERIMENTS.items():
             **{file.partition(".")[0]: files_of_sweep(_name, file) for file in FILES},
         log:
             f"results/{_name}/logs/{{series}}-seed-{{seed}}.log",
+        conda:
+            "../../environment.yml"
+        threads: workflow.cores if _experiment["kind"] == "engine" else 1
         params:
             configs=configs_of_sweep(_name),
             torch_threads=_experiment.get("engine", {}).get("torch_threads"),
-        threads: workflow.cores if _experiment["kind"] == "engine" else 1
-        conda:
-            "../../environment.yml"
         script:
             "../scripts/sweep.py"

@@ -1,7 +1,5 @@
 """Snakemake job: the highest load each series carries within the SLO, beside the paper's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,5 +17,6 @@ with logged(snakemake.log[0]):
     points = pd.read_csv(snakemake.input.points)
     table = capacity_table(snakemake.wildcards.experiment, experiment, points, reported)
     write_csv(table, Path(snakemake.output[0]))
-    print(table[["label", "capacity", "paper_capacity", "relative_difference", "note"]].to_string(index=False, na_rep="-"))
+    shown = table[["label", "capacity", "paper_capacity", "relative_difference", "note"]]
+    print(shown.to_string(index=False, na_rep="-"))
     print(f"wrote {snakemake.output[0]}")

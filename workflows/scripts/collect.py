@@ -1,7 +1,5 @@
 """Snakemake job: one table of an experiment's points."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,5 @@
 """Snakemake job: the figure of an experiment, as PNG and PDF."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 

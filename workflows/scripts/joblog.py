@@ -13,7 +13,7 @@ from fastserve.errors import FastServeError
 
 
 class _Both:
-    """A text stream that writes to two. Not a terminal: jobs run side by side, and their bars would overwrite each other."""
+    """A text stream that writes to two. Not a terminal: jobs run side by side, and their bars would collide."""
 
     def __init__(self, first: TextIO, second: TextIO) -> None:
         self._streams = (first, second)
@@ -34,7 +34,7 @@ class _Both:
 
 @contextlib.contextmanager
 def logged(path: str) -> Iterator[None]:
-    """Copy stdout and stderr into the log at `path`; end the job on an error, with one line if it is the user's to mend."""
+    """Copy stdout and stderr into the log at `path`; an error ends the job, with one line if it is the user's."""
     with Path(path).open("w", encoding="utf-8") as log:
         both = _Both(sys.stderr, log)
         with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):  # type: ignore[type-var]

@@ -1,7 +1,5 @@
 """Snakemake job: run one series with one seed at every rate, in one process."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +24,8 @@ with logged(snakemake.log[0]):
         summary = run(config, Path(summary_file).parent)
         latency = summary["mean_normalized_latency_s"]
         print(
-            f"{name}: {snakemake.wildcards.series}, seed {config.seed}, {config.rate:g} requests/s ({i} of {len(configs)}): "
+            f"{name}: {snakemake.wildcards.series}, seed {config.seed}, "
+            f"{config.rate:g} requests/s ({i} of {len(configs)}): "
             + (f"{latency:.3g} s/token" if latency is not None else "no request finished")
             + (f", {summary['failed']} failed" if summary["failed"] else "")
             + f", took {time.monotonic() - start:.1f} s"

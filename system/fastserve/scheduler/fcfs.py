@@ -62,7 +62,7 @@ class FCFS(ArrivalOrder):
     def schedule(self, now: float) -> Iteration:
         """Fill the batch in order of arrival; the first that does not fit blocks those behind it."""
         plan = IterationPlan(self, now)
-        for request in self._queue.values():
+        for request in self.in_order():
             if not self.offer(plan, request):
                 break
         return plan.decide()

@@ -51,6 +51,9 @@ class _Standing:
     """Number of its current wait, 0 while it runs: tells the deadline of a wait that is over from a live one."""
 
 
+_EXACT = 1 - 1e-9
+"""Times add up with rounding errors; a quantum of exactly four iterations must not last five."""
+
 _Wait = tuple[float, int, Request]
 
 
@@ -94,7 +97,7 @@ class SkipJoinMLFQ(Scheduler):
 
     def level_for(self, iteration_time: float) -> int:
         """The highest level whose quantum is at least `iteration_time` seconds; the lowest if none is."""
-        return min(bisect_left(self.quanta, iteration_time), len(self.quanta) - 1)
+        return min(bisect_left(self.quanta, iteration_time * _EXACT), len(self.quanta) - 1)
 
     def on_add(self, request: Request) -> None:
         """Skip-join: enter where the quantum covers the first iteration."""
@@ -120,10 +123,10 @@ class SkipJoinMLFQ(Scheduler):
         standing = request.standing
         standing.service_s += end - start
         level, quanta = request.level, self.quanta
-        if standing.service_s >= quanta[level] and level < len(quanta) - 1:
+        if standing.service_s >= quanta[level] * _EXACT and level < len(quanta) - 1:
             del self.queues[level][request.request_id]
             next_time = self._next_iteration_time(request)
-            self._join(request, level + 1 if next_time <= quanta[level + 1] else self.level_for(next_time))
+            self._join(request, level + 1 if next_time * _EXACT <= quanta[level + 1] else self.level_for(next_time))
 
     def prepare(self, now: float) -> None:
         """Promote whoever has waited `alpha_s` to the highest queue."""

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+
+from fastserve.request import RequestStatus, SamplingParams
+from support.engines import arrival, make_engine
+
+
+def test_one_request_takes_the_time_of_its_iterations() -> None:
+    engine = make_engine("fastserve-fcfs")
+    (job,) = engine.run([arrival("a", 0.5, 30, 4)])
+    row = job.metrics
+    assert (row.arrival_s, row.first_scheduled_s) == (0.5, 0.5)
+    assert row.first_token_s == pytest.approx(0.540)  # 10 ms + 30 tokens of 1 ms
+    assert row.finished_s == pytest.approx(0.570)
+    assert row.execution_s == pytest.approx(0.070)
+    assert row.queueing_s == pytest.approx(0.0)
+    assert row.max_token_gap_s == pytest.approx(0.010)
+    assert row.status == "finished"
+    assert [record.num_scheduled_tokens for record in engine.iterations] == [30, 1, 1, 1]
+
+
+def test_what_can_never_fit_is_rejected_with_its_numbers_and_the_rest_served() -> None:
+    engine = make_engine("fastserve", num_gpu_blocks=4)
+    done = []
+    jobs = engine.run([arrival("a", 0, 8, 4), arrival("big", 0, 12, 6), arrival("b", 0, 12, 5)], done.append)
+    assert [job.request.status for job in jobs] == [
+        RequestStatus.FINISHED,
+        RequestStatus.REJECTED,
+        RequestStatus.FINISHED,
+    ]
+    assert jobs[1].error == (
+        "request big: prompt of 12 tokens + output of up to 6 needs 5 cache blocks of 4 tokens, the GPU pool has 4; "
+        "raise num_gpu_blocks or shorten the request"
+    )
+    assert math.isnan(jobs[1].metrics.finished_s)
+    assert len(done) == 3
+
+
+def test_the_models_context_bounds_a_request() -> None:
+    engine = make_engine("fastserve", max_model_len=16)
+    jobs = engine.run([arrival("a", 0, 12, 4), arrival("b", 0, 12, 5)])
+    assert [job.metrics.status for job in jobs] == ["finished", "rejected"]
+    assert "exceeds the model's context of 16 tokens" in jobs[1].error
+
+
+def test_an_aborted_request_leaves_nothing_behind() -> None:
+    engine = make_engine("fastserve-fcfs")
+    for name in ("a", "b"):
+        job = engine.add_request(arrival(name, 0, 8, 50).request, SamplingParams(max_tokens=50, ignore_eos=True))
+    engine.step()
+    assert engine.abort("a")
+    assert not engine.abort("a")
+    engine.kv.check_invariants()
+    while engine.has_unfinished:
+        engine.step()
+    assert job.metrics.status == "finished"
+    assert engine.kv.num_free_gpu_blocks == 1000
+
+
+def test_stop_tokens_end_a_request() -> None:
+    engine = make_engine("fastserve-fcfs")
+    # The simulated executor generates token 0 throughout.
+    job = engine.add_request(arrival("a", 0, 8, 50).request, SamplingParams(max_tokens=50, stop_token_ids=(0,)))
+    while engine.has_unfinished:
+        engine.step()
+    assert job.metrics.output_tokens == 1
+
+
+def test_a_policy_that_schedules_nothing_is_reported_as_its_bug() -> None:
+    engine = make_engine("fastserve-fcfs")
+    engine.scheduler.in_order = lambda: []
+    with pytest.raises(RuntimeError, match="policy 'fastserve-fcfs' schedules nothing although 1 requests wait"):
+        engine.run([arrival("a", 0, 8, 2)])
+
+
+def test_iterations_record_the_system() -> None:
+    engine = make_engine("fastserve-fcfs", max_batch_size=1)
+    engine.run([arrival("a", 0, 8, 2), arrival("b", 0, 8, 1)])
+    assert [record.num_waiting for record in engine.iterations] == [1, 1, 0]
+    assert engine.iterations[0].free_gpu_blocks == 1000 - 2
+    assert all(record.end_s > record.start_s for record in engine.iterations)
+
+
+def test_the_same_id_twice_is_refused() -> None:
+    engine = make_engine("fastserve-fcfs")
+    engine.add_request(arrival("a", 0, 8, 2).request, SamplingParams())
+    with pytest.raises(ValueError, match="already in the system"):
+        engine.add_request(arrival("a", 0, 8, 2).request, SamplingParams())
