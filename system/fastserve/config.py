@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 from fastserve.errors import ConfigError
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number of this type; ConfigError for a type we do not run."""
+    try:
+        return _DTYPE_BYTES[dtype]
+    except KeyError:
+        raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPE_BYTES)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: str = "float16") -> int:
         """Bytes of key and value cache one token takes over all layers (819,200 for OPT-13B in fp16)."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes(dtype)
 
     def num_parameters(self) -> int:
         """Weights of the model, tied embeddings counted once; biases and norms are left out (below 0.1 %)."""

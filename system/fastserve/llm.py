@@ -109,7 +109,6 @@ class LLM:
             block_size=block_size,
             bytes_per_token=self.model_config.kv_bytes_per_token(dtype),
         )
-        kv = KVCacheManager(cache)
         latency: LatencyModel | None = load_profile(profile).latency if profile else None
         self.worker = Worker(
             self.model_config,
@@ -128,7 +127,7 @@ class LLM:
         else:  # Warm up, which measuring does as well.
             probe.iteration_time([min(64, context - 1)], [])
             probe.iteration_time([], [min(64, context - 1)] * max_batch_size)
-        clock = WallClock()
+        clock, kv = WallClock(), KVCacheManager(cache)
         self.engine = Engine(
             policy_class(options.scheduler_config, kv, latency or NoLatency(), policy_settings),
             LocalExecutor(self.worker, kv, clock),
@@ -153,7 +152,7 @@ class LLM:
         serves all. A prompt that could never be served has its reason in `error`; the others are served.
         """
         token_ids = self._token_ids(prompts, prompt_token_ids)
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         every = [params] * len(token_ids) if isinstance(params, SamplingParams) else list(params)
         if len(every) != len(token_ids):
             raise ConfigError(f"{len(token_ids)} prompts but {len(every)} sampling_params")

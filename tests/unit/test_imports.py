@@ -43,9 +43,8 @@ def runtime_imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastserve":
-            found |= (
-                {node.module} if node.module != "fastserve" else {f"fastserve.{alias.name}" for alias in node.names}
-            )
+            whole = node.module == "fastserve"
+            found |= {f"fastserve.{alias.name}" for alias in node.names} if whole else {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("fastserve.")}
     return found

@@ -179,7 +179,7 @@ def _draw_load(experiment: Experiment, points: pd.DataFrame, reported: pd.DataFr
         legends.append(("Reported by the paper", theirs))
     if slo is not None:
         unit = _UNITS[metric.partition("_")[2]]
-        label = f"SLO: {slo:g} {unit}. Numbers above are\nrequests/s where a curve first\nexceeds it"
+        label = f"SLO: {slo:g} {unit}\n(numbers: requests/s where\na curve first exceeds it)"
         legends.append(("", [Line2D([], [], color="#444444", linestyle=(0, (6, 3)), linewidth=1.4, label=label)]))
     _stack_legends(figure, legends, left=0.69, top=0.93)
     notes = []
@@ -227,7 +227,7 @@ def _draw_bars(experiment: Experiment, points: pd.DataFrame) -> tuple[Figure, li
         axes.set_xlim(-0.6, len(line.rates) - 0.4)
         axes.grid(axis="x", visible=False)
         sns.despine(ax=axes)
-    title = f"{experiment['title']} ({engine['model']}, on {machine})"
+    title = f"{experiment['title']}: {engine['model']} on {machine}"
     figure.text(0.02, 0.96, title, fontsize=16, fontweight="bold", va="top")
     remark = "Absolute times are this machine's: only the ratios between policies are meaningful"
     figure.text(0.02, 0.9, remark, fontsize=13, va="top")
@@ -239,6 +239,8 @@ def _draw_bars(experiment: Experiment, points: pd.DataFrame) -> tuple[Figure, li
         ncols=len(handles),
         frameon=False,
     )
+    if not points["preemptions"].any():
+        return figure, ["No request was preempted at these rates: the figure shows no effect of preemption"]
     return figure, []
 
 
@@ -332,4 +334,4 @@ def _percent(share: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if value < 100 else f"{value:.0f}"

@@ -8,38 +8,43 @@ from fastserve.kvcache.errors import BlockOwnershipError, OutOfBlocksError
 class BlockPool:
     """Hands out block numbers 0 .. num_blocks - 1, the most recently freed first: likeliest to be in a cache still."""
 
-    __slots__ = ("_free", "name", "num_blocks")
+    __slots__ = ("_freed", "_num_used", "name", "num_blocks")
 
     def __init__(self, name: str, num_blocks: int) -> None:
         self.name = name
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._freed: list[int] = []
+        self._num_used = 0
+        """Blocks from here on were never given out, and are not listed: a large pool costs nothing to make."""
 
     @property
     def num_free(self) -> int:
         """Blocks nobody owns."""
-        return len(self._free)
+        return self.num_blocks - self._num_used + len(self._freed)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks; OutOfBlocksError, and nothing taken, if fewer are free."""
-        free = self._free
-        if count > len(free):
-            raise OutOfBlocksError(f"{self.name} pool: {count} blocks asked for, {len(free)} of {self.num_blocks} free")
-        taken = free[len(free) - count :]
-        del free[len(free) - count :]
-        taken.reverse()
-        return taken
+        if count > self.num_free:
+            raise OutOfBlocksError(
+                f"{self.name} pool: {count} blocks asked for, {self.num_free} of {self.num_blocks} free"
+            )
+        kept = max(0, len(self._freed) - count)
+        taken = self._freed[: kept - 1 if kept else None : -1]
+        del self._freed[kept:]
+        fresh = range(self._num_used, self._num_used + count - len(taken))
+        self._num_used = fresh.stop
+        return [*taken, *fresh]
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back."""
-        self._free.extend(reversed(blocks))
-        if len(self._free) > self.num_blocks:
+        self._freed.extend(reversed(blocks))
+        if len(self._freed) > self._num_used:
             raise BlockOwnershipError(f"{self.name} pool: more blocks free than exist, some were freed twice")
 
     def check(self, owned: list[int]) -> None:
         """Raise BlockOwnershipError unless free and `owned` blocks together are each block exactly once (I2)."""
-        if sorted([*self._free, *owned]) != list(range(self.num_blocks)):
+        if sorted([*self._freed, *owned]) != list(range(self._num_used)):
             raise BlockOwnershipError(
-                f"{self.name} pool of {self.num_blocks}: {len(self._free)} free and {len(owned)} owned blocks "
+                f"{self.name} pool of {self.num_blocks}: {self.num_free} free and {len(owned)} owned blocks "
                 "are not a partition"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastserve.config import DTYPE_BYTES, ModelConfig, require_int
+from fastserve.config import ModelConfig, dtype_bytes, require_int
 from fastserve.errors import ConfigError
 from fastserve.models import ForwardBatch, SequenceInput, build_model
 from fastserve.worker.memory import require_room
@@ -52,8 +52,6 @@ class Worker:
             ("block_size", block_size, 1),
         ):
             require_int(name, value, least)
-        if dtype not in DTYPE_BYTES:
-            raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
         self.device = _device(device)
         self.block_size = block_size
         self._check_room(model_config, num_gpu_blocks, num_host_blocks, dtype)
@@ -67,7 +65,7 @@ class Worker:
 
     def _check_room(self, model: ModelConfig, num_gpu_blocks: int, num_host_blocks: int, dtype: str) -> None:
         block_bytes = self.block_size * model.kv_bytes_per_token(dtype)
-        device_bytes = model.num_parameters() * DTYPE_BYTES[dtype] + num_gpu_blocks * block_bytes
+        device_bytes = model.num_parameters() * dtype_bytes(dtype) + num_gpu_blocks * block_bytes
         host_bytes = num_host_blocks * block_bytes
         per_block = f"of {block_bytes / 2**20:.2f} MiB"
         device_part = f"model {model.name} in {dtype} with {num_gpu_blocks} GPU blocks {per_block}"

@@ -1,0 +1,35 @@
+"""requirements.txt, environment.yml and pyproject.toml agree on what is installed."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def pins(lines: list[str]) -> dict[str, str]:
+    found = {}
+    for line in lines:
+        text = line.split("#")[0].strip()
+        if text:
+            match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+-]+)", text)
+            assert match, f"not an exact pin: {line!r}"
+            found[match[1].lower()] = match[2]
+    return found
+
+
+def test_environment_yml_has_the_same_pins() -> None:
+    requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    assert pins(pip) == requirements
+
+
+def test_every_dependency_of_the_package_is_pinned() -> None:
+    requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(n for group in project["optional-dependencies"].values() for n in group)]
+    for requirement in named:
+        assert re.split(r"[<>=~!]", requirement)[0].lower() in requirements, requirement

@@ -1,0 +1,190 @@
+"""`fastbench run`: its four files, and what it says to bad input."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from fastserve.errors import ConfigError, FastServeError, OutputError, TraceError
+from harness.cli import app
+from harness.results import REQUEST_COLUMNS
+from harness.runner import RunConfig, run
+
+ROOT = Path(__file__).parents[2]
+PROFILE = "a100-80g/opt-13b-tp1"
+SIM = ["run", "--backend", "sim", "--profile", PROFILE, "--trace", "alpaca", "--num-requests", "30"]
+QUANTITIES = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
+SUMMARY_KEYS = {
+    "policy", "backend", "rate", "num_requests", "seed", "finished", "failed", "duration_s", "iterations",
+    "output_tokens_per_s", "preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens",
+    *(f"{statistic}_{name}" for statistic in ("mean", "p50", "p90", "p95", "p99") for name in QUANTITIES),
+}  # fmt: skip
+
+
+def invoke(*arguments: str) -> None:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=True)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+
+
+def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    invoke(*SIM, "--rate", "5", "--policy", "fastserve", "--set", "alpha_s=1", "--out", str(out))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "iterations.parquet",
+        "meta.json",
+        "requests.parquet",
+        "summary.json",
+    ]
+    requests = pq.read_table(out / "requests.parquet").to_pylist()
+    assert list(requests[0]) == list(REQUEST_COLUMNS)
+    assert len(requests) == 30
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    latencies = [(row["finished_s"] - row["arrival_s"]) / row["output_tokens"] for row in requests]
+    assert summary["mean_normalized_latency_s"] == pytest.approx(sum(latencies) / 30)
+    assert summary["mean_jct_s"] == pytest.approx(
+        sum(row["queueing_s"] + row["swapping_s"] + row["execution_s"] for row in requests) / 30
+    )
+    assert summary["iterations"] == pq.read_metadata(out / "iterations.parquet").num_rows
+    tokens = sum(row["output_tokens"] for row in requests)
+    assert summary["output_tokens_per_s"] == pytest.approx(tokens / summary["duration_s"])
+    meta = json.loads((out / "meta.json").read_text())
+    assert {"commit", "versions", "hardware", "configuration", "trace"} <= set(meta)
+    assert meta["configuration"]["policy_options"]["alpha_s"] == 1.0
+    assert meta["configuration"]["engine"]["num_gpu_blocks"] == 66_144 // 16
+    assert len(meta["trace"]["digest"]) == 64
+
+
+def test_i7_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        invoke(*SIM, "--rate", "9", "--seed", "3", "--set", "num_gpu_blocks=300", "--out", str(tmp_path / name))
+    for file in ("requests.parquet", "iterations.parquet", "summary.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_every_policy_gets_the_same_requests(tmp_path: Path) -> None:
+    digests = set()
+    for policy in ("fastserve", "fastserve-fcfs", "vllm"):
+        invoke(*SIM, "--rate", "5", "--policy", policy, "--out", str(tmp_path / policy))
+        digests.add(json.loads((tmp_path / policy / "meta.json").read_text())["trace"]["digest"])
+    assert len(digests) == 1
+
+
+def test_requests_that_never_fit_are_counted_and_explained(tmp_path: Path) -> None:
+    trace = tmp_path / "lengths.csv"
+    trace.write_text("prompt_tokens,output_tokens,arrival_s\n10,5,0\n100,50,0.5\n20,1,1\n")
+    summary = run(
+        RunConfig(
+            trace=f"csv:{trace}", arrivals="trace", num_requests=3, profile=PROFILE, settings={"num_gpu_blocks": 4}
+        ),
+        tmp_path / "run",
+    )
+    assert (summary["finished"], summary["failed"], summary["rate"]) == (2, 1, None)
+    (reason,) = json.loads((tmp_path / "run/meta.json").read_text())["rejected"]
+    assert "request 1: prompt of 100 tokens" in reason
+    rows = pq.read_table(tmp_path / "run/requests.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["finished", "rejected", "finished"]
+    assert rows[1]["finished_s"] is None
+
+
+def test_a_run_in_which_nothing_finishes_still_has_a_valid_summary(tmp_path: Path) -> None:
+    settings = {"num_gpu_blocks": 1}
+    run(RunConfig(trace="fixed", rate=1.0, num_requests=2, profile=PROFILE, settings=settings), tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert summary["mean_jct_s"] is None
+    assert summary["failed"] == 2
+
+
+def test_the_real_engine_writes_the_same_files(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    invoke(
+        "run", "--backend", "engine", "--model", "opt-tiny", "--load-format", "dummy", "--device", "cpu", "--trace",
+        "fixed:prompt=8,output=6", "--num-requests", "4", "--rate", "50", "--out", str(tmp_path),
+        "--set", "num_gpu_blocks=32", "--set", "num_host_blocks=32",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert summary["finished"] == 4
+    rows = pq.read_table(tmp_path / "requests.parquet").to_pylist()
+    for row in rows:
+        assert row["arrival_s"] <= row["first_scheduled_s"] < row["first_token_s"] <= row["finished_s"]
+        parts = row["queueing_s"] + row["swapping_s"] + row["execution_s"]
+        assert math.isclose(parts, row["finished_s"] - row["arrival_s"], abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rate": -1.0}, ConfigError, "not -1.0"),
+        ({"rate": float("nan")}, ConfigError, "not nan"),
+        ({"rate": None}, ConfigError, "rate"),
+        ({"policy": "fcfs"}, ConfigError, "unknown policy 'fcfs'; known: fastserve, fastserve-fcfs"),
+        ({"settings": {"alpha": "1"}}, ConfigError, "unknown option 'alpha'; valid for policy 'fastserve': swap"),
+        ({"settings": {"max_batch_size": "0"}}, ConfigError, "max_batch_size must be an integer of at least 1, got 0"),
+        ({"profile": None}, ConfigError, "needs --profile"),
+        ({"profile": "a100"}, ConfigError, "no profile 'a100'"),
+        ({"model": "opt-tiny"}, ConfigError, "--model applies to --backend engine only"),
+        ({"backend": "engine"}, ConfigError, "needs --model"),
+        ({"backend": "gpu"}, ConfigError, "unknown backend 'gpu'; known: sim, engine"),
+        ({"num_requests": 0}, ConfigError, "num_requests"),
+        ({"trace": "csv:/nowhere.csv"}, TraceError, "/nowhere.csv"),
+        ({"trace": "sharegtp"}, ConfigError, "unknown trace 'sharegtp'"),
+        ({"arrivals": "uniform"}, ConfigError, "uniform"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(
+    tmp_path: Path, change: dict, error: type[FastServeError], message: str
+) -> None:
+    config = {"trace": "alpaca", "rate": 1.0, "num_requests": 2, "profile": PROFILE} | change
+    with pytest.raises(error) as caught:
+        run(RunConfig(**config), tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_an_output_folder_that_cannot_be_made_is_named_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = RunConfig(trace="alpaca", rate=1.0, num_requests=2, profile=PROFILE)
+    with pytest.raises(OutputError, match="cannot write to output folder"):
+        run(config, tmp_path / "file" / "out")
+
+
+def test_a_failed_write_keeps_the_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(trace="alpaca", rate=1.0, num_requests=2, profile=PROFILE)
+    run(config, tmp_path)
+    before = (tmp_path / "summary.json").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harness.results.pq.write_table", full)
+    with pytest.raises(OutputError, match="No space left on device; earlier results there were kept"):
+        run(RunConfig(trace="alpaca", rate=2.0, num_requests=2, profile=PROFILE), tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_command_prints_one_line_and_exits_2(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"}
+    result = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "run", "--rate", "-1", "--profile", PROFILE, "--out", str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["policies", "traces", "profiles"])
+def test_lists(command: str) -> None:
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 0
+    assert {"policies": "fastserve-fcfs", "traces": "sharegpt", "profiles": PROFILE}[command] in result.output
