@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -76,6 +77,7 @@ class SkipJoinMLFQ(Scheduler):
         options: SkipJoinMLFQOptions = self.options
         base = options.quantum_base_s or self.latency.iteration_time([], [1])
         self.quanta = [base * options.quantum_ratio**level for level in range(options.num_levels)]
+        self._decode_time = functools.cache(lambda context: self.latency.iteration_time((), (context,)))
         self._alpha_s = options.alpha_s
         self.queues: list[OrderedDict[str, Request]] = [OrderedDict() for _ in self.quanta]
         self._num_joins = 0
@@ -161,5 +163,5 @@ class SkipJoinMLFQ(Scheduler):
         """Seconds the request's next iteration takes on its own: its prompt (or what was dropped), or one token."""
         num_tokens = request.num_tokens - request.num_computed_tokens
         if num_tokens == 1 and request.num_computed_tokens:
-            return self.latency.iteration_time((), (request.num_tokens,))
+            return self._decode_time(request.num_tokens)
         return self.latency.iteration_time((num_tokens,), ())

@@ -1,0 +1,49 @@
+# Two commands: `make reproduce` and `make test`. Both need only Python >= 3.11 and make; the rest goes to .venv.
+PYTHON ?= python3
+CORES ?= all
+BIN := .venv/bin
+SMK := Snakefile workflows/rules
+
+.PHONY: help setup reproduce test smoke lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+setup: .venv/installed  ## build .venv from requirements.txt, once
+
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python >= 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+reproduce: setup  ## run every experiment and draw every figure (results/, figures/)
+	$(BIN)/snakemake --cores $(CORES)
+
+smoke: setup  ## the same pipeline on a few small points, in under two minutes
+	$(BIN)/snakemake --cores $(CORES) smoke
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest -n auto
+
+lint: setup  ## ruff, mypy, snakemake --lint, snakefmt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+	$(BIN)/snakefmt --check $(SMK)
+
+format: setup  ## format Python and Snakemake files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt $(SMK)
+
+bench: setup  ## speed of the simulator and of the CPU engine, printed
+	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/cpu_engine.py
+
+clean:  ## remove what runs wrote, keep recorded results and .venv
+	rm -rf .snakemake
+	find results figures -mindepth 1 -maxdepth 1 ! -name recorded ! -name README.md -exec rm -rf {} +
