@@ -20,10 +20,10 @@ setup: .venv/installed  ## build .venv from requirements.txt, once
 	@touch $@
 
 reproduce: setup  ## run every experiment and draw every figure (results/, figures/)
-	$(BIN)/snakemake --cores $(CORES)
+	$(BIN)/snakemake --cores $(CORES) --quiet rules reason host
 
 smoke: setup  ## the same pipeline on a few small points, in under two minutes
-	$(BIN)/snakemake --cores $(CORES) smoke
+	$(BIN)/snakemake --cores $(CORES) --quiet rules reason host -- smoke
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto

@@ -16,13 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastserve.config import EngineOptions
 from fastserve.errors import ConfigError, OutputError
 from fastserve.latency import load_profile
-from fastserve.options import build_options
-from fastserve.scheduler import find_policy
 from harness.capacity import first_upward_crossing, is_monotone, largest_fall
-from harness.runner import RunConfig, split_settings
+from harness.runner import RunConfig, resolve_settings
 
 Experiment = Mapping[str, Any]
 FILES = ("summary.json", "meta.json", "requests.parquet", "iterations.parquet")
@@ -86,9 +83,7 @@ def check_experiment(name: str, experiment: Experiment) -> None:
     for series in experiment["series"]:
         try:
             config = run_config(experiment, series, experiment["points"][0], experiment["seeds"][0])
-            of_engine, of_policy = split_settings(config.policy, config.settings)
-            build_options(EngineOptions, of_engine, "the engine")
-            build_options(find_policy(config.policy).Options, of_policy, f"policy {config.policy!r}")
+            resolve_settings(config.policy, config.settings)
             if config.profile:
                 load_profile(config.profile)
         except ConfigError as error:

@@ -48,9 +48,7 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
 
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then.
     """
-    engine_settings, policy_settings = split_settings(config.policy, config.settings)
-    options = build_options(EngineOptions, engine_settings, "the engine")
-    build_options(find_policy(config.policy).Options, policy_settings, f"policy {config.policy!r}")
+    options, policy_settings = resolve_settings(config.policy, config.settings)
     if config.backend == "sim":
         _refuse(config, "engine", model=None, device="cpu", dtype="float32", load_format="auto")
         if config.profile is None:
@@ -87,19 +85,23 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     return summary
 
 
-def split_settings(policy: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the engine and of the policy; ConfigError names both kinds for one that is neither."""
-    of_engine, of_policy = option_names(EngineOptions), option_names(find_policy(policy).Options)
+def resolve_settings(policy: str, settings: Mapping[str, Any]) -> tuple[EngineOptions, dict[str, Any]]:
+    """The engine's options, and the policy's settings, checked.
+
+    Raises ConfigError for a value out of range and for a name that is neither's, and then names both's.
+    """
+    options_class = find_policy(policy).Options
+    of_engine, of_policy = option_names(EngineOptions), option_names(options_class)
     for name in settings:
         if name not in of_engine and name not in of_policy:
             raise ConfigError(
                 f"unknown option {name!r}; valid for policy {policy!r}: {', '.join(of_policy) or 'none'}; "
                 f"for the engine: {', '.join(of_engine)}"
             )
-    return (
-        {name: value for name, value in settings.items() if name in of_engine},
-        {name: value for name, value in settings.items() if name not in of_engine},
-    )
+    policy_settings = {name: value for name, value in settings.items() if name in of_policy}
+    build_options(options_class, policy_settings, f"policy {policy!r}")
+    engine_settings = {name: value for name, value in settings.items() if name in of_engine}
+    return build_options(EngineOptions, engine_settings, "the engine"), policy_settings
 
 
 def _serve(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastserve.config import ModelConfig
 from fastserve.kernels import AttentionMetadata, paged_attention, store_kv
 
 _PACK_ROWS = 16
@@ -109,23 +110,17 @@ class Attention(nn.Module):
     """Fused QKV projection, rotary embedding where given, paged attention and output projection."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        out_name: str,
-        bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: ModelConfig, *, out_name: str, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.heads = [num_heads, num_kv_heads, num_kv_heads]
+        hidden_size, head_dim = config.hidden_size, config.head_dim
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.head_dim = head_dim
         parts = tuple((f"{n}_proj", h * head_dim) for n, h in zip("qkv", self.heads, strict=True))
         self.qkv = Linear(hidden_size, parts, bias=bias, dtype=dtype, device=device)
-        self.out = Linear(num_heads * head_dim, ((out_name, hidden_size),), bias=bias, dtype=dtype, device=device)
+        self.out = Linear(
+            config.num_heads * head_dim, ((out_name, hidden_size),), bias=bias, dtype=dtype, device=device
+        )
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """The checkpoint's tensors under `prefix`."""

@@ -21,16 +21,7 @@ class LlamaLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.attention = Attention(
-            hidden,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            out_name="o_proj",
-            bias=False,
-            dtype=dtype,
-            device=device,
-        )
+        self.attention = Attention(config, out_name="o_proj", bias=False, dtype=dtype, device=device)
         self.attention_norm = Norm(hidden, config.norm_eps, rms=True, dtype=dtype, device=device)
         self.mlp_norm = Norm(hidden, config.norm_eps, rms=True, dtype=dtype, device=device)
         gate_up = (("gate_proj", inner), ("up_proj", inner))

@@ -22,16 +22,7 @@ class OPTLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.attention = Attention(
-            hidden,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            out_name="out_proj",
-            bias=True,
-            dtype=dtype,
-            device=device,
-        )
+        self.attention = Attention(config, out_name="out_proj", bias=True, dtype=dtype, device=device)
         self.attention_norm = Norm(hidden, config.norm_eps, rms=False, dtype=dtype, device=device)
         self.mlp_norm = Norm(hidden, config.norm_eps, rms=False, dtype=dtype, device=device)
         self.up = Linear(hidden, (("fc1", inner),), bias=True, dtype=dtype, device=device)
