@@ -74,7 +74,7 @@ class Engine:
 
         One that could never be served is marked REJECTED, with the reason in `job.error`, and not taken.
         """
-        job = Job(request, params)
+        job = Job(request, params, self.eos_token_id)
         try:
             self._check_fits(request, params)
         except RequestTooLongError as error:
@@ -188,7 +188,7 @@ class Engine:
         """Advance every request of the iteration, end those that are done, and tell the scheduler."""
         start, end = result.start_s, result.end_s
         duration = end - start
-        jobs, eos_token_id = self.jobs, self.eos_token_id
+        jobs = self.jobs
         finished: list[Job] = []
         for request, num_scheduled, token in zip(
             iteration.requests, iteration.num_scheduled_tokens, result.tokens, strict=True
@@ -200,19 +200,22 @@ class Engine:
                 continue
             request.num_computed_tokens += num_scheduled
             job.execution_s += duration
-            if job.first_scheduled_s != job.first_scheduled_s:
-                job.first_scheduled_s = start
-            if request.num_computed_tokens < request.num_tokens:
+            last_token_s = job.last_token_s
+            if last_token_s is None:
+                if job.first_scheduled_s is None:
+                    job.first_scheduled_s = start
+                if request.num_computed_tokens < request.num_tokens:
+                    continue
+                job.first_token_s = end
+            elif request.num_computed_tokens < request.num_tokens:
                 continue
+            elif end - last_token_s > job.max_token_gap_s:
+                job.max_token_gap_s = end - last_token_s
+            job.last_token_s = end
             request.num_tokens += 1
             if request.token_ids:
                 request.token_ids.append(token)
-            if job.first_token_s != job.first_token_s:
-                job.first_token_s = end
-            elif end - job.last_token_s > job.max_token_gap_s:
-                job.max_token_gap_s = end - job.last_token_s
-            job.last_token_s = end
-            if job.is_stopped_by(token, eos_token_id):
+            if request.num_tokens >= job.max_tokens or token in job.stop_token_ids:
                 job.finished_s = end
                 request.status = RequestStatus.FINISHED
                 finished.append(job)

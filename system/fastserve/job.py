@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fastserve.request import Request, RequestStatus, SamplingParams
-
-_NAN = float("nan")
 
 
 @dataclass(slots=True)
@@ -15,11 +14,15 @@ class Job:
 
     request: Request
     params: SamplingParams
+    eos_token_id: int | None = None
     max_tokens: int = field(init=False)
-    first_scheduled_s: float = _NAN
-    first_token_s: float = _NAN
-    last_token_s: float = _NAN
-    finished_s: float = _NAN
+    """Prompt and output together, at the most."""
+    stop_token_ids: frozenset[int] = field(init=False)
+    """Tokens that end it, the end of sequence among them unless ignored."""
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
     max_token_gap_s: float = 0.0
     swapping_s: float = 0.0
     """Time it was chosen to run and waited for a transfer, its own or another's."""
@@ -33,34 +36,24 @@ class Job:
 
     def __post_init__(self) -> None:
         self.max_tokens = self.request.num_prompt_tokens + self.params.max_tokens
-
-    def is_stopped_by(self, token: int, eos_token_id: int | None) -> bool:
-        """Whether generating `token` (already counted in the request) ends the job."""
-        if self.request.num_tokens >= self.max_tokens:
-            return True
-        if token in self.params.stop_token_ids:
-            return True
-        return token == eos_token_id and not self.params.ignore_eos
-
-    @property
-    def jct_s(self) -> float:
-        """Job completion time: arrival to last token."""
-        return self.finished_s - self.request.arrival_s
+        eos = () if self.eos_token_id is None or self.params.ignore_eos else (self.eos_token_id,)
+        self.stop_token_ids = frozenset((*self.params.stop_token_ids, *eos))
 
     @property
     def metrics(self) -> RequestMetrics:
         """The row of requests.parquet."""
         request = self.request
+        finished_s = _or_nan(self.finished_s)
         return RequestMetrics(
             request_id=request.request_id,
             status=request.status.value,
             arrival_s=request.arrival_s,
-            first_scheduled_s=self.first_scheduled_s,
-            first_token_s=self.first_token_s,
-            finished_s=self.finished_s,
+            first_scheduled_s=_or_nan(self.first_scheduled_s),
+            first_token_s=_or_nan(self.first_token_s),
+            finished_s=finished_s,
             prompt_tokens=request.num_prompt_tokens,
             output_tokens=request.num_output_tokens,
-            queueing_s=self.jct_s - self.swapping_s - self.execution_s,
+            queueing_s=finished_s - request.arrival_s - self.swapping_s - self.execution_s,
             swapping_s=self.swapping_s,
             execution_s=self.execution_s,
             max_token_gap_s=self.max_token_gap_s,
@@ -100,3 +93,7 @@ class RequestMetrics:
     swap_in_bytes: int
     recomputed_tokens: int
     error: str
+
+
+def _or_nan(time_s: float | None) -> float:
+    return math.nan if time_s is None else time_s

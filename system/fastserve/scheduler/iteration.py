@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastserve.kvcache import Transfer
@@ -16,8 +15,7 @@ class Drop(NamedTuple):
     num_lost_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Iteration:
+class Iteration(NamedTuple):
     """What runs next, and what moves meanwhile.
 
     With `requests` empty it is a decision to wait: the `stalled` requests were chosen and cannot run before a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -77,6 +78,8 @@ class SkipJoinMLFQ(Scheduler):
         options: SkipJoinMLFQOptions = self.options
         base = options.quantum_base_s or self.latency.iteration_time([], [1])
         self.quanta = [base * options.quantum_ratio**level for level in range(options.num_levels)]
+        # Service at which a quantum is used up; that of the last level never is.
+        self._used_up = [*(quantum * _EXACT for quantum in self.quanta[:-1]), math.inf]
         self._decode_time = functools.cache(lambda context: self.latency.iteration_time((), (context,)))
         self._alpha_s = options.alpha_s
         self.queues: list[OrderedDict[str, Request]] = [OrderedDict() for _ in self.quanta]
@@ -124,27 +127,27 @@ class SkipJoinMLFQ(Scheduler):
         """Charge the iteration to the request's quantum; demote when that is used up."""
         standing = request.standing
         standing.service_s += end - start
-        level, quanta = request.level, self.quanta
-        if standing.service_s >= quanta[level] * _EXACT and level < len(quanta) - 1:
+        level = request.level
+        if standing.service_s >= self._used_up[level]:
             del self.queues[level][request.request_id]
             next_time = self._next_iteration_time(request)
-            self._join(request, level + 1 if next_time * _EXACT <= quanta[level + 1] else self.level_for(next_time))
+            covered = next_time * _EXACT <= self.quanta[level + 1]
+            self._join(request, level + 1 if covered else self.level_for(next_time))
 
     def prepare(self, now: float) -> None:
         """Promote whoever has waited `alpha_s` to the highest queue."""
-        from_arrival, from_now = self._waits_from_arrival, self._waits_from_now
-        while True:
-            waits = from_arrival if not from_now or (from_arrival and from_arrival[0] <= from_now[0]) else from_now
-            if not waits or waits[0][0] > now:
-                return
-            _, number, request = waits.popleft()
-            if request.standing.wait != number:
-                continue
-            # One that already stands in the highest queue must not lose its place there by being promoted again.
-            if request.level > 0:
-                del self.queues[request.level][request.request_id]
-                self._join(request, 0)
-            self._start_waiting(request, now, from_now)
+        due: list[_Wait] = []
+        for waits in (self._waits_from_arrival, self._waits_from_now):
+            while waits and waits[0][0] <= now:
+                due.append(waits.popleft())
+        due.sort()
+        for _, number, request in due:
+            if request.standing.wait == number:
+                # One that already stands in the highest queue must not lose its place there by being promoted again.
+                if request.level > 0:
+                    del self.queues[request.level][request.request_id]
+                    self._join(request, 0)
+                self._start_waiting(request, now, self._waits_from_now)
 
     def _join(self, request: Request, level: int) -> None:
         request.level = level
