@@ -39,7 +39,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rope_scaling: dict[str, Any] | None = None
     """Llama 3 frequency scaling in Hugging Face's keys, or None."""
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text; chat models have several."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

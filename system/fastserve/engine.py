@@ -53,14 +53,14 @@ class Engine:
         clock: Clock,
         *,
         max_model_len: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.kv = kv
         self.clock = clock
         self.max_model_len = max_model_len
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = eos_token_ids
         self.jobs: dict[str, Job] = {}
         """Unfinished requests by id."""
         self.iterations: list[IterationRecord] = []
@@ -74,7 +74,7 @@ class Engine:
 
         One that could never be served is marked REJECTED, with the reason in `job.error`, and not taken.
         """
-        job = Job(request, params, self.eos_token_id)
+        job = Job(request, params, self.eos_token_ids)
         try:
             self._check_fits(request, params)
         except RequestTooLongError as error:

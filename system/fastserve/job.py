@@ -14,7 +14,7 @@ class Job:
 
     request: Request
     params: SamplingParams
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
     max_tokens: int = field(init=False)
     """Prompt and output together, at the most."""
     stop_token_ids: frozenset[int] = field(init=False)
@@ -36,7 +36,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.max_tokens = self.request.num_prompt_tokens + self.params.max_tokens
-        eos = () if self.eos_token_id is None or self.params.ignore_eos else (self.eos_token_id,)
+        eos = () if self.params.ignore_eos else self.eos_token_ids
         self.stop_token_ids = frozenset((*self.params.stop_token_ids, *eos))
 
     @property

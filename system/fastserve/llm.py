@@ -134,7 +134,7 @@ class LLM:
             kv,
             clock,
             max_model_len=context,
-            eos_token_id=self.model_config.eos_token_id,
+            eos_token_ids=self.model_config.eos_token_ids,
         )
         self._tokenizer = _load_tokenizer(model_dir)
         self._num_requests = 0

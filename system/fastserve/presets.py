@@ -20,12 +20,12 @@ def _opt(name: str, layers: int, hidden: int, heads: int) -> ModelConfig:
         head_dim=hidden // heads,
         intermediate_size=4 * hidden,
         max_model_len=2048,
-        eos_token_id=2,
+        eos_token_ids=(2,),
     )
 
 
 def _llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **overrides: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"vocab_size": 32_000, "max_model_len": 4096, "eos_token_id": 2} | overrides
+    fields: dict[str, Any] = {"vocab_size": 32_000, "max_model_len": 4096, "eos_token_ids": (2,)} | overrides
     return ModelConfig(
         name=name,
         architecture="llama",
@@ -44,7 +44,7 @@ _LLAMA_3: dict[str, Any] = {
     "vocab_size": 128_256,
     "max_model_len": 8192,
     "rope_theta": 500_000.0,
-    "eos_token_id": 128_001,
+    "eos_token_ids": (128_001,),
 }
 
 PRESETS: dict[str, ModelConfig] = {

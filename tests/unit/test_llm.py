@@ -32,6 +32,19 @@ def test_one_too_long_is_reported_and_the_rest_served() -> None:
     assert len(outputs[1].token_ids) == 4
 
 
+def test_any_end_of_sequence_token_ends_a_text() -> None:
+    prompt = {"prompt_token_ids": [[1, 2, 3]]}
+    with LLM("opt-tiny", policy="fastserve-fcfs", **SMALL) as llm:
+        (free,) = llm.generate(**prompt, sampling_params=SamplingParams(max_tokens=16, ignore_eos=True))
+        end = free.token_ids[4]
+        stopped_at = free.token_ids.index(end) + 1
+        llm.engine.eos_token_ids = (60_000, end)
+        (ended,) = llm.generate(**prompt, sampling_params=SamplingParams(max_tokens=16))
+        (ignored,) = llm.generate(**prompt, sampling_params=SamplingParams(max_tokens=16, ignore_eos=True))
+    assert ended.token_ids == free.token_ids[:stopped_at]
+    assert ignored.token_ids == free.token_ids
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,7 +112,7 @@ def _opt_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         intermediate_size=fields["ffn_dim"],
         max_model_len=fields["max_position_embeddings"],
         tie_word_embeddings=fields.get("tie_word_embeddings", True),
-        eos_token_id=_first(fields.get("eos_token_id", 2)),
+        eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
     )
 
 
@@ -142,7 +142,7 @@ def _llama_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         norm_eps=fields["rms_norm_eps"],
         rope_theta=rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
         rope_scaling={key: scaling[key] for key in _LLAMA3_SCALING} if kind == "llama3" else None,
-        eos_token_id=_first(fields.get("eos_token_id", 2)),
+        eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
     )
 
 
@@ -152,8 +152,10 @@ def _require(path: Path, fields: dict[str, Any], key: str, value: object) -> Non
         raise CheckpointError(f"{path}: {key} = {fields[key]!r} is not supported, only {value!r}")
 
 
-def _first(token_ids: int | list[int] | None) -> int | None:
-    return token_ids[0] if isinstance(token_ids, list) else token_ids
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
