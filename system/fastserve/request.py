@@ -69,6 +69,8 @@ class Request:
     """Part of an iteration that was submitted and not yet collected."""
     level: int = field(init=False, default=0)
     """Queue it stands in, 0 the highest; stays 0 in policies without queues."""
+    cache_capacity: int = field(init=False, default=0)
+    """Tokens its cache has room for, 0 unless that is wholly on the GPU. Kept by the KVCacheManager."""
     standing: Any = field(init=False, default=None, repr=False)
     """Belongs to the scheduling policy: whatever it needs to know of the request to order it."""
 

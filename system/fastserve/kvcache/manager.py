@@ -47,8 +47,6 @@ class _Entry:
     location: Location
     gpu_blocks: list[int]
     host_blocks: list[int]
-    capacity: int = 0
-    """Tokens the GPU blocks can hold; 0 unless the cache is wholly on the GPU."""
 
 
 class KVCacheManager:
@@ -102,16 +100,10 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def blocks_to_hold(self, request: Request, num_tokens: int) -> int:
-        """GPU blocks to find before the request's cache is on the GPU and can hold `num_tokens` tokens.
-
-        0 means that it is there and can. Meaningless, but never 0, while the cache is in transfer.
-        """
+        """GPU blocks to find before the request, wherever its cache is, can hold `num_tokens` tokens on the GPU."""
         entry = self._entries.get(request.request_id)
-        if entry is None:
-            return self.blocks_for(num_tokens)
-        if num_tokens <= entry.capacity:
-            return 0
-        return max(1, self.blocks_for(num_tokens) - len(entry.gpu_blocks))
+        held = 0 if entry is None else len(entry.gpu_blocks)
+        return max(0, self.blocks_for(num_tokens) - held)
 
     def resident_requests(self) -> list[Request]:
         """Requests whose cache is wholly on the GPU and not in transfer."""
@@ -124,13 +116,14 @@ class KVCacheManager:
         entry = self._entries.get(request.request_id)
         if entry is None:
             blocks = self._gpu.allocate(self.blocks_for(num_tokens))
-            self._entries[request.request_id] = _Entry(request, Location.GPU, blocks, [], len(blocks) * self.block_size)
+            self._entries[request.request_id] = _Entry(request, Location.GPU, blocks, [])
+            request.cache_capacity = len(blocks) * self.block_size
             return
         if entry.location is not Location.GPU:
             raise WrongLocationError(f"request {request.request_id} cannot grow: its cache is {entry.location.value}")
-        if num_tokens > entry.capacity:
+        if num_tokens > request.cache_capacity:
             entry.gpu_blocks += self._gpu.allocate(self.blocks_for(num_tokens) - len(entry.gpu_blocks))
-            entry.capacity = len(entry.gpu_blocks) * self.block_size
+            request.cache_capacity = len(entry.gpu_blocks) * self.block_size
 
     def begin_swap_out(self, request: Request) -> Transfer:
         """Start moving a resident request's computed cache to host memory; its GPU blocks are freed by `complete`.
@@ -142,7 +135,7 @@ class KVCacheManager:
         used = self.blocks_for(request.num_computed_tokens)
         entry.host_blocks = self._host.allocate(used)
         entry.location = Location.SWAPPING_OUT
-        entry.capacity = 0
+        request.cache_capacity = 0
         self._vacating += len(entry.gpu_blocks)
         return self._transfer(request, Direction.OUT, entry.gpu_blocks[:used], entry.host_blocks)
 
@@ -168,7 +161,7 @@ class KVCacheManager:
         else:
             self._host.free(entry.host_blocks)
             entry.host_blocks = []
-            entry.capacity = len(entry.gpu_blocks) * self.block_size
+            entry.request.cache_capacity = len(entry.gpu_blocks) * self.block_size
             entry.location = Location.GPU
         if transfer.request.status is not RequestStatus.ACTIVE:
             self.release(transfer.request)
@@ -187,6 +180,7 @@ class KVCacheManager:
         if entry is None or entry.location in (Location.SWAPPING_OUT, Location.SWAPPING_IN):
             return
         del self._entries[request.request_id]
+        request.cache_capacity = 0
         self._gpu.free(entry.gpu_blocks)
         self._host.free(entry.host_blocks)
 
@@ -201,10 +195,13 @@ class KVCacheManager:
         if vacating != self._vacating:
             raise CacheError(f"{vacating} GPU blocks are being vacated, {self._vacating} were counted")
         for entry in entries:
-            if entry.location is Location.GPU and entry.request.num_computed_tokens > entry.capacity:
+            request, resident = entry.request, entry.location is Location.GPU
+            if request.cache_capacity != (len(entry.gpu_blocks) * self.block_size if resident else 0):
+                raise CacheError(f"request {request.request_id}: wrong cache_capacity {request.cache_capacity}")
+            if resident and request.num_computed_tokens > request.cache_capacity:
                 raise OutOfBlocksError(
-                    f"request {entry.request.request_id}: {entry.request.num_computed_tokens} tokens computed, "
-                    f"room for {entry.capacity}"
+                    f"request {request.request_id}: {request.num_computed_tokens} tokens computed, "
+                    f"room for {request.cache_capacity}"
                 )
 
     # -- helpers -----------------------------------------------------------------------------------------------

@@ -60,8 +60,7 @@ class IterationPlan:
         # A prompt beyond the budget must run some time: as the only prompt of its iteration.
         if is_prefill and num_tokens > self._tokens_left and self._num_prefills:
             return False
-        needed = self._kv.blocks_to_hold(request, request.num_tokens)
-        if needed and not self._make_resident(request, needed, may_evict, keep_free):
+        if request.num_tokens > request.cache_capacity and not self._make_resident(request, may_evict, keep_free):
             return False
         if is_prefill:
             self._num_prefills += 1
@@ -108,13 +107,14 @@ class IterationPlan:
             preempted=preempted,
         )
 
-    def _make_resident(self, request: Request, needed: int, may_evict: bool, keep_free: int) -> bool:
-        """Get the request onto the GPU with `needed` more blocks, now or once transfers have ended; False if not."""
+    def _make_resident(self, request: Request, may_evict: bool, keep_free: int) -> bool:
+        """Get the request onto the GPU with room for its tokens, now or once transfers have ended; False if not."""
         kv = self._kv
         location = kv.location(request)
         if location is Location.SWAPPING_OUT or location is Location.SWAPPING_IN:
             self._must_wait = True
             return True
+        needed = kv.blocks_to_hold(request, request.num_tokens)
         if not self._find_room(request, needed, may_evict, keep_free):
             return False
         if needed > kv.num_free_gpu_blocks - self._promised_blocks:
