@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +49,12 @@ class _Standing:
     """Order of joining: smaller is nearer the front of its queue."""
     service_s: float = 0.0
     """Time served since it joined this queue."""
-    wait: int = 0
-    """Number of its current wait, 0 while it runs: tells the deadline of a wait that is over from a live one."""
+    deadline: float = 0.0
+    """When its current wait ends in promotion (s); of no meaning while it runs."""
 
 
 _EXACT = 1 - 1e-9
 """Times add up with rounding errors; a quantum of exactly four iterations must not last five."""
-
-_Wait = tuple[float, int, Request]
 
 
 @register
@@ -84,11 +82,8 @@ class SkipJoinMLFQ(Scheduler):
         self._alpha_s = options.alpha_s
         self.queues: list[OrderedDict[str, Request]] = [OrderedDict() for _ in self.quanta]
         self._num_joins = 0
-        self._num_waits = 0
-        # Waits as (deadline, number of the wait, request). All last alpha, so each list is in order of its start as it
-        # grows: one for waits that begin at arrival, one for those that begin now. Outdated ones are skipped later.
-        self._waits_from_arrival: deque[_Wait] = deque()
-        self._waits_from_now: deque[_Wait] = deque()
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        """Whoever waits, in order of the deadline: every wait lasts alpha, so each new one is the last to end."""
 
     def in_order(self) -> Iterable[Request]:
         """Queue by queue, each front to back."""
@@ -108,20 +103,20 @@ class SkipJoinMLFQ(Scheduler):
         """Skip-join: enter where the quantum covers the first iteration."""
         request.standing = _Standing()
         self._join(request, self.level_for(self._next_iteration_time(request)))
-        self._start_waiting(request, request.arrival_s, self._waits_from_arrival)
+        self._start_waiting(request, request.arrival_s)
 
     def on_remove(self, request: Request) -> None:
         """Leave the queue."""
         del self.queues[request.level][request.request_id]
-        request.standing.wait = 0
+        self._waiting.pop(request.request_id, None)
 
     def on_start(self, request: Request, now: float) -> None:
         """It waits no longer."""
-        request.standing.wait = 0
+        self._waiting.pop(request.request_id, None)
 
     def on_preempt(self, request: Request, now: float) -> None:
         """It starts to wait, keeping its place in its queue."""
-        self._start_waiting(request, now, self._waits_from_now)
+        self._start_waiting(request, now)
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote when that is used up."""
@@ -136,18 +131,18 @@ class SkipJoinMLFQ(Scheduler):
 
     def prepare(self, now: float) -> None:
         """Promote whoever has waited `alpha_s` to the highest queue."""
-        due: list[_Wait] = []
-        for waits in (self._waits_from_arrival, self._waits_from_now):
-            while waits and waits[0][0] <= now:
-                due.append(waits.popleft())
-        due.sort()
-        for _, number, request in due:
-            if request.standing.wait == number:
-                # One that already stands in the highest queue must not lose its place there by being promoted again.
-                if request.level > 0:
-                    del self.queues[request.level][request.request_id]
-                    self._join(request, 0)
-                self._start_waiting(request, now, self._waits_from_now)
+        due: list[Request] = []
+        for request in self._waiting.values():
+            if request.standing.deadline > now:
+                break
+            due.append(request)
+        for request in due:
+            # One that already stands in the highest queue must not lose its place there by being promoted again.
+            if request.level > 0:
+                del self.queues[request.level][request.request_id]
+                self._join(request, 0)
+            self._waiting.move_to_end(request.request_id)
+            self._start_waiting(request, now)
 
     def _join(self, request: Request, level: int) -> None:
         request.level = level
@@ -156,11 +151,10 @@ class SkipJoinMLFQ(Scheduler):
         self._num_joins = standing.position = self._num_joins + 1
         self.queues[level][request.request_id] = request
 
-    def _start_waiting(self, request: Request, since: float, waits: deque[_Wait]) -> None:
+    def _start_waiting(self, request: Request, since: float) -> None:
         if self._alpha_s is not None:
-            self._num_waits = number = self._num_waits + 1
-            request.standing.wait = number
-            waits.append((since + self._alpha_s, number, request))
+            request.standing.deadline = since + self._alpha_s
+            self._waiting[request.request_id] = request
 
     def _next_iteration_time(self, request: Request) -> float:
         """Seconds the request's next iteration takes on its own: its prompt (or what was dropped), or one token."""
