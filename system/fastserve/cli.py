@@ -81,10 +81,7 @@ def profile(
             "residuals": described,
         },
     )
-    try:
-        measured.save(out)
-    except OSError as error:
-        raise OutputError(f"cannot write profile {out}: {error.strerror}") from error
+    measured.save(out)
     for kind in ("prefill", "decode", "mixed"):
         if kind in described:
             errors = described[kind]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from fastserve.clock import Clock
-from fastserve.errors import RequestTooLongError
 from fastserve.executor.base import Executor, IterationResult
 from fastserve.job import Job
 from fastserve.kvcache import KVCacheManager
@@ -75,11 +74,9 @@ class Engine:
         One that could never be served is marked REJECTED, with the reason in `job.error`, and not taken.
         """
         job = Job(request, params, self.eos_token_ids)
-        try:
-            self._check_fits(request, params)
-        except RequestTooLongError as error:
+        job.error = self._why_never(request, params)
+        if job.error:
             request.status = RequestStatus.REJECTED
-            job.error = str(error)
             return job
         if not request.max_output_tokens:
             limit = self.max_model_len or self.kv.config.num_gpu_blocks * self.kv.block_size
@@ -244,19 +241,20 @@ class Engine:
             for transfer in self.executor.finished_transfers():
                 self.kv.complete(transfer)
 
-    def _check_fits(self, request: Request, params: SamplingParams) -> None:
-        """Raise RequestTooLongError for a request that no schedule could serve."""
+    def _why_never(self, request: Request, params: SamplingParams) -> str:
+        """Why no schedule could ever serve the request; empty if one can."""
         total = request.num_prompt_tokens + params.max_tokens
         sizes = (
             f"request {request.request_id}: prompt of {request.num_prompt_tokens} tokens "
             f"+ output of up to {params.max_tokens}"
         )
         if self.max_model_len is not None and total > self.max_model_len:
-            raise RequestTooLongError(f"{sizes} exceeds the model's context of {self.max_model_len} tokens")
+            return f"{sizes} exceeds the model's context of {self.max_model_len} tokens"
         # The last token generated is never fed back, so it needs no room.
         needed, blocks = self.kv.blocks_for(total - 1), self.kv.config.num_gpu_blocks
         if needed > blocks:
-            raise RequestTooLongError(
+            return (
                 f"{sizes} needs {needed} cache blocks of {self.kv.block_size} tokens, the GPU pool has {blocks}; "
                 "raise num_gpu_blocks or shorten the request"
             )
+        return ""

@@ -15,10 +15,6 @@ class CheckpointError(FastServeError):
     """A model directory that is missing, incomplete, or of an architecture we do not run."""
 
 
-class RequestTooLongError(FastServeError):
-    """A request that could never fit the cache or the model's context, however long it waited."""
-
-
 class TraceError(FastServeError):
     """A trace that is missing, empty or malformed; names the file and the line or record."""
 

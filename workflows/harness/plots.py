@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from fastserve.errors import OutputError
+from fastserve.files import written_whole
 from fastserve.latency import load_profile
 from harness.capacity import is_monotone, largest_fall
 from harness.points import Experiment, capacity_of, curve
@@ -298,19 +297,11 @@ def _write_below(figure: Figure, notes: Sequence[str], text: str) -> None:
 
 def _save(figure: Figure, stem: Path) -> list[Path]:
     """Both files are drawn before either takes its place."""
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
-    staged = [path.with_name(f".writing-{path.name}") for path in paths]
-    try:
-        figure.savefig(staged[0], dpi=160)
-        figure.savefig(staged[1], metadata={"CreationDate": None})
-        for staging, path in zip(staged, paths, strict=True):
-            os.replace(staging, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {stem}.png and .pdf: {error.strerror}") from error
-    finally:
-        for staging in staged:
-            staging.unlink(missing_ok=True)
-    return paths
+    png, pdf = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf"))
+    with written_whole(png) as staged_png, written_whole(pdf) as staged_pdf:
+        figure.savefig(staged_png, dpi=160)
+        figure.savefig(staged_pdf, metadata={"CreationDate": None})
+    return [png, pdf]
 
 
 def _machine(meta: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ An experiment is a mapping as workflows/schemas/config.schema.yaml describes it,
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastserve.errors import ConfigError, OutputError
+from fastserve.errors import ConfigError
+from fastserve.files import written_whole
 from fastserve.latency import load_profile
 from harness.capacity import first_upward_crossing, is_monotone, largest_fall
 from harness.runner import RunConfig, resolve_settings
@@ -204,14 +204,8 @@ def provenance(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write beside the old file, then put it in its place; the same table gives the same bytes."""
-    staging = path.with_name(f".writing-{path.name}")
-    try:
+    with written_whole(path) as staging:
         table.to_csv(staging, index=False, lineterminator="\n", encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

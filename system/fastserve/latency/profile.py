@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
+from fastserve.files import written_whole
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
 
 FORMAT_VERSION = 1
@@ -89,13 +89,9 @@ class Profile:
         }
 
     def save(self, path: Path) -> None:
-        """Write the profile so that a reader sees the old file or the whole new one."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the profile whole; OutputError if it cannot be written."""
+        with written_whole(path) as staging:
+            staging.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def list_profiles() -> list[str]:

@@ -81,7 +81,7 @@ class Scheduler(ABC):
         self.prepare(now)
         plan = IterationPlan(self, now)
         for request in self.in_order():
-            if not plan.offer(request) and (self.head_of_line or plan.is_full):
+            if not self.offer(plan, request) and (self.head_of_line or plan.is_full):
                 break
         return plan.decide()
 
@@ -114,6 +114,10 @@ class Scheduler(ABC):
     @abstractmethod
     def on_remove(self, request: Request) -> None:
         """Take a finished or aborted request out of the order."""
+
+    def offer(self, plan: IterationPlan, request: Request) -> bool:
+        """Offer a request to the plan on the policy's terms: here, it may take cache from those that rank behind it."""
+        return plan.offer(request)
 
     def on_progress(self, request: Request, start: float, end: float) -> None:  # noqa: B027 (optional hook)
         """An unfinished request took part in an iteration from `start` to `end` (seconds)."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastserve.request import Request
 from fastserve.scheduler.base import MemoryOptions, Scheduler
-from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.plan import IterationPlan
 from fastserve.scheduler.registry import register
 
@@ -46,12 +45,6 @@ class ArrivalOrder(Scheduler):
         """Forget."""
         del self._queue[request.request_id]
 
-    def offer(self, plan: IterationPlan, request: Request) -> bool:
-        """A running request may take cache from later ones to grow, and the first always may; an admission may not."""
-        if plan.is_empty or request.request_id in self.running:
-            return plan.offer(request)
-        return plan.offer(request, may_evict=False, keep_free=self.watermark_blocks)
-
 
 @register
 class FCFS(ArrivalOrder):
@@ -59,10 +52,8 @@ class FCFS(ArrivalOrder):
 
     name = "fastserve-fcfs"
 
-    def schedule(self, now: float) -> Iteration:
-        """Fill the batch in order of arrival; the first that does not fit blocks those behind it."""
-        plan = IterationPlan(self, now)
-        for request in self.in_order():
-            if not self.offer(plan, request):
-                break
-        return plan.decide()
+    def offer(self, plan: IterationPlan, request: Request) -> bool:
+        """A running request may take cache from later ones to grow, and the first always may; an admission may not."""
+        if plan.is_empty or request.request_id in self.running:
+            return plan.offer(request)
+        return plan.offer(request, may_evict=False, keep_free=self.watermark_blocks)
