@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from fastserve.kvcache import Location
-from fastserve.request import Request
-from fastserve.scheduler import Iteration, MemoryOptions, register
-from fastserve.scheduler.base import SwapMode
+from fastserve.request import AWAY, Request
+from fastserve.scheduler import Iteration, register
 from fastserve.scheduler.fcfs import ArrivalOrder
 from fastserve.scheduler.plan import IterationPlan
 
 
 @dataclass(frozen=True, slots=True)
-class VLLMOptions(MemoryOptions):
-    """vLLM recomputes by default."""
+class VLLMOptions:
+    """The newest running request gives up its cache when memory runs out, and nobody at any other time."""
 
-    swap: SwapMode = "recompute"
+    swap: Literal["recompute", "reactive"] = "recompute"
+    """Whether it is dropped and recomputed, which is vLLM's default, or swapped."""
 
 
 @register
@@ -44,7 +43,6 @@ class VLLM(ArrivalOrder):
 
     def on_remove(self, request: Request) -> None:
         """Forget."""
-        super().on_remove(request)
         self._waiting.pop(request.request_id, None)
 
     def on_start(self, request: Request, now: float) -> None:
@@ -56,24 +54,23 @@ class VLLM(ArrivalOrder):
         self._waiting[request.request_id] = request
         self._waiting.move_to_end(request.request_id, last=False)
 
-    def schedule(self, now: float) -> Iteration:
+    def decide(self, now: float) -> Iteration:
         """Prompts if any can be admitted, else a decode step of all that run."""
         plan = IterationPlan(self, now, self.config.max_batch_size - len(self.running))
         self._admit(plan, swapped=False)
-        if plan.is_empty:
+        if not plan.batch:
             plan = IterationPlan(self, now)
             for request in self.running.values():
-                if not plan.offer(request):
-                    break
+                plan.offer(request)
             self._admit(plan, swapped=True)
-        return plan.decide(others_keep_their_place=True)
+        return plan.close(others_keep_their_place=True)
 
     def _admit(self, plan: IterationPlan, *, swapped: bool) -> None:
         """Take requests from the front of the waiting ones: those swapped out, or those with a prompt to compute."""
         for request in self._waiting.values():
-            if (self.kv.location(request) not in (Location.NONE, Location.GPU)) is not swapped:
+            if (request.part == AWAY) is not swapped:
                 break
             # With nobody running, whatever a later request holds must not keep the first from starting.
-            alone = plan.is_empty and not self.running
+            alone = not plan.batch and not self.running
             if not plan.offer(request, may_evict=alone, keep_free=0 if alone else self.watermark_blocks):
                 break

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from fastserve.clock import Clock
-from fastserve.executor.base import Executor, IterationResult
+from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
 from fastserve.job import Job
 from fastserve.kvcache import KVCacheManager
 from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration, Scheduler
+
+_FEWEST_WORTH_A_JUMP, _LONGEST_JUMP = 3, 1024
 
 
 class Arrival(NamedTuple):
@@ -35,7 +40,31 @@ class IterationRecord(NamedTuple):
     free_host_blocks: int
     num_preempted: int
     stalled_s: float
-    """Time since the previous iteration in which the chosen batch waited for transfers."""
+    """Time since the previous iteration in which nothing ran because of transfers under way."""
+
+
+class Observer(Protocol):
+    """Is told what happens, as it happens. Times are in seconds on the engine's clock."""
+
+    def on_arrival(self, job: Job) -> None:
+        """A request has entered the system."""
+        ...
+
+    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+        """An iteration has ended and its requests have not advanced yet."""
+        ...
+
+    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
+        """Nothing ran, and these requests, if any, were due and waited for a transfer."""
+        ...
+
+    def on_transfer(self, finished: FinishedTransfer) -> None:
+        """A transfer has ended."""
+        ...
+
+    def on_done(self, job: Job) -> None:
+        """A request has left the system."""
+        ...
 
 
 class Engine:
@@ -63,6 +92,11 @@ class Engine:
         self.jobs: dict[str, Job] = {}
         """Unfinished requests by id."""
         self.iterations: list[IterationRecord] = []
+        self.observer: Observer | None = None
+        self.jumps = True
+        """Whether iterations that can only be alike are computed at once where the executor can tell their times."""
+        if scheduler.needs_oracle:
+            scheduler.oracle = self._tokens_to_come
         self._in_flight: deque[Iteration] = deque()
         self._stalled_s = 0.0
 
@@ -84,6 +118,8 @@ class Engine:
         self.jobs[request.request_id] = job
         self.executor.add_request(request, params)
         self.scheduler.add(request)
+        if self.observer:
+            self.observer.on_arrival(job)
         return job
 
     def abort(self, request_id: str) -> bool:
@@ -97,6 +133,8 @@ class Engine:
         if not job.request.in_flight:
             self.scheduler.abort(request_id)
             self.executor.remove_request(job.request)
+        if self.observer:
+            self.observer.on_done(job)
         return True
 
     @property
@@ -143,6 +181,8 @@ class Engine:
         stalled: tuple[Request, ...] = ()
         while len(self._in_flight) < self.executor.max_in_flight:
             iteration = self.scheduler.schedule(self.clock.now())
+            if self.jumps and self._jump(iteration, until):
+                return []
             self._submit(iteration)
             if not iteration.requests:
                 stalled = iteration.stalled
@@ -176,17 +216,25 @@ class Engine:
             )
         start = self.clock.now()
         self.executor.wait(until)
-        waited = self.clock.now() - start
-        self._stalled_s += waited
+        end = self.clock.now()
+        self._stalled_s += end - start
+        self._charge_stall(stalled, end - start)
+        if self.observer:
+            self.observer.on_stall(self, stalled, start, end)
+
+    def _charge_stall(self, stalled: tuple[Request, ...], duration: float) -> None:
         for request in stalled:
-            self.jobs[request.request_id].swapping_s += waited
+            job = self.jobs.get(request.request_id)
+            if job is not None:  # Not aborted meanwhile.
+                job.swapping_s += duration
 
     def _postprocess(self, iteration: Iteration, result: IterationResult) -> list[Job]:
-        """Advance every request of the iteration, end those that are done, and tell the scheduler."""
+        """Advance every request of the iteration, let the scheduler decide who leaves, and record."""
         start, end = result.start_s, result.end_s
         duration = end - start
         jobs = self.jobs
-        finished: list[Job] = []
+        if self.observer:
+            self.observer.on_iteration(self, iteration, start, end)
         for request, num_scheduled, token in zip(
             iteration.requests, iteration.num_scheduled_tokens, result.tokens, strict=True
         ):
@@ -204,7 +252,7 @@ class Engine:
                 if request.num_computed_tokens < request.num_tokens:
                     continue
                 job.first_token_s = end
-            elif request.num_computed_tokens < request.num_tokens:
+            elif request.num_computed_tokens < request.num_tokens or not num_scheduled:
                 continue
             elif end - last_token_s > job.max_token_gap_s:
                 job.max_token_gap_s = end - last_token_s
@@ -213,20 +261,26 @@ class Engine:
             if request.token_ids:
                 request.token_ids.append(token)
             if request.num_tokens >= job.max_tokens or token in job.stop_token_ids:
-                job.finished_s = end
                 request.status = RequestStatus.FINISHED
+        if iteration.stalled:
+            self._charge_stall(iteration.stalled, duration)
+        num_waiting = len(jobs) - len(iteration.requests)
+        finished: list[Job] = []
+        for request in self.scheduler.update(iteration, result):
+            job = jobs.pop(request.request_id, None)
+            if job is not None:
+                job.finished_s = end
                 finished.append(job)
-        self.scheduler.update(iteration, result)
-        for job in finished:
-            del jobs[job.request.request_id]
-            self.executor.remove_request(job.request)
+                self.executor.remove_request(request)
+                if self.observer:
+                    self.observer.on_done(job)
         self.iterations.append(
             IterationRecord(
                 start,
                 end,
                 len(iteration.requests),
                 sum(iteration.num_scheduled_tokens),
-                len(jobs) + len(finished) - len(iteration.requests),
+                num_waiting,
                 self.kv.num_free_gpu_blocks,
                 self.kv.num_free_host_blocks,
                 len(iteration.preempted),
@@ -236,10 +290,96 @@ class Engine:
         self._stalled_s = 0.0
         return finished
 
+    def _jump(self, iteration: Iteration, until: float) -> bool:
+        """Carry out this iteration and all after it that can only be like it at once, if there are any.
+
+        What is recorded is what one step after the other records, to the bit; only the numbers of the blocks differ.
+        """
+        requests = iteration.requests
+        batch = len(requests)
+        if (
+            not batch
+            or sum(iteration.num_scheduled_tokens) != batch
+            or iteration.preempted
+            or iteration.stalled
+            or iteration.swap_out
+            or iteration.swap_in
+            or iteration.dropped
+            or self.observer
+            or self._in_flight
+        ):
+            return False
+        jobs = [self.jobs[request.request_id] for request in requests]
+        # In none of them may a request finish.
+        count = min(job.max_tokens - request.num_tokens for job, request in zip(jobs, requests, strict=True)) - 1
+        if count < _FEWEST_WORTH_A_JUMP or any(
+            job.stop_token_ids or job.last_token_s is None or not request.num_computed_tokens
+            for job, request in zip(jobs, requests, strict=True)
+        ):
+            return False
+        ends = self.executor.foresee(iteration, min(count, _LONGEST_JUMP), until)
+        if ends is None or len(ends) < _FEWEST_WORTH_A_JUMP:
+            return False
+        kv = self.kv
+        tokens = np.array([request.num_tokens for request in requests])
+        blocks = -(-(tokens[:, None] + np.arange(len(ends))) // kv.block_size)
+        free_blocks = kv.num_free_gpu_blocks - (blocks - blocks[:, :1]).sum(axis=0)
+        count = int(np.searchsorted(-free_blocks, 0, side="right"))  # Free blocks never rise.
+        times = np.concatenate(([self.clock.now()], ends[:count]))
+        count = self.scheduler.repeats(times, free_blocks[:count])
+        if count < _FEWEST_WORTH_A_JUMP:
+            return False
+        times = times[: count + 1]
+        self._advance(iteration, jobs, times)
+        self._record_alike(iteration, times, free_blocks[:count])
+        return True
+
+    def _advance(self, iteration: Iteration, jobs: list[Job], times: np.ndarray) -> None:
+        """Iterations alike have passed, from each of `times` to the next; nobody finished."""
+        count = len(times) - 1
+        durations = np.diff(times)
+        execution = np.empty((len(jobs), count + 1))
+        execution[:, 0] = [job.execution_s for job in jobs]
+        execution[:, 1:] = durations
+        # Added up one by one, as steps would.
+        totals = np.add.accumulate(execution, axis=1)[:, -1].tolist()
+        first_end, end = float(times[1]), float(times[-1])
+        longest = float(durations[1:].max())
+        for request, job, total in zip(iteration.requests, jobs, totals, strict=True):
+            assert job.last_token_s is not None
+            job.execution_s = total
+            job.max_token_gap_s = max(job.max_token_gap_s, first_end - job.last_token_s, longest)
+            job.last_token_s = end
+            request.num_computed_tokens += count
+            request.num_tokens += count
+            # As far as the last of them needed.
+            self.kv.extend(request, request.num_computed_tokens)
+            if request.token_ids:
+                request.token_ids.extend([0] * count)
+        self.scheduler.update_repeated(iteration, times)
+        self.clock.sleep_until(end)
+
+    def _record_alike(self, iteration: Iteration, times: np.ndarray, free_blocks: np.ndarray) -> None:
+        batch = len(iteration.requests)
+        num_waiting = len(self.jobs) - batch
+        free_host = self.kv.num_free_host_blocks
+        stalled_s = self._stalled_s
+        for (start, end), free in zip(itertools.pairwise(times.tolist()), free_blocks.tolist(), strict=True):
+            self.iterations.append(
+                IterationRecord(start, end, batch, batch, num_waiting, free, free_host, 0, stalled_s)
+            )
+            stalled_s = 0.0
+        self._stalled_s = 0.0
+
     def _complete_transfers(self) -> None:
         if self.executor.num_transfers_in_flight:
-            for transfer in self.executor.finished_transfers():
-                self.kv.complete(transfer)
+            for finished in self.executor.finished_transfers():
+                self.scheduler.complete(finished.transfer)
+                if self.observer:
+                    self.observer.on_transfer(finished)
+
+    def _tokens_to_come(self, request: Request) -> int:
+        return self.jobs[request.request_id].max_tokens - request.num_tokens
 
     def _why_never(self, request: Request, params: SamplingParams) -> str:
         """Why no schedule could ever serve the request; empty if one can."""

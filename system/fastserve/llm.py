@@ -231,7 +231,9 @@ def default_num_blocks(model: ModelConfig, options: EngineOptions, device: str, 
 class NoLatency:
     """Given to policies that say they do not need a latency model."""
 
-    def iteration_time(self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int]) -> float:
+    def iteration_time(
+        self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int], prefix_lens: Sequence[int] = ()
+    ) -> float:
         """Raise RuntimeError."""
         raise RuntimeError("the policy asks for iteration times: its class must say needs_latency = True")
 

@@ -6,10 +6,19 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastserve.config import require_int
 from fastserve.errors import ConfigError
+
+Part = Literal[0, 1, 2]
+"""Where a request's cache is, as far as the order of service cares: one of the three below."""
+FRESH: Part = 0
+"""It has none: not begun, or dropped."""
+RESIDENT: Part = 1
+"""Wholly on the GPU."""
+AWAY: Part = 2
+"""In host memory, or on its way out or in."""
 
 
 class RequestStatus(enum.Enum):
@@ -68,7 +77,12 @@ class Request:
     in_flight: bool = field(init=False, default=False)
     """Part of an iteration that was submitted and not yet collected."""
     level: int = field(init=False, default=0)
-    """Queue it stands in, 0 the highest; stays 0 in policies without queues."""
+    """Queue it stands in, smaller is more urgent; stays 0 in policies with one queue."""
+    position: int = field(init=False, default=0)
+    """Place in that queue, smaller is nearer the front. Kept, with `part` and `level`, by the scheduler's queue."""
+    part: Part = field(init=False, default=0)
+    num_tokens_at_swap_in: int = field(init=False, default=-1)
+    """Computed tokens when its cache last came back to the GPU: as many still, and it has not run since."""
     cache_capacity: int = field(init=False, default=0)
     """Tokens its cache has room for, 0 unless that is wholly on the GPU. Kept by the KVCacheManager."""
     standing: Any = field(init=False, default=None, repr=False)
@@ -82,6 +96,11 @@ class Request:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the newest token is in the cache, so that one token is all there is to compute."""
+        return self.num_tokens - self.num_computed_tokens == 1 and self.num_computed_tokens > 0
 
     @classmethod
     def from_tokens(cls, request_id: str, arrival_s: float, token_ids: Sequence[int]) -> Request:

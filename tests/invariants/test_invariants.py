@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.job import Job
-from fastserve.scheduler import list_policies
+from fastserve.options import option_names
+from fastserve.scheduler import find_policy, list_policies
 from support.checked_engine import CheckedEngine
 from support.engines import arrival, make_engine
 
@@ -33,7 +34,7 @@ class Scenario:
 scenarios = st.builds(
     Scenario,
     policy=st.sampled_from(POLICIES),
-    swap=st.sampled_from(["reactive", "recompute"]),
+    swap=st.sampled_from(["proactive", "reactive", "recompute", "none"]),
     num_gpu_blocks=st.integers(4, 40),
     num_host_blocks=st.integers(0, 40),
     max_batch_size=st.integers(1, 5),
@@ -48,9 +49,11 @@ scenarios = st.builds(
 
 def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
     """Drive the engine as `Engine.run` does, with aborts in between."""
-    options: dict = {"swap": scenario.swap}
-    if scenario.policy == "fastserve":
-        options["alpha_s"] = scenario.alpha_s
+    wanted = {"swap": scenario.swap, "alpha_s": scenario.alpha_s}
+    known = option_names(find_policy(scenario.policy).Options)
+    options = {name: value for name, value in wanted.items() if name in known}
+    if scenario.policy == "vllm" and scenario.swap in ("proactive", "none"):
+        del options["swap"]
     engine = make_engine(
         scenario.policy,
         options,

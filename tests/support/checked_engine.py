@@ -3,7 +3,7 @@
 from fastserve.engine import Engine
 from fastserve.job import Job
 from fastserve.kvcache import Location
-from fastserve.request import Request, RequestStatus
+from fastserve.request import AWAY, FRESH, RequestStatus
 from fastserve.scheduler import Iteration
 
 
@@ -12,11 +12,15 @@ class CheckedEngine(Engine):
 
     def _submit(self, iteration: Iteration) -> None:
         in_flight = {id(request) for batch in self._in_flight for request in batch.requests}
-        for request in iteration.requests:
+        for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
+            assert id(request) not in in_flight, f"I4: {request.request_id} is in two iterations"
+            if not num_scheduled:
+                continue  # Padding has no cache.
             assert self.kv.location(request) is Location.GPU, f"I3: {request.request_id} is scheduled and not resident"
             held = self.kv.num_blocks(request) * self.kv.block_size
-            assert request.num_tokens <= held, f"I3: no room for the tokens of {request.request_id}"
-            assert id(request) not in in_flight, f"I4: {request.request_id} is in two iterations"
+            assert request.num_computed_tokens + num_scheduled <= held, (
+                f"I3: no room for the tokens of {request.request_id}"
+            )
         assert len({id(request) for request in iteration.requests}) == len(iteration.requests)
         assert len(iteration.requests) <= self.scheduler.config.max_batch_size
         if iteration.requests:
@@ -28,39 +32,56 @@ class CheckedEngine(Engine):
         self.kv.check_invariants()  # I2
         # I1: whoever is unfinished is known to the engine and to the scheduler, once.
         assert self.scheduler.num_requests == len(self.jobs)
-        assert all(job.request.status is RequestStatus.ACTIVE for job in self.jobs.values())
+        # One that has its last token may be held back until its batch ends.
+        known = (RequestStatus.ACTIVE, RequestStatus.FINISHED)
+        assert all(job.request.status in known for job in self.jobs.values())
         return finished
 
     def _check_nobody_idles(self, iteration: Iteration) -> None:
         """I8, for whom each policy calls ready.
 
-        Where requests that do not fit are passed over, anyone resident or without cache is; in order of arrival, only
-        the first that was left out; and where prompts go first, nobody else during an iteration for prompts.
+        Anyone whose cache is on the GPU; and of those without cache, in order, all up to the first that finds no room
+        (whoever comes behind must not take what that one waits for), or no tokens left too often. Where prompts go
+        first, nobody else during an iteration for prompts.
         """
         scheduler = self.scheduler
-        if len(iteration.requests) >= scheduler.config.max_batch_size:
+        if len(iteration.requests) >= scheduler.config.max_batch_size or scheduler.name == "run-to-completion":
             return
         chosen = {request.request_id for request in iteration.requests}
-        left_out = [request for request in scheduler.in_order() if request.request_id not in chosen]
-        if scheduler.name == "vllm":
+        dropped = [drop.request for drop in iteration.dropped]
+        left_out = [request for request in scheduler.queue.in_order() if request.request_id not in chosen]
+        if scheduler.name.startswith("vllm"):
             if len(scheduler.running) >= scheduler.config.max_batch_size:
                 return
             left_out = [request for request in left_out if request.request_id not in scheduler.running]
         scheduled = zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
         prefilled = sum(n for request, n in scheduled if n > 1 or not request.num_computed_tokens)
+        tokens_left = scheduler.config.token_budget - prefilled
+        if scheduler.name == "vllm-chunked":
+            tokens_left = scheduler.tokens_per_iteration - sum(iteration.num_scheduled_tokens)
+            if not tokens_left:
+                return
+        # Room that is there may be meant for those who wait for a transfer.
+        admitting, passed_over = not iteration.stalled, 0
         for request in left_out:
-            if self._fits(request, scheduler.config.token_budget - prefilled, bool(prefilled)):
+            if request.in_flight:
+                continue
+            if request.part == AWAY:
+                admitting = admitting and scheduler.swap == "proactive"
+                continue
+            if request.part == FRESH and (not admitting or request in dropped):
+                admitting = False
+                continue
+            num_tokens = request.num_tokens - request.num_computed_tokens
+            whole = not request.is_decoding and scheduler.name != "vllm-chunked"
+            if whole and prefilled and num_tokens > tokens_left:
+                passed_over += 1
+                admitting = admitting and passed_over <= scheduler.max_passed_over
+                continue
+            reserved = getattr(scheduler, "tokens_to_hold", lambda request: request.num_tokens)(request)
+            spare = getattr(scheduler, "watermark_blocks", 0)
+            if self.kv.blocks_to_hold(request, reserved) + spare <= self.kv.num_free_gpu_blocks:
                 raise AssertionError(f"I8: {request.request_id} is ready, fits, and idles")
-            if scheduler.head_of_line:
-                break
-
-    def _fits(self, request: Request, tokens_left: int, has_prefill: bool) -> bool:
-        location = self.kv.location(request)
-        if location not in (Location.GPU, Location.NONE):
-            return False
-        num_tokens = request.num_tokens - request.num_computed_tokens
-        is_prefill = num_tokens > 1 or not request.num_computed_tokens
-        if is_prefill and has_prefill and num_tokens > tokens_left:
-            return False
-        spare = getattr(self.scheduler, "watermark_blocks", 0)
-        return self.kv.blocks_to_hold(request, request.num_tokens) + spare <= self.kv.num_free_gpu_blocks
+            admitting = admitting and request.part != FRESH
+            if scheduler.name.startswith("vllm"):
+                break  # In order of arrival, whoever has a cache already not excepted.

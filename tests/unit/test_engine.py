@@ -3,6 +3,7 @@ import math
 import pytest
 
 from fastserve.request import RequestStatus, SamplingParams
+from fastserve.scheduler import Iteration
 from support.engines import arrival, make_engine
 
 
@@ -69,7 +70,7 @@ def test_stop_tokens_end_a_request() -> None:
 
 def test_a_policy_that_schedules_nothing_is_reported_as_its_bug() -> None:
     engine = make_engine("fastserve-fcfs")
-    engine.scheduler.in_order = lambda: []
+    engine.scheduler.decide = lambda now: Iteration()
     with pytest.raises(RuntimeError, match="policy 'fastserve-fcfs' schedules nothing although 1 requests wait"):
         engine.run([arrival("a", 0, 8, 2)])
 

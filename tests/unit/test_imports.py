@@ -17,7 +17,7 @@ ORDER = [
     {"scheduler"},
     {"executor.base", "executor.simulated", "executor"},
     {"job"},
-    {"engine"},
+    {"engine", "timeline"},
     {"simulation"},
     {"kernels"},
     {"models"},
@@ -26,7 +26,7 @@ ORDER = [
     {"llm"},
     {"cli"},
 ]
-TORCH_FREE = ["simulation", "engine", "scheduler", "kvcache", "latency", "executor.simulated"]
+TORCH_FREE = ["simulation", "engine", "timeline", "scheduler", "kvcache", "latency", "executor.simulated"]
 
 
 def room_of(module: str) -> str:

@@ -118,7 +118,7 @@ def test_promotion_keeps_the_place_of_one_already_at_the_top() -> None:
     engine.scheduler.add(first)
     engine.scheduler.add(second)
     engine.scheduler.prepare(0.06)
-    assert [request.request_id for request in engine.scheduler.in_order()] == ["a", "b"]
+    assert [request.request_id for request in engine.scheduler.queue.in_order()] == ["a", "b"]
 
 
 def test_swapping_delays_and_is_accounted() -> None:
@@ -148,13 +148,16 @@ def test_the_host_link_works_both_ways_at_once_and_in_order() -> None:
     executor.submit(Iteration(swap_out=(first,)))
     executor.wait(1.0)
     assert engine.clock.now() == pytest.approx(0.002)  # 2 blocks of 1 ms
-    for transfer in executor.finished_transfers():
-        kv.complete(transfer)
+    for finished in executor.finished_transfers():
+        assert (finished.start_s, finished.end_s) == (0.0, pytest.approx(0.002))
+        kv.complete(finished.transfer)
     executor.submit(Iteration(swap_out=(kv.begin_swap_out(b), kv.begin_swap_out(c)), swap_in=(kv.begin_swap_in(a),)))
     ends = []
     while executor.num_transfers_in_flight:
         executor.wait(1.0)
-        ends += [(t.request.request_id, round(engine.clock.now(), 6)) for t in executor.finished_transfers()]
+        for finished in executor.finished_transfers():
+            assert finished.end_s == engine.clock.now()
+            ends.append((finished.transfer.request.request_id, round(finished.end_s, 6)))
     # b out and a in side by side; c out after b.
     assert sorted(ends) == [("a", 0.004), ("b", 0.004), ("c", 0.006)]
 
@@ -180,11 +183,11 @@ def test_policies_are_found_by_name_and_by_path() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": "1"}, "unknown option 'alpha' for policy 'fastserve'; valid options: swap, quantum_base_s"),
+        ({"alpha": "1"}, "unknown option 'alpha' for policy 'fastserve'; valid options: swap, swap_budget_blocks"),
         ({"alpha_s": "-1"}, "alpha_s must be a finite number above 0, got -1.0"),
         ({"quantum_ratio": "1"}, "quantum_ratio must be above 1, got 1.0"),
         ({"num_levels": "0"}, "num_levels must be an integer of at least 1, got 0"),
-        ({"swap": "sometimes"}, "swap must be one of reactive, recompute, got 'sometimes'"),
+        ({"swap": "sometimes"}, "swap must be one of proactive, reactive, recompute, none, got 'sometimes'"),
         ({"quantum_base_s": "nan"}, "quantum_base_s must be a finite number above 0, got nan"),
     ],
 )

@@ -1,5 +1,6 @@
 """`fastbench run`: its four files, and what it says to bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from fastserve.errors import ConfigError, FastServeError, OutputError, TraceErro
 from harness.cli import app
 from harness.results import REQUEST_COLUMNS
 from harness.runner import RunConfig, run
+from support.timelines import threads_of
 
 ROOT = Path(__file__).parents[2]
 PROFILE = "a100-80g/opt-13b-tp1"
@@ -108,8 +110,9 @@ def test_the_real_engine_writes_the_same_files(tmp_path: Path) -> None:
     invoke(
         "run", "--backend", "engine", "--model", "opt-tiny", "--load-format", "dummy", "--device", "cpu", "--trace",
         "fixed:prompt=8,output=6", "--num-requests", "4", "--rate", "50", "--out", str(tmp_path),
-        "--set", "num_gpu_blocks=32", "--set", "num_host_blocks=32",
+        "--set", "num_gpu_blocks=32", "--set", "num_host_blocks=32", "--timeline", str(tmp_path / "timeline.json"),
     )  # fmt: skip
+    assert_timeline_agrees(tmp_path / "timeline.json", tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) == SUMMARY_KEYS
     assert summary["finished"] == 4
@@ -120,13 +123,58 @@ def test_the_real_engine_writes_the_same_files(tmp_path: Path) -> None:
         assert math.isclose(parts, row["finished_s"] - row["arrival_s"], abs_tol=1e-6)
 
 
+def assert_timeline_agrees(timeline: Path, out: Path) -> None:
+    """Nothing overlaps, and each request's spans tile its life and add up to its row."""
+    threads = threads_of(json.loads(timeline.read_text())["traceEvents"])
+    for spans in threads.values():
+        for before, after in itertools.pairwise(spans):
+            assert before["ts"] + before["dur"] <= after["ts"]
+    for row in pq.read_table(out / "requests.parquet").to_pylist():
+        spans = threads["requests", row["request_id"]]
+        assert all(a["ts"] + a["dur"] == b["ts"] for a, b in itertools.pairwise(spans))
+        assert spans[0]["ts"] / 1e6 == pytest.approx(row["arrival_s"], abs=1e-6)
+        assert (spans[-1]["ts"] + spans[-1]["dur"]) / 1e6 == pytest.approx(row["finished_s"], abs=1e-6)
+        totals = dict.fromkeys(("queueing_s", "swapping_s", "execution_s"), 0.0)
+        for span in spans:
+            part = {"queueing": "queueing_s", "waiting for swap": "swapping_s"}.get(span["name"], "execution_s")
+            totals[part] += span["dur"] / 1e6
+        for part, total in totals.items():
+            assert total == pytest.approx(row[part], abs=1e-6), f"{part} of {row['request_id']}"
+
+
+def test_a_timeline_agrees_with_the_results_and_does_not_change_them(tmp_path: Path) -> None:
+    arguments = [*SIM, "--rate", "50", "--set", "num_gpu_blocks=45", "--set", "max_batch_size=4"]
+    timeline = tmp_path / "new" / "timeline.json"
+    invoke(*arguments, "--out", str(tmp_path / "plain"))
+    invoke(*arguments, "--out", str(tmp_path / "watched"), "--timeline", str(timeline))
+    for file in ("requests.parquet", "iterations.parquet", "summary.json"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "watched" / file).read_bytes()
+    assert_timeline_agrees(timeline, tmp_path / "watched")
+    rows = pq.read_table(tmp_path / "watched" / "requests.parquet").to_pylist()
+    iterations = pq.read_metadata(tmp_path / "watched" / "iterations.parquet").num_rows
+    assert any(row["swapping_s"] for row in rows)
+    threads = threads_of(json.loads(timeline.read_text())["traceEvents"])
+    assert sum("scheduled tokens" in span["args"] for span in threads["engine", "iterations"]) == iterations
+    for direction in ("out", "in"):
+        moved = sum(span["args"]["bytes"] for span in threads["host link", direction])
+        assert moved == sum(row[f"swap_{direction}_bytes"] for row in rows) > 0
+
+
+def test_a_timeline_that_cannot_be_written_is_named_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = RunConfig(trace="alpaca", rate=1.0, num_requests=2, profile=PROFILE)
+    with pytest.raises(OutputError, match=r"cannot write .*timeline\.json"):
+        run(config, tmp_path / "out", tmp_path / "file" / "timeline.json")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"rate": -1.0}, ConfigError, "not -1.0"),
         ({"rate": float("nan")}, ConfigError, "not nan"),
         ({"rate": None}, ConfigError, "rate"),
-        ({"policy": "fcfs"}, ConfigError, "unknown policy 'fcfs'; known: fastserve, fastserve-fcfs"),
+        ({"policy": "fcfs"}, ConfigError, "unknown policy 'fcfs'; known: fastserve, fastserve-artifact, fastserve-fcfs"),
         ({"settings": {"alpha": "1"}}, ConfigError, "unknown option 'alpha'; valid for policy 'fastserve': swap"),
         ({"settings": {"max_batch_size": "0"}}, ConfigError, "max_batch_size must be an integer of at least 1, got 0"),
         ({"profile": None}, ConfigError, "needs --profile"),

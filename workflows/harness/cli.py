@@ -36,6 +36,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results [default: results/BACKEND-POLICY-seedSEED]")
     ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a trace of the run, to open in ui.perfetto.dev.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(help="Latency profile: see `fastbench profiles`, or a .json.")] = None,
     model: Annotated[str | None, typer.Option(help="Model directory or preset (engine).")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda (engine).")] = "cpu",
@@ -64,7 +67,7 @@ def run(
         settings=parse_settings(set_ or []),
     )
     folder = out or Path("results") / f"{backend}-{policy.replace(':', '.')}-seed{seed}"
-    summary = run_benchmark(config, folder)
+    summary = run_benchmark(config, folder, timeline)
     print(f"{summary['finished']} finished, {summary['failed']} failed in {summary['duration_s']:.1f} s")
     for name, label, unit in (
         ("mean_normalized_latency_s", "mean normalized latency", "s/token"),
@@ -75,6 +78,8 @@ def run(
         if summary[name] is not None:
             print(f"{label:24} {summary[name]:10.4g} {unit}")
     print(f"wrote {folder}")
+    if timeline:
+        print(f"wrote {timeline}")
 
 
 @app.command()

@@ -11,11 +11,13 @@ from fastserve.config import EngineOptions
 from fastserve.console import Progress
 from fastserve.engine import Arrival, Engine
 from fastserve.errors import ConfigError
+from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
 from fastserve.options import build_options, option_names
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import find_policy
+from fastserve.timeline import Timeline
 from harness.meta import run_meta
 from harness.results import RunFolder, iteration_table, request_table, summarize
 from harness.workload import Workload, make_workload
@@ -43,9 +45,10 @@ class RunConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, out: Path) -> dict[str, Any]:
+def run(config: RunConfig, out: Path, timeline: Path | None = None) -> dict[str, Any]:
     """Carry out the run, write its four files to the folder `out`, and return the summary.
 
+    With `timeline`, a trace of the run is written to that file too; nothing else changes.
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then.
     """
     options, policy_settings = resolve_settings(config.policy, config.settings)
@@ -61,8 +64,12 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     workload = make_workload(
         config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer
     )
+    observer = None
+    if timeline is not None:
+        check_writable(timeline)
+        observer = Timeline()
     with RunFolder(out) as folder:
-        jobs, engine = _serve(config, options, policy_settings, workload)
+        jobs, engine = _serve(config, options, policy_settings, workload, observer)
         metrics = [job.metrics for job in jobs]
         summary = {
             "policy": config.policy,
@@ -82,6 +89,8 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
             summary,
             run_meta(resolved, workload, rejected),
         )
+    if timeline is not None and observer is not None:
+        observer.write(timeline)
     return summary
 
 
@@ -105,7 +114,11 @@ def resolve_settings(policy: str, settings: Mapping[str, Any]) -> tuple[EngineOp
 
 
 def _serve(
-    config: RunConfig, options: EngineOptions, policy_settings: dict[str, Any], workload: Workload
+    config: RunConfig,
+    options: EngineOptions,
+    policy_settings: dict[str, Any],
+    workload: Workload,
+    observer: Timeline | None,
 ) -> tuple[list[Job], Engine]:
     title = f"{config.policy} on {config.backend}"
     if config.backend == "sim":
@@ -113,6 +126,7 @@ def _serve(
 
         assert config.profile is not None
         engine = simulated_engine(load_profile(config.profile), config.policy, policy_settings, options)
+        engine.observer = observer
         with Progress(title, len(workload)) as progress:
             return engine.run(_arrivals(workload, None), progress.advance), engine
 
@@ -132,6 +146,7 @@ def _serve(
         ) as llm,
         Progress(title, len(workload)) as progress,
     ):
+        llm.engine.observer = observer
         arrivals = list(_arrivals(workload, llm.model_config.vocab_size))
         return llm.engine.run(arrivals, progress.advance), llm.engine
 

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from fastserve.kvcache import Transfer
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler.iteration import Iteration
@@ -16,6 +18,14 @@ class IterationResult(NamedTuple):
 
     tokens: Sequence[int]
     """One per request of the iteration, in its order; meaningless where the prompt is not yet wholly computed."""
+    start_s: float
+    end_s: float
+
+
+class FinishedTransfer(NamedTuple):
+    """A transfer and when it took place."""
+
+    transfer: Transfer
     start_s: float
     end_s: float
 
@@ -45,13 +55,21 @@ class Executor(ABC):
         """Wait until a transfer ends or the clock reaches `until`, whichever is first."""
 
     @abstractmethod
-    def finished_transfers(self) -> list[Transfer]:
+    def finished_transfers(self) -> list[FinishedTransfer]:
         """Transfers that have ended since last asked."""
 
     @property
     @abstractmethod
     def num_transfers_in_flight(self) -> int:
         """Transfers under way."""
+
+    def foresee(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
+        """Ends of the next `count` iterations, if they are this one with a token more for each request every time.
+
+        Seconds, fewer than `count` if the iterations after those would start at or after `until` or the end of a
+        transfer. None where time cannot be known in advance.
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027 (optional hook)
         """Give back threads, processes and memory."""

@@ -1,4 +1,4 @@
-"""LocalExecutor: one worker in this process computes; copies between the pools run beside it in a thread."""
+"""LocalExecutor: one worker in this process computes; copies between the pools run beside it, a thread each way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from fastserve.clock import Clock
-from fastserve.executor.base import Executor, IterationResult
+from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.models import SequenceInput
 from fastserve.request import Request, SamplingParams
@@ -28,10 +28,13 @@ class LocalExecutor(Executor):
         self._kv = kv
         self._clock = clock
         self._params: dict[str, SamplingParams] = {}
-        self._submitted: deque[tuple[float, list[SequenceInput], list[SamplingParams]]] = deque()
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
-        self._copied: queue.SimpleQueue[tuple[Transfer, BaseException | None]] = queue.SimpleQueue()
-        self._arrived: list[Transfer] = []
+        self._submitted: deque[tuple[float, Iteration, list[SequenceInput], list[SamplingParams]]] = deque()
+        self._copiers = {
+            direction: ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-copy-{direction.value}")
+            for direction in Direction
+        }
+        self._copied: queue.SimpleQueue[tuple[FinishedTransfer, BaseException | None]] = queue.SimpleQueue()
+        self._arrived: list[FinishedTransfer] = []
         self._num_transfers = 0
 
     def add_request(self, request: Request, params: SamplingParams) -> None:
@@ -46,22 +49,27 @@ class LocalExecutor(Executor):
         """Start the copies and line up the computation."""
         for transfer in (*iteration.swap_out, *iteration.swap_in):
             self._num_transfers += 1
-            self._copier.submit(self._copy, transfer)
+            self._copiers[transfer.direction].submit(self._copy, transfer)
         if iteration.requests:
             start = self._clock.now()
-            sequences = []
+            sequences, params = [], []
             for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
+                if not count:  # Padding takes time and computes nothing; here it does not take time either.
+                    continue
                 first = request.num_computed_tokens
                 sequences.append(
                     SequenceInput(request.token_ids[first : first + count], first, self._kv.block_table(request))
                 )
-            params = [self._params[request.request_id] for request in iteration.requests]
-            self._submitted.append((start, sequences, params))
+                params.append(self._params[request.request_id])
+            self._submitted.append((start, iteration, sequences, params))
 
     def collect(self) -> IterationResult:
         """Compute the oldest iteration."""
-        start, sequences, params = self._submitted.popleft()
+        start, iteration, sequences, params = self._submitted.popleft()
         tokens = self._worker.execute(sequences, params)
+        if len(tokens) < len(iteration.requests):
+            computed = iter(tokens)
+            tokens = [next(computed) if count else 0 for count in iteration.num_scheduled_tokens]
         return IterationResult(tokens, start, self._clock.now())
 
     def wait(self, until: float) -> None:
@@ -77,7 +85,7 @@ class LocalExecutor(Executor):
         except queue.Empty:
             return
 
-    def finished_transfers(self) -> list[Transfer]:
+    def finished_transfers(self) -> list[FinishedTransfer]:
         """Copies that have ended; raises what a failed one raised."""
         while not self._copied.empty():
             self._take(self._copied.get())
@@ -91,20 +99,22 @@ class LocalExecutor(Executor):
         return self._num_transfers
 
     def close(self) -> None:
-        """Stop the copying thread."""
-        self._copier.shutdown()
+        """Stop the copying threads."""
+        for copier in self._copiers.values():
+            copier.shutdown()
 
     def _copy(self, transfer: Transfer) -> None:
         copy = self._worker.copy_out if transfer.direction is Direction.OUT else self._worker.copy_in
+        start = self._clock.now()
+        error: BaseException | None = None
         try:
             copy(transfer.source, transfer.destination)
-        except BaseException as error:
-            self._copied.put((transfer, error))
-        else:
-            self._copied.put((transfer, None))
+        except BaseException as caught:
+            error = caught
+        self._copied.put((FinishedTransfer(transfer, start, self._clock.now()), error))
 
-    def _take(self, copied: tuple[Transfer, BaseException | None]) -> None:
-        transfer, error = copied
+    def _take(self, copied: tuple[FinishedTransfer, BaseException | None]) -> None:
+        finished, error = copied
         if error is not None:
             raise error
-        self._arrived.append(transfer)
+        self._arrived.append(finished)

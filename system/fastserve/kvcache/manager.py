@@ -63,6 +63,9 @@ class KVCacheManager:
         self._host = BlockPool("host", config.num_host_blocks)
         self._entries: dict[str, _Entry] = {}
         self._vacating = 0
+        self._arriving = 0
+        self.num_transfers = 0
+        """Transfers under way."""
 
     # -- questions ---------------------------------------------------------------------------------------------
 
@@ -80,6 +83,11 @@ class KVCacheManager:
     def num_vacating_blocks(self) -> int:
         """GPU blocks that become free when the swap-outs under way end."""
         return self._vacating
+
+    @property
+    def num_arriving_blocks(self) -> int:
+        """GPU blocks that swap-ins under way are filling."""
+        return self._arriving
 
     def location(self, request: Request) -> Location:
         """Where the request's cache is."""
@@ -140,25 +148,33 @@ class KVCacheManager:
         return self._transfer(request, Direction.OUT, entry.gpu_blocks[:used], entry.host_blocks)
 
     def begin_swap_in(self, request: Request) -> Transfer:
-        """Start moving a request's cache back to the GPU; its host blocks are freed by `complete`."""
+        """Start moving a request's cache back to the GPU, with room for the tokens it has to compute next.
+
+        Its host blocks are freed by `complete`. Raises OutOfBlocksError, and changes nothing, when the GPU pool is
+        short.
+        """
         entry = self._entries.get(request.request_id)
         if entry is None or entry.location is not Location.HOST:
             raise WrongLocationError(
                 f"request {request.request_id} cannot be swapped in: its cache is {self.location(request).value}"
             )
-        entry.gpu_blocks = self._gpu.allocate(len(entry.host_blocks))
+        entry.gpu_blocks = self._gpu.allocate(self.blocks_for(request.num_tokens))
         entry.location = Location.SWAPPING_IN
-        return self._transfer(request, Direction.IN, entry.host_blocks, entry.gpu_blocks)
+        self._arriving += len(entry.gpu_blocks)
+        used = len(entry.host_blocks)
+        return self._transfer(request, Direction.IN, entry.host_blocks, entry.gpu_blocks[:used])
 
     def complete(self, transfer: Transfer) -> None:
         """The copy has ended: free the side it left, and all of it if the request ended meanwhile."""
         entry = self._entries[transfer.request.request_id]
+        self.num_transfers -= 1
         if transfer.direction is Direction.OUT:
             self._vacating -= len(entry.gpu_blocks)
             self._gpu.free(entry.gpu_blocks)
             entry.gpu_blocks = []
             entry.location = Location.HOST
         else:
+            self._arriving -= len(entry.gpu_blocks)
             self._host.free(entry.host_blocks)
             entry.host_blocks = []
             entry.request.cache_capacity = len(entry.gpu_blocks) * self.block_size
@@ -191,9 +207,10 @@ class KVCacheManager:
         entries = self._entries.values()
         self._gpu.check([block for entry in entries for block in entry.gpu_blocks])
         self._host.check([block for entry in entries for block in entry.host_blocks])
-        vacating = sum(len(entry.gpu_blocks) for entry in entries if entry.location is Location.SWAPPING_OUT)
-        if vacating != self._vacating:
-            raise CacheError(f"{vacating} GPU blocks are being vacated, {self._vacating} were counted")
+        for location, counted in ((Location.SWAPPING_OUT, self._vacating), (Location.SWAPPING_IN, self._arriving)):
+            moving = sum(len(entry.gpu_blocks) for entry in entries if entry.location is location)
+            if moving != counted:
+                raise CacheError(f"{moving} GPU blocks are {location.value}, {counted} were counted")
         for entry in entries:
             request, resident = entry.request, entry.location is Location.GPU
             if request.cache_capacity != (len(entry.gpu_blocks) * self.block_size if resident else 0):
@@ -215,5 +232,6 @@ class KVCacheManager:
         return entry
 
     def _transfer(self, request: Request, direction: Direction, source: list[int], destination: list[int]) -> Transfer:
+        self.num_transfers += 1
         num_bytes = len(source) * self.config.block_bytes
         return Transfer(request, direction, tuple(source), tuple(destination), num_bytes)

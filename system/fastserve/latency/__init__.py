@@ -1,6 +1,6 @@
 """How long will an iteration take? Fitted models, the profiles that store them, and the profiler that measures them."""
 
-from fastserve.latency.base import LatencyModel
+from fastserve.latency.base import LatencyModel, decode_times
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
 from fastserve.latency.profile import HostLink, Profile, list_profiles, load_profile
 
@@ -11,6 +11,7 @@ __all__ = [
     "LatencyModel",
     "PrefillFit",
     "Profile",
+    "decode_times",
     "list_profiles",
     "load_profile",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillFit:
@@ -37,20 +39,40 @@ class FittedLatency:
     prefill: PrefillFit
     decode: tuple[DecodeFit, ...]
 
-    def iteration_time(self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int]) -> float:
-        """Seconds for one iteration; 0 for an empty one."""
+    def iteration_time(
+        self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int], prefix_lens: Sequence[int] = ()
+    ) -> float:
+        """Seconds for one iteration; 0 for an empty one.
+
+        A chunk of n tokens over a prefix of p attends to (n + p)^2 - p^2 pairs where a prompt of n attends to n^2;
+        the fits are of whole prompts, so this too is our assumption.
+        """
         constant = work = 0.0
         if decode_context_lens:
             batch = len(decode_context_lens)
-            for fit in self.decode:
-                if fit.max_batch_size is None or batch <= fit.max_batch_size:
-                    break
+            fit = self._decode_fit(batch)
             constant = fit.constant
             work = fit.per_context_token * sum(decode_context_lens) + fit.per_request * batch
         if prefill_lens:
             prefill = self.prefill
             if prefill.constant > constant:
                 constant = prefill.constant
+            pairs = sum([length * length for length in prefill_lens])
+            if prefix_lens:
+                pairs += 2 * sum([length * prefix for length, prefix in zip(prefill_lens, prefix_lens, strict=True)])
             work += prefill.per_token * sum(prefill_lens)
-            work += prefill.per_token_squared * sum([length * length for length in prefill_lens])
+            work += prefill.per_token_squared * pairs
         return constant + work
+
+    def decode_times(self, context_lens: Sequence[int], count: int) -> np.ndarray:
+        """What `iteration_time` gives for `count` decode iterations in a row, to the bit."""
+        batch = len(context_lens)
+        fit = self._decode_fit(batch)
+        contexts = np.arange(count, dtype=np.int64) * batch + sum(context_lens)
+        return fit.constant + (fit.per_context_token * contexts + fit.per_request * batch)
+
+    def _decode_fit(self, batch: int) -> DecodeFit:
+        for fit in self.decode:
+            if fit.max_batch_size is None or batch <= fit.max_batch_size:
+                return fit
+        return self.decode[-1]

@@ -1,8 +1,9 @@
 """Which requests run next: the interface, what all policies share, and FastServe's own policies."""
 
-from fastserve.scheduler.base import MemoryOptions, NoOptions, Scheduler
+from fastserve.scheduler.base import NoOptions, Scheduler
 from fastserve.scheduler.iteration import Drop, Iteration
 from fastserve.scheduler.registry import find_policy, list_policies, make_scheduler, register
+from fastserve.scheduler.swapping import MemoryOptions, SwapMode
 
 __all__ = [
     "Drop",
@@ -10,6 +11,7 @@ __all__ = [
     "MemoryOptions",
     "NoOptions",
     "Scheduler",
+    "SwapMode",
     "find_policy",
     "list_policies",
     "make_scheduler",

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from fastserve.config import SchedulerConfig
-from fastserve.kvcache import KVCacheManager
+from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.latency import LatencyModel
-from fastserve.request import Request, RequestStatus
+from fastserve.request import AWAY, RESIDENT, Request, RequestStatus
 from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.plan import IterationPlan
+from fastserve.scheduler.queue import MultiLevelQueue
+from fastserve.scheduler.swapping import MemoryOptions, ProactiveSwapping, SwapMode
 
 if TYPE_CHECKING:
     from fastserve.executor.base import IterationResult
-
-SwapMode = Literal["reactive", "recompute"]
-"""What happens to the cache of a request that must leave the GPU: moved to host memory when the room is needed, the
-batch waiting for it; or dropped and computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,40 +28,47 @@ class NoOptions:
     """Options of a policy that has none."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryOptions:
-    """Options of a policy that may have to take a request's cache off the GPU."""
-
-    swap: SwapMode = "reactive"
-
-
 class Scheduler(ABC):
     """Decides what each iteration runs. Sees prompts and progress, never the coming output length.
 
-    A subclass names itself and its options, keeps its requests in an order of its own (`on_add`, `on_remove`,
-    `on_progress`), and hands that order out (`in_order`, `rank`). This class fills the batch in that order within the
-    batch size, the token budget and the cache, takes the cache of those last in the order when one before them needs
-    it, and keeps track of who runs. A policy that fills its batch by another rule overrides `schedule` and builds an
-    `IterationPlan` itself.
+    A policy says in which queue a request stands: it puts a new one there (`on_add`, by `self.queue.join`), and moves
+    one that has made progress (`on_progress`, by `self.queue.move`). Queues are numbered, smaller is more urgent, and
+    each is first in, first out. This class fills the batch in that order within the batch size, the token budget and
+    the cache, and moves caches the way the option `swap` says. A policy that fills its batch by another rule
+    overrides `decide` and builds an `IterationPlan` itself.
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[Any]] = NoOptions
-    head_of_line: ClassVar[bool] = False
-    """Whether a request that does not fit blocks all behind it (first come, first served) or is passed over."""
+    Options: ClassVar[type[Any]] = MemoryOptions
+    Swapping: ClassVar[type[ProactiveSwapping]] = ProactiveSwapping
+    """Who decides what moves when `swap` is proactive."""
+    max_passed_over: int = 0
+    """Requests beyond the token budget that are passed over in one decision before no prompt is tried any more."""
 
     needs_latency: ClassVar[bool] = False
     """Whether it asks `latency`; a real engine then measures itself before it starts, unless given a profile."""
+
+    needs_oracle: ClassVar[bool] = False
+    """Whether it must be told the coming output length, which no real system knows: a bound, not a competitor."""
+
+    oracle: Callable[[Request], int]
+    """Output tokens still to come of a request. Set by the engine for a policy that `needs_oracle`."""
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: Any = None) -> None:
         self.config = config
         self.kv = kv
         self.latency = latency
         self.options = self.Options() if options is None else options
-        self.swap: SwapMode = getattr(self.options, "swap", "recompute")
+        self.queue = MultiLevelQueue()
         self.running: dict[str, Request] = {}
         """Requests that hold a place in the batch."""
+        self.swap: SwapMode = getattr(self.options, "swap", "recompute")
+        self.moves_on_demand = self.swap in ("reactive", "recompute")
+        self._swapping = self.Swapping(self, self.options) if self.swap == "proactive" else None
+        self.is_clear = False
+        """Whether the last decision left nobody out who could run and moved nothing."""
         self._requests: dict[str, Request] = {}
+        self._stalled: tuple[Request, ...] = ()
 
     # -- the contract with the engine ----------------------------------------------------------------------------
 
@@ -74,53 +82,71 @@ class Scheduler(ABC):
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is already in the system")
         self._requests[request.request_id] = request
+        if self._swapping is not None:
+            self._swapping.arrived(request)
         self.on_add(request)
 
     def schedule(self, now: float) -> Iteration:
-        """Decide the next iteration. Without requests and without stalled ones there is nothing that can run now."""
+        """Decide the next iteration, at `now` in seconds. One without requests is the decision to wait."""
+        # A batch that caches are being moved for stays chosen until they have all arrived.
+        if self._stalled and self.kv.num_transfers:
+            return Iteration(stalled=self._stalled)
         self.prepare(now)
-        plan = IterationPlan(self, now)
-        for request in self.in_order():
-            if not self.offer(plan, request) and (self.head_of_line or plan.is_full):
-                break
-        return plan.decide()
+        iteration = self.decide(now)
+        self._stalled = () if iteration.requests or self._swapping is not None else iteration.stalled
+        return iteration
 
-    def update(self, iteration: Iteration, result: IterationResult) -> None:
-        """An iteration has ended and the engine has advanced its requests; those that finished leave."""
+    def update(self, iteration: Iteration, result: IterationResult) -> list[Request]:
+        """An iteration has ended and the engine has advanced its requests. Returns those that leave the system."""
+        leaving = []
         for request in iteration.requests:
             if request.status is RequestStatus.ACTIVE:
                 self.on_progress(request, result.start_s, result.end_s)
             else:
                 self._remove(request)
+                leaving.append(request)
+        return leaving
 
     def abort(self, request_id: str) -> None:
         """Forget an unfinished request and free its cache; KeyError if it is not in the system."""
+        self._stalled = ()
         self._remove(self._requests[request_id])
+
+    def complete(self, transfer: Transfer) -> None:
+        """A transfer has ended."""
+        self.kv.complete(transfer)
+        request = transfer.request
+        if transfer.direction is Direction.IN and self._requests.get(request.request_id) is request:
+            self.queue.put(request, RESIDENT)
+            request.num_tokens_at_swap_in = request.num_computed_tokens
+
+    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
+        """How many iterations from the one just decided on would be decided alike, each computing one token more.
+
+        Iteration k would take from `times[k]` to `times[k + 1]` (seconds) with `free_blocks[k]` free on the GPU once it
+        is decided. The engine has made sure that until the last of them starts nobody arrives or finishes, no transfer
+        ends, and no growth fails. 1 is always right, and what a policy that cannot tell returns.
+        """
+        return 1
+
+    def update_repeated(self, iteration: Iteration, times: np.ndarray) -> None:
+        """Iterations alike have ended, one after the other, at `times[1:]`; nobody has finished."""
+        if type(self).on_progress is not Scheduler.on_progress:
+            for start, end in itertools.pairwise(times.tolist()):
+                for request in iteration.requests:
+                    self.on_progress(request, start, end)
 
     # -- what a policy provides ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def in_order(self) -> Iterable[Request]:
-        """Every request in the system, most urgent first. Read lazily: a batch costs its length, not the queue's."""
-
-    @abstractmethod
-    def rank(self, request: Request) -> Any:
-        """A sort key that agrees with `in_order`: smaller is more urgent. The largest lose their cache first."""
-
-    @abstractmethod
     def on_add(self, request: Request) -> None:
-        """Take a new request into the order."""
-
-    @abstractmethod
-    def on_remove(self, request: Request) -> None:
-        """Take a finished or aborted request out of the order."""
-
-    def offer(self, plan: IterationPlan, request: Request) -> bool:
-        """Offer a request to the plan on the policy's terms: here, it may take cache from those that rank behind it."""
-        return plan.offer(request)
+        """Put a new request into its queue: `self.queue.join(request, level)`."""
 
     def on_progress(self, request: Request, start: float, end: float) -> None:  # noqa: B027 (optional hook)
         """An unfinished request took part in an iteration from `start` to `end` (seconds)."""
+
+    def on_remove(self, request: Request) -> None:  # noqa: B027 (optional hook)
+        """A finished or aborted request leaves."""
 
     def on_start(self, request: Request, now: float) -> None:  # noqa: B027 (optional hook)
         """A request takes a place in the batch."""
@@ -129,12 +155,71 @@ class Scheduler(ABC):
         """An unfinished request lost its place in the batch."""
 
     def prepare(self, now: float) -> None:  # noqa: B027 (optional hook)
-        """Called first in `schedule`, for what depends on time."""
+        """Called before every decision, for what depends on time."""
+
+    def offer(self, plan: IterationPlan, request: Request) -> bool:
+        """Offer a request to the plan on the policy's terms: here, it may take cache from those that rank behind it."""
+        return plan.offer(request)
+
+    def uploads(self, now: float) -> Iterator[Request]:
+        """Requests whose cache is away, the one needed first before the others. Here: in order."""
+        return self.queue.away_first_first()
+
+    def offloads(self, now: float) -> Iterator[Request]:
+        """Requests whose cache is on the GPU, the one needed last before the others. Here: last in order first."""
+        return self.queue.residents_last_first()
+
+    def urgency(self, request: Request, now: float) -> tuple[float, ...]:
+        """A key that agrees with `uploads` and `offloads`: smaller is needed sooner."""
+        return request.level, request.position
 
     # -- shared --------------------------------------------------------------------------------------------------
+
+    def decide(self, now: float) -> Iteration:
+        """Fill the batch in order."""
+        plan = IterationPlan(self, now)
+        self.fill(plan)
+        self.is_clear = plan.is_clear
+        if not plan.batch and not self.kv.num_transfers and self._requests:
+            self._force(plan)
+        return plan.close()
+
+    def fill(self, plan: IterationPlan) -> None:
+        """Offer everyone who could run to the plan, in order, and start the transfers that run beside it."""
+        swapping = self._swapping
+        batch, size = plan.batch, plan.batch_size
+        for request in self.queue.candidates(plan):
+            if swapping is not None and request.part == AWAY:
+                swapping.bring_in(plan, request)
+            else:
+                self.offer(plan, request)
+                if len(batch) >= size:
+                    break
+            if swapping is not None and len(batch) + len(plan.stalled) >= size:
+                # Whoever comes behind these would have no place in the batch anyway.
+                plan.counting_away = False
+        if swapping is not None:
+            swapping.prefetch(plan)
+
+    def on_no_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
+        """A request needs more blocks than are free; unless there are enough after this, it is left out of the plan."""
+        if self._swapping is not None:
+            self._swapping.make_room(plan, request, needed)
+
+    def _force(self, plan: IterationPlan) -> None:
+        """Nothing can run and nothing moves: the first in order gets the room it needs, whoever must give up theirs."""
+        if any(request.in_flight for request in self.running.values()):
+            return
+        first = next(request for request in self.queue.in_order() if request.part != AWAY)
+        plan.force(first)
+        plan.admitting, plan.counting_away = True, False
+        for request in self.queue.candidates(plan):
+            if request is not first:
+                self.offer(plan, request)
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.request_id]
         self.running.pop(request.request_id, None)
+        self.queue.remove(request)
         self.on_remove(request)
         self.kv.release(request)

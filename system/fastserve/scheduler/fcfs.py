@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from fastserve.request import Request
-from fastserve.scheduler.base import MemoryOptions, Scheduler
+from fastserve.scheduler.base import Scheduler
 from fastserve.scheduler.plan import IterationPlan
 from fastserve.scheduler.registry import register
 
@@ -16,34 +16,21 @@ WATERMARK = 0.01
 
 
 class ArrivalOrder(Scheduler):
-    """Base of policies that keep requests in the order they arrived, a preempted one at its old place."""
-
-    Options = MemoryOptions
-    head_of_line = True
+    """Base of policies with one queue in order of arrival; a preempted request keeps its place in it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._queue: OrderedDict[str, Request] = OrderedDict()
-        self._num_added = 0
         self.watermark_blocks = int(WATERMARK * self.kv.config.num_gpu_blocks)
 
-    def in_order(self) -> Iterable[Request]:
-        """By arrival."""
-        return self._queue.values()
-
-    def rank(self, request: Request) -> int:
-        """Position in the order of arrival."""
-        return request.standing
-
     def on_add(self, request: Request) -> None:
-        """Append."""
-        self._queue[request.request_id] = request
-        request.standing = self._num_added
-        self._num_added += 1
+        """Join at the back."""
+        self.queue.join(request, 0)
 
-    def on_remove(self, request: Request) -> None:
-        """Forget."""
-        del self._queue[request.request_id]
+    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
+        """All of them: whoever waits for room waits on while those who run take more of it."""
+        if self._swapping is None:
+            return len(free_blocks)
+        return self._swapping.idle_for(free_blocks) if self.is_clear else 1
 
 
 @register
@@ -54,6 +41,6 @@ class FCFS(ArrivalOrder):
 
     def offer(self, plan: IterationPlan, request: Request) -> bool:
         """A running request may take cache from later ones to grow, and the first always may; an admission may not."""
-        if plan.is_empty or request.request_id in self.running:
+        if not plan.batch or request.request_id in self.running:
             return plan.offer(request)
         return plan.offer(request, may_evict=False, keep_free=self.watermark_blocks)

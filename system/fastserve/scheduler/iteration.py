@@ -18,16 +18,18 @@ class Drop(NamedTuple):
 class Iteration(NamedTuple):
     """What runs next, and what moves meanwhile.
 
-    With `requests` empty it is a decision to wait: the `stalled` requests were chosen and cannot run before a
-    transfer ends.
+    With `requests` empty it is a decision to wait.
     """
 
     requests: tuple[Request, ...] = ()
     num_scheduled_tokens: tuple[int, ...] = ()
-    """Tokens computed for each of `requests`: a prompt, a chunk of one, or 1."""
+    """Tokens computed for each of `requests`: a prompt, a chunk of one, 1, or 0 for a row of padding."""
     swap_out: tuple[Transfer, ...] = ()
     swap_in: tuple[Transfer, ...] = ()
     dropped: tuple[Drop, ...] = ()
     preempted: tuple[Request, ...] = ()
     """Unfinished requests that held a place in the batch and lost it."""
     stalled: tuple[Request, ...] = ()
+    """Requests that were due to run and do not, because of a transfer that has not ended."""
+    padded: bool = False
+    """Every prompt takes the time of the longest and every decode token that of the longest context."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from fastserve.kvcache import Location, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
-from fastserve.request import Request
+from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
 from fastserve.scheduler.iteration import Drop, Iteration
 
 if TYPE_CHECKING:
@@ -17,22 +17,38 @@ if TYPE_CHECKING:
 class IterationPlan:
     """The batch being built. Requests are offered most urgent first; each is taken, or left out with nothing changed.
 
-    Cache is taken only from requests that rank behind the one that needs it, worst first, never from one already in
-    the plan, and only if that makes enough room. Room that a transfer is still clearing can be counted on, but not
-    used: then the plan stalls, that is, the whole batch waits until the transfers it needs have ended.
+    Where caches move on demand (`swap` is reactive or recompute), an offer may take cache from requests that rank
+    behind the one that needs it: worst first, never from one already in the plan, and only if that makes enough room.
+    Room that a transfer is still clearing can be counted on, but not used: then the whole batch waits for it.
+
+    Where they do not (proactive, none), an offer takes free blocks only, and the batch goes on without those it has to
+    leave out.
     """
 
     def __init__(self, scheduler: Scheduler, now: float, batch_size: int | None = None) -> None:
+        self.now = now
+        self.batch: list[Request] = []
+        self.batch_size = scheduler.config.max_batch_size if batch_size is None else batch_size
+        self.admitting = True
+        """Whether requests without cache may still be taken: the first that finds no room is the last that is tried."""
+        self.counting_away = True
+        """Whether requests whose cache is away are still looked at."""
+        self.stalled: list[Request] = []
+        """Those left out although due, because of a transfer that has not ended."""
+        self.short: list[Request] = []
+        """Those left out although due, because they find no room."""
+        self.claimed_blocks = 0
+        """Free blocks, or blocks about to be, that are meant for those left out: no admission may take them."""
         self._scheduler = scheduler
         self._kv = scheduler.kv
-        self._now = now
-        self._batch_size = scheduler.config.max_batch_size if batch_size is None else batch_size
+        self._num_tokens: list[int] = []
         self._tokens_left = scheduler.config.token_budget
         self._num_prefills = 0
-        self._batch: list[Request] = []
-        self._num_tokens: list[int] = []
-        self._promised_blocks = 0
-        self._victims: list[Request] | None = None
+        self._num_passed_over = 0
+        self._part_changes: list[tuple[Request, Part]] = []
+        self._leaving: list[Request] = []
+        self._victims: list[Request] = []
+        self._more_victims: Iterator[Request] | None = None
         self._swap_out: list[Transfer] = []
         self._swap_in: list[Transfer] = []
         self._dropped: list[Drop] = []
@@ -41,109 +57,203 @@ class IterationPlan:
     @property
     def is_full(self) -> bool:
         """Whether the batch has no place left."""
-        return len(self._batch) >= self._batch_size
+        return len(self.batch) >= self.batch_size
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing was taken."""
-        return not self._batch
+    def is_clear(self) -> bool:
+        """Whether nobody was left out for want of room or tokens, and nothing moves."""
+        return self.admitting and not (
+            self._num_passed_over or self.stalled or self._swap_out or self._swap_in or self._dropped
+        )
 
-    def offer(self, request: Request, *, may_evict: bool = True, keep_free: int = 0) -> bool:
-        """Take the request with all it has to compute, if it fits.
+    def takes_part(self, request: Request) -> bool:
+        """Whether the request is in the batch, or due and waits for room, or its cache is being taken."""
+        return request in self.batch or request in self._leaving or request in self.short
 
-        `may_evict` allows taking cache from requests that rank behind it; `keep_free` blocks must stay free.
+    # -- the batch ---------------------------------------------------------------------------------------------
+
+    def offer(
+        self,
+        request: Request,
+        *,
+        max_tokens: int | None = None,
+        hold_tokens: int = 0,
+        may_evict: bool = True,
+        keep_free: int = 0,
+    ) -> bool:
+        """Take the request with all it has to compute (or `max_tokens` of that), if it fits.
+
+        `hold_tokens` makes room for more tokens than that; `may_evict` allows taking cache from requests that rank
+        behind it; `keep_free` blocks must stay free.
         """
-        if request.in_flight or len(self._batch) >= self._batch_size:
+        if request.in_flight or len(self.batch) >= self.batch_size:
             return False
         num_tokens = request.num_tokens - request.num_computed_tokens
-        is_prefill = num_tokens > 1 or request.num_computed_tokens == 0
+        if max_tokens is not None and num_tokens > max_tokens:
+            num_tokens = max_tokens
+        is_prefill = num_tokens > 1 or not request.num_computed_tokens
         # A prompt beyond the budget must run some time: as the only prompt of its iteration.
         if is_prefill and num_tokens > self._tokens_left and self._num_prefills:
+            self._num_passed_over += 1
+            if self._num_passed_over > self._scheduler.max_passed_over:
+                self.admitting = False
             return False
-        if request.num_tokens > request.cache_capacity and not self._make_resident(request, may_evict, keep_free):
+        hold = max(request.num_computed_tokens + num_tokens, hold_tokens)
+        if hold > request.cache_capacity and not self._make_resident(request, hold, may_evict, keep_free):
+            if request.part != RESIDENT or request in self._leaving:
+                # Whoever comes later must not take the room that this one waits for.
+                self.admitting = self.counting_away = False
             return False
         if is_prefill:
             self._num_prefills += 1
             self._tokens_left -= num_tokens
-        self._batch.append(request)
+        self.batch.append(request)
         self._num_tokens.append(num_tokens)
         return True
 
-    def decide(self, *, others_keep_their_place: bool = False) -> Iteration:
-        """Close the plan, tell the policy who started and who was preempted, and return the decision.
+    def offer_chunk(self, request: Request, max_tokens: int, **terms: Any) -> int:
+        """Take the request with at most `max_tokens` of what it has to compute, on `offer`'s terms.
+
+        Returns how many it takes, 0 if it does not fit.
+        """
+        return self._num_tokens[-1] if self.offer(request, max_tokens=max_tokens, **terms) else 0
+
+    def offer_padding(self, request: Request) -> None:
+        """Take a finished request as a row that is computed for nothing."""
+        self.batch.append(request)
+        self._num_tokens.append(0)
+
+    def close(self, *, others_keep_their_place: bool = False, padded: bool = False) -> Iteration:
+        """End the plan, tell the policy who started and who was preempted, and return the decision.
 
         Those who ran and are not in the batch are preempted, unless `others_keep_their_place` (an iteration for
         prompts only) and their cache was not taken.
         """
         scheduler = self._scheduler
         running = scheduler.running
-        batch = tuple(self._batch)
-        evicted = [transfer.request for transfer in self._swap_out] + [drop.request for drop in self._dropped]
+        for request, part in self._part_changes:
+            scheduler.queue.put(request, part)
+        batch = self.batch
         if self._must_wait:
-            preempted = self._preempt(request for request in evicted if request.request_id in running)
+            preempted = self._preempt([r for r in self._leaving if r.request_id in running])
             return Iteration(
                 swap_out=tuple(self._swap_out),
                 swap_in=tuple(self._swap_in),
                 dropped=tuple(self._dropped),
                 preempted=preempted,
-                stalled=batch,
+                stalled=tuple(batch),
             )
         preempted = ()
         now_running = {request.request_id: request for request in batch}
         if now_running.keys() != running.keys():
-            losers = evicted if others_keep_their_place else running.values()
+            losers: Iterable[Request] = self._leaving if others_keep_their_place else running.values()
             preempted = self._preempt(
-                [r for r in losers if r.request_id in running and r.request_id not in now_running and not r.in_flight]
+                [r for r in losers if r.request_id not in now_running and r.request_id in running and not r.in_flight]
             )
             for key, request in now_running.items():
                 if key not in running:
                     running[key] = request
-                    scheduler.on_start(request, self._now)
+                    scheduler.on_start(request, self.now)
         return Iteration(
-            requests=batch,
-            num_scheduled_tokens=tuple(self._num_tokens),
-            swap_out=tuple(self._swap_out),
-            dropped=tuple(self._dropped),
-            preempted=preempted,
+            tuple(batch),
+            tuple(self._num_tokens),
+            tuple(self._swap_out),
+            tuple(self._swap_in),
+            tuple(self._dropped),
+            preempted,
+            tuple(self.stalled),
+            padded,
         )
 
-    def _make_resident(self, request: Request, may_evict: bool, keep_free: int) -> bool:
+    # -- what moves --------------------------------------------------------------------------------------------
+
+    def swap_in(self, request: Request) -> None:
+        """Start to bring a cache back from host memory."""
+        self._swap_in.append(self._kv.begin_swap_in(request))
+
+    def evict(self, victim: Request, *, or_drop: bool = True) -> bool:
+        """Take a resident request's cache: to host memory, or, if that is full or not to be used, drop it.
+
+        Without `or_drop` nothing is dropped; then False if host memory is full.
+        """
+        if self._scheduler.swap in ("reactive", "proactive") and victim.num_computed_tokens:
+            try:
+                self._swap_out.append(self._kv.begin_swap_out(victim))
+            except OutOfBlocksError:
+                if not or_drop:
+                    return False
+            else:
+                self._leaving.append(victim)
+                self._part_changes.append((victim, AWAY))
+                return True
+        # Dropping makes room at once and needs none elsewhere, so it always works.
+        self._dropped.append(Drop(victim, self._kv.drop(victim)))
+        self._leaving.append(victim)
+        self._part_changes.append((victim, FRESH))
+        return True
+
+    def force(self, request: Request) -> None:
+        """Make room for one request by dropping others, last in order first: nothing else can run or move."""
+        self.claimed_blocks = 0
+        needed = self._kv.blocks_to_hold(request, request.num_tokens)
+        for victim in self._scheduler.queue.residents_last_first():
+            if needed <= self._kv.num_free_gpu_blocks:
+                break
+            if victim is not request and not victim.in_flight:
+                self._dropped.append(Drop(victim, self._kv.drop(victim)))
+                self._leaving.append(victim)
+                self._part_changes.append((victim, FRESH))
+        self.offer(request)
+
+    def _make_resident(self, request: Request, hold: int, may_evict: bool, keep_free: int) -> bool:
         """Get the request onto the GPU with room for its tokens, now or once transfers have ended; False if not."""
         kv = self._kv
-        location = kv.location(request)
-        if location is Location.SWAPPING_OUT or location is Location.SWAPPING_IN:
+        if request in self._leaving:
+            return False
+        if request.part == AWAY and kv.location(request) is not Location.HOST:
             self._must_wait = True
             return True
-        needed = kv.blocks_to_hold(request, request.num_tokens)
+        needed = kv.blocks_to_hold(request, hold)
+        if not self._scheduler.moves_on_demand:
+            return self._take_free(request, hold, needed, keep_free)
         if not self._find_room(request, needed, may_evict, keep_free):
             return False
-        if needed > kv.num_free_gpu_blocks - self._promised_blocks:
-            self._promised_blocks += needed
+        if needed > kv.num_free_gpu_blocks - self.claimed_blocks:
+            self.claimed_blocks += needed
             self._must_wait = True
-        elif location is Location.HOST:
-            self._swap_in.append(kv.begin_swap_in(request))
+        elif request.part == AWAY:
+            self.swap_in(request)
             self._must_wait = True
         else:
-            kv.extend(request, request.num_tokens)
+            self._extend(request, hold)
         return True
+
+    def _take_free(self, request: Request, hold: int, needed: int, keep_free: int) -> bool:
+        """Give a request free blocks. Those already resident may take what is meant for others: they need few."""
+        kv = self._kv
+        meant_for_others = keep_free + (self.claimed_blocks if request.part == FRESH else 0)
+        if needed + meant_for_others > kv.num_free_gpu_blocks:
+            self._scheduler.on_no_room(self, request, needed)
+            if needed + meant_for_others > kv.num_free_gpu_blocks:
+                return False
+        self._extend(request, hold)
+        return True
+
+    def _extend(self, request: Request, hold: int) -> None:
+        self._kv.extend(request, hold)
+        if request.part == FRESH:
+            self._part_changes.append((request, RESIDENT))
 
     def _find_room(self, request: Request, needed: int, may_evict: bool, keep_free: int) -> bool:
         """Whether `needed` blocks are free or being cleared, evicting if that is allowed and enough."""
         kv = self._kv
-        missing = needed + keep_free + self._promised_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
+        missing = needed + keep_free + self.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
         if missing <= 0:
             return True
         if not may_evict:
             return False
-        if self._victims is None:
-            self._victims = sorted(kv.resident_requests(), key=self._scheduler.rank)
-        rank = self._scheduler.rank(request)
         chosen: list[Request] = []
-        for victim in reversed(self._victims):
-            if self._scheduler.rank(victim) <= rank:
-                break
-            if victim.in_flight or victim in self._batch:
-                continue
+        for victim in self._victims_behind(request):
             chosen.append(victim)
             missing -= kv.num_blocks(victim)
             if missing <= 0:
@@ -151,22 +261,31 @@ class IterationPlan:
         if missing > 0:
             return False
         for victim in chosen:
-            self._victims.remove(victim)
-            self._evict(victim)
+            self.evict(victim)
         return True
 
-    def _evict(self, victim: Request) -> None:
-        if self._scheduler.swap != "recompute" and victim.num_computed_tokens:
-            try:
-                self._swap_out.append(self._kv.begin_swap_out(victim))
+    def _victims_behind(self, request: Request) -> Iterator[Request]:
+        """Resident requests that rank behind this one and are not in the plan, last in order first."""
+        if self._more_victims is None:
+            self._more_victims = self._scheduler.queue.residents_last_first()
+        rank = (request.level, request.position)
+        index = 0
+        while True:
+            if index == len(self._victims):
+                following = next(self._more_victims, None)
+                if following is None:
+                    return
+                self._victims.append(following)
+            victim = self._victims[index]
+            if (victim.level, victim.position) <= rank:
                 return
-            except OutOfBlocksError:
-                pass  # Host memory is full: dropping is the only way left to make room, and always works.
-        self._dropped.append(Drop(victim, self._kv.drop(victim)))
+            if not (victim.in_flight or self.takes_part(victim)):
+                yield victim
+            index += 1
 
-    def _preempt(self, requests: Iterable[Request]) -> tuple[Request, ...]:
-        preempted = tuple(requests)
-        for request in preempted:
-            del self._scheduler.running[request.request_id]
-            self._scheduler.on_preempt(request, self._now)
-        return preempted
+    def _preempt(self, requests: list[Request]) -> tuple[Request, ...]:
+        scheduler = self._scheduler
+        for request in requests:
+            del scheduler.running[request.request_id]
+            scheduler.on_preempt(request, self.now)
+        return tuple(requests)

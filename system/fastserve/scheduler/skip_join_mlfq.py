@@ -1,26 +1,31 @@
-"""Skip-join multi-level feedback queue: FastServe's policy (paper section 4.1, Algorithm 1)."""
+"""Skip-join multi-level feedback queue: FastServe's policy (paper sections 4.1 and 4.2, Algorithm 1)."""
 
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
-from fastserve.request import Request
-from fastserve.scheduler.base import MemoryOptions, Scheduler
+from fastserve.request import AWAY, RESIDENT, Request
+from fastserve.scheduler.base import Scheduler
 from fastserve.scheduler.registry import register
+from fastserve.scheduler.swapping import MemoryOptions, SwapMode
 
 
 @dataclass(frozen=True, slots=True)
 class SkipJoinMLFQOptions(MemoryOptions):
     """What the paper sets, and what it leaves open."""
 
+    swap: SwapMode = "proactive"
     quantum_base_s: float | None = None
     """Quantum of the highest queue in seconds; none takes the shortest iteration (one decode step of one request)."""
     quantum_ratio: float = 2.0
@@ -29,13 +34,25 @@ class SkipJoinMLFQOptions(MemoryOptions):
     """Queues. The paper states no number; 16 reach 32,768 base quanta, so the last one never binds."""
     alpha_s: float | None = 0.3
     """A request that has waited this many seconds goes to the highest queue; none never promotes."""
+    starvation_check_every: int = 1
+    """Decisions from one look at who has waited `alpha_s` to the next. The paper states no period."""
+    insertion: Literal["back", "front"] = "back"
+    """Where in its new queue a demoted request goes. The paper does not say; the back is fair among equals."""
+    promotion_resets_quantum: bool = True
+    """Whether a promoted request starts a quantum anew, or keeps what it has used since it last changed queues."""
+    max_passed_over: int = 16
+    """Prompts beyond the token budget that a decision passes over before it tries no more of them; bounds its cost."""
 
     def __post_init__(self) -> None:
+        # Not super(): the class that slots=True makes is not the one this body was written in.
+        MemoryOptions.__post_init__(self)
         if self.quantum_base_s is not None:
             require_positive("quantum_base_s", self.quantum_base_s)
         if self.alpha_s is not None:
             require_positive("alpha_s", self.alpha_s)
         require_int("num_levels", self.num_levels, 1)
+        require_int("starvation_check_every", self.starvation_check_every, 1)
+        require_int("max_passed_over", self.max_passed_over, 0)
         require_positive("quantum_ratio", self.quantum_ratio)
         if self.quantum_ratio <= 1:
             raise ConfigError(f"quantum_ratio must be above 1, got {self.quantum_ratio!r}")
@@ -43,14 +60,12 @@ class SkipJoinMLFQOptions(MemoryOptions):
 
 @dataclass(slots=True)
 class _Standing:
-    """A request's standing in its queue."""
+    """What a request has had and is owed."""
 
-    position: int = 0
-    """Order of joining: smaller is nearer the front of its queue."""
     service_s: float = 0.0
-    """Time served since it joined this queue."""
-    deadline: float = 0.0
-    """When its current wait ends in promotion (s); of no meaning while it runs."""
+    """Time served since it joined its queue."""
+    deadline: float = math.inf
+    """When its current wait ends in promotion (s); infinite while it runs and in the highest queue."""
 
 
 _EXACT = 1 - 1e-9
@@ -64,7 +79,7 @@ class SkipJoinMLFQ(Scheduler):
     A new request joins the highest queue whose quantum covers its first iteration, so that a long prompt does not
     overrun the quanta of the queues above. One that has used its quantum moves down to the next queue whose quantum
     covers its next iteration. One that has waited `alpha_s` goes to the highest queue. Each iteration takes the first
-    requests of the highest queues. Within a queue: first in, first out; whoever moves joins at the back.
+    requests of the highest queues that are ready. Caches move in order of the estimated next scheduled time.
     """
 
     name = "fastserve"
@@ -76,89 +91,176 @@ class SkipJoinMLFQ(Scheduler):
         options: SkipJoinMLFQOptions = self.options
         base = options.quantum_base_s or self.latency.iteration_time([], [1])
         self.quanta = [base * options.quantum_ratio**level for level in range(options.num_levels)]
+        self.queue.fix_levels(len(self.quanta))
+        self.max_passed_over = options.max_passed_over
         # Service at which a quantum is used up; that of the last level never is.
         self._used_up = [*(quantum * _EXACT for quantum in self.quanta[:-1]), math.inf]
         self._decode_time = functools.cache(lambda context: self.latency.iteration_time((), (context,)))
         self._alpha_s = options.alpha_s
-        self.queues: list[OrderedDict[str, Request]] = [OrderedDict() for _ in self.quanta]
-        self._num_joins = 0
+        self._longest_wait_s = math.inf if options.alpha_s is None else options.alpha_s
+        self._to_front = options.insertion == "front"
+        self._decisions_to_check = 1
         self._waiting: OrderedDict[str, Request] = OrderedDict()
-        """Whoever waits, in order of the deadline: every wait lasts alpha, so each new one is the last to end."""
+        """Whoever waits below the highest queue, in order of the deadline: every wait lasts alpha, so each new one is
+        the last to end."""
 
-    def in_order(self) -> Iterable[Request]:
-        """Queue by queue, each front to back."""
-        for queue in self.queues:
-            if queue:
-                yield from queue.values()
-
-    def rank(self, request: Request) -> tuple[int, int]:
-        """Level, then position in the queue."""
-        return request.level, request.standing.position
+    # -- queues ------------------------------------------------------------------------------------------------
 
     def level_for(self, iteration_time: float) -> int:
         """The highest level whose quantum is at least `iteration_time` seconds; the lowest if none is."""
         return min(bisect_left(self.quanta, iteration_time * _EXACT), len(self.quanta) - 1)
 
+    def entry_level(self, request: Request) -> int:
+        """Skip-join: the queue whose quantum covers the first iteration."""
+        return self.level_for(self.next_iteration_time(request))
+
+    def demotion_level(self, request: Request) -> int:
+        """The next queue below whose quantum covers the next iteration."""
+        below = request.level + 1
+        next_time = self.next_iteration_time(request)
+        return below if next_time * _EXACT <= self.quanta[below] else self.level_for(next_time)
+
+    def next_iteration_time(self, request: Request) -> float:
+        """Seconds the request's next iteration takes on its own: its prompt (or what was dropped), or one token."""
+        if request.is_decoding:
+            return self._decode_time(request.num_tokens)
+        return self.latency.iteration_time((request.num_tokens - request.num_computed_tokens,), ())
+
     def on_add(self, request: Request) -> None:
-        """Skip-join: enter where the quantum covers the first iteration."""
+        """Join a queue and start to wait."""
         request.standing = _Standing()
-        self._join(request, self.level_for(self._next_iteration_time(request)))
+        self.queue.join(request, self.entry_level(request))
         self._start_waiting(request, request.arrival_s)
 
     def on_remove(self, request: Request) -> None:
-        """Leave the queue."""
-        del self.queues[request.level][request.request_id]
+        """Wait no longer."""
         self._waiting.pop(request.request_id, None)
 
     def on_start(self, request: Request, now: float) -> None:
-        """It waits no longer."""
-        self._waiting.pop(request.request_id, None)
+        """Wait no longer."""
+        if self._waiting.pop(request.request_id, None) is not None:
+            request.standing.deadline = math.inf
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """It starts to wait, keeping its place in its queue."""
+        """Start to wait, in the same place of the same queue."""
         self._start_waiting(request, now)
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote when that is used up."""
         standing = request.standing
         standing.service_s += end - start
-        level = request.level
-        if standing.service_s >= self._used_up[level]:
-            del self.queues[level][request.request_id]
-            next_time = self._next_iteration_time(request)
-            covered = next_time * _EXACT <= self.quanta[level + 1]
-            self._join(request, level + 1 if covered else self.level_for(next_time))
+        if standing.service_s >= self._used_up[request.level]:
+            standing.service_s = 0.0
+            self.queue.move(request, self.demotion_level(request), front=self._to_front)
 
     def prepare(self, now: float) -> None:
-        """Promote whoever has waited `alpha_s` to the highest queue."""
-        due: list[Request] = []
-        for request in self._waiting.values():
-            if request.standing.deadline > now:
-                break
-            due.append(request)
-        for request in due:
-            # One that already stands in the highest queue must not lose its place there by being promoted again.
-            if request.level > 0:
-                del self.queues[request.level][request.request_id]
-                self._join(request, 0)
-            self._waiting.move_to_end(request.request_id)
-            self._start_waiting(request, now)
+        """Look who has waited too long, if it is time to."""
+        self._decisions_to_check -= 1
+        if not self._decisions_to_check:
+            self._decisions_to_check = self.options.starvation_check_every
+            self.promote_starved(now)
 
-    def _join(self, request: Request, level: int) -> None:
-        request.level = level
-        standing = request.standing
-        standing.service_s = 0.0
-        self._num_joins = standing.position = self._num_joins + 1
-        self.queues[level][request.request_id] = request
+    def promote_starved(self, now: float) -> None:
+        """Move whoever has waited `alpha_s` to the back of the highest queue."""
+        waiting = self._waiting
+        while waiting:
+            request = next(iter(waiting.values()))
+            if request.standing.deadline > now:
+                return
+            self.promote(request)
+
+    def promote(self, request: Request) -> None:
+        """Move a waiting request to the back of the highest queue, where its wait has no deadline."""
+        del self._waiting[request.request_id]
+        request.standing.deadline = math.inf
+        if self.options.promotion_resets_quantum:
+            request.standing.service_s = 0.0
+        self.queue.move(request, 0)
 
     def _start_waiting(self, request: Request, since: float) -> None:
-        if self._alpha_s is not None:
+        # Promotion would do nothing for one that is in the highest queue already.
+        if self._alpha_s is not None and request.level:
             request.standing.deadline = since + self._alpha_s
             self._waiting[request.request_id] = request
 
-    def _next_iteration_time(self, request: Request) -> float:
-        """Seconds the request's next iteration takes on its own: its prompt (or what was dropped), or one token."""
-        num_tokens = request.num_tokens - request.num_computed_tokens
-        if num_tokens == 1 and request.num_computed_tokens:
-            return self._decode_time(request.num_tokens)
-        return self.latency.iteration_time((num_tokens,), ())
+    # -- estimated next scheduled time -------------------------------------------------------------------------
+
+    def expected_waits(self) -> list[float]:
+        """T_execute of each queue: seconds until those in the queues above have been brought down to it.
+
+        Every request above costs the quanta from its queue down to, not including, this one; a batch shares them.
+        """
+        waits, num_above = [0.0], 0
+        per_place = 1 / self.config.max_batch_size
+        for level, quantum in enumerate(self.quanta[:-1]):
+            num_above += self.queue.level(level).size
+            waits.append(waits[-1] + num_above * quantum * per_place)
+        return waits
+
+    def urgency(self, request: Request, now: float) -> tuple[float, ...]:
+        """Estimated next scheduled time (ENST, s from now): promotion or execution, whichever is first; then order."""
+        return self._enst(request, now, self.expected_waits()), request.level, request.position
+
+    def _enst(self, request: Request, now: float, waits: list[float]) -> float:
+        # One that runs still has no deadline; if it stops now, it will wait alpha.
+        return min(request.standing.deadline - now, self._longest_wait_s, waits[request.level])
+
+    def uploads(self, now: float) -> Iterator[Request]:
+        """By smallest ENST. Within a queue, where T_execute ties, by the order in the queue."""
+        waits = self.expected_waits()
+        heads = []
+        for number in range(len(waits)):
+            line = iter(self.queue.level(number).parts[AWAY])
+            for request in line:
+                heads.append((self._enst(request, now, waits), number, request.position, request, line))
+                break
+        heapq.heapify(heads)
+        while heads:
+            _, number, _, request, line = heads[0]
+            yield request
+            for request in line:
+                enst = self._enst(request, now, waits)
+                heapq.heapreplace(heads, (enst, number, request.position, request, line))
+                break
+            else:
+                heapq.heappop(heads)
+
+    def offloads(self, now: float) -> Iterator[Request]:
+        """By largest ENST of those that wait. Within a queue by the order in the queue, from the back."""
+        waits = self.expected_waits()
+        heads = []
+        for number in range(len(waits)):
+            line = reversed(self.queue.level(number).parts[RESIDENT])
+            for request in line:
+                heads.append((-self._enst(request, now, waits), -number, -request.position, request, line))
+                break
+        heapq.heapify(heads)
+        while heads:
+            _, number, _, request, line = heads[0]
+            yield request
+            for request in line:
+                enst = self._enst(request, now, waits)
+                heapq.heapreplace(heads, (-enst, number, -request.position, request, line))
+                break
+            else:
+                heapq.heappop(heads)
+
+    # -- identical decisions -----------------------------------------------------------------------------------
+
+    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
+        """Until someone has used up a quantum or waited too long, if nobody waits for room and nothing moves."""
+        if not self.is_clear:
+            return 1
+        count = len(free_blocks) if self._swapping is None else self._swapping.idle_for(free_blocks)
+        if self._waiting:
+            first = next(iter(self._waiting.values())).standing.deadline
+            # Iteration k is decided at times[k], and those who are due by then are promoted first.
+            count = min(count, max(1, int(np.searchsorted(times[:count], first, side="left"))))
+        durations = np.diff(times[: count + 1])
+        running = list(self.running.values())
+        service = np.empty((len(running), count + 1))
+        service[:, 0] = [request.standing.service_s for request in running]
+        service[:, 1:] = durations
+        used_up = np.array([self._used_up[request.level] for request in running])
+        reached = (np.add.accumulate(service, axis=1)[:, 1:] >= used_up[:, None]).any(axis=0)
+        return int(np.argmax(reached)) + 1 if reached.any() else count

@@ -1,0 +1,234 @@
+"""The order of service: queues by level, each first in, first out, and in each who has its cache where.
+
+Deciding a batch must not cost the length of the queue. So every level keeps apart those without cache (of whom there
+may be a hundred thousand), those on the GPU and those in host memory (of whom there are as many as fit there): the next
+to run, to upload or to offload is found at an end, without walking over the others.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Protocol
+
+from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
+
+
+class Gate(Protocol):
+    """Who is still looked for in a walk over the queue; may close while it lasts."""
+
+    admitting: bool
+    """Those without cache."""
+    counting_away: bool
+    """Those whose cache is away."""
+
+
+class _Line:
+    """Requests in order of position. Most join at an end; those put back in their old place are kept beside."""
+
+    __slots__ = ("main", "put_back")
+
+    def __init__(self) -> None:
+        self.main: OrderedDict[int, Request] = OrderedDict()
+        self.put_back: list[tuple[int, Request]] = []
+
+    def __len__(self) -> int:
+        return len(self.main) + len(self.put_back)
+
+    def insert(self, request: Request) -> None:
+        position = request.position
+        main = self.main
+        if not main or position > next(reversed(main)):
+            main[position] = request
+        elif position < next(iter(main)):
+            main[position] = request
+            main.move_to_end(position, last=False)
+        else:
+            insort(self.put_back, (position, request))
+
+    def remove(self, request: Request) -> None:
+        if self.main.pop(request.position, None) is None:
+            index = bisect_left(self.put_back, (request.position,))
+            assert self.put_back[index][1] is request
+            del self.put_back[index]
+
+    def __iter__(self) -> Iterator[Request]:
+        if not self.put_back:
+            return iter(self.main.values())
+        if not self.main:
+            return (request for _, request in self.put_back)
+        return _merged([iter(self.main.values()), (request for _, request in self.put_back)])
+
+    def __reversed__(self) -> Iterator[Request]:
+        if not self.put_back:
+            return reversed(self.main.values())
+        backwards = (request for _, request in reversed(self.put_back))
+        return _merged([reversed(self.main.values()), backwards], last_first=True)
+
+    @property
+    def first(self) -> Request | None:
+        """Whoever is nearest the front."""
+        if not self.put_back:
+            return next(iter(self.main.values())) if self.main else None
+        return next(iter(self))
+
+
+class Level:
+    """One queue: a line for each part, and the number of requests in all."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self) -> None:
+        self.parts = (_Line(), _Line(), _Line())
+        self.size = 0
+
+
+class MultiLevelQueue:
+    """Requests by level (any integer, smaller is more urgent), within a level by position.
+
+    Levels come and go with their requests, unless fixed. A walk must be over before the queue is changed.
+    """
+
+    def __init__(self) -> None:
+        self._levels: dict[int, Level] = {}
+        self._in_order: list[int] = []
+        self._num_fixed_levels = 0
+        self._spare: list[Level] = []
+        self._last = 0
+        self._first = 0
+        self.num_away = 0
+
+    def fix_levels(self, count: int) -> None:
+        """Keep levels 0 .. count - 1 although empty. To be called before anyone joins."""
+        self._num_fixed_levels = count
+        self._in_order = list(range(count))
+        self._levels = {level: Level() for level in self._in_order}
+
+    def __len__(self) -> int:
+        return sum(level.size for level in self._levels.values())
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    def join(self, request: Request, level: int, *, front: bool = False) -> None:
+        """Take a new request in at the back of a level (or its front)."""
+        request.level = level
+        if front:
+            self._first = request.position = self._first - 1
+        else:
+            self._last = request.position = self._last + 1
+        if request.part == AWAY:
+            self.num_away += 1
+        queue = self._levels.get(level)
+        if queue is None:
+            queue = self._open(level)
+        queue.size += 1
+        if front:
+            queue.parts[request.part].insert(request)
+        else:
+            queue.parts[request.part].main[request.position] = request
+
+    def remove(self, request: Request) -> None:
+        """Take a request out."""
+        level = request.level
+        queue = self._levels[level]
+        if queue.parts[request.part].main.pop(request.position, None) is None:
+            queue.parts[request.part].remove(request)
+        queue.size -= 1
+        if request.part == AWAY:
+            self.num_away -= 1
+        if not queue.size and not 0 <= level < self._num_fixed_levels:
+            self._close(level)
+
+    def move(self, request: Request, level: int, *, front: bool = False) -> None:
+        """Take a request to the back of a level (or its front), be it the one it stands in."""
+        self.remove(request)
+        self.join(request, level, front=front)
+
+    def put(self, request: Request, part: Part) -> None:
+        """Its cache has gone elsewhere; its place in the order stays."""
+        parts = self._levels[request.level].parts
+        parts[request.part].remove(request)
+        self.num_away += (part == AWAY) - (request.part == AWAY)
+        request.part = part
+        parts[part].insert(request)
+
+    # -- walks -------------------------------------------------------------------------------------------------
+
+    def level(self, number: int) -> Level:
+        """One of the fixed levels, or one that has requests."""
+        return self._levels[number]
+
+    def in_order(self) -> Iterator[Request]:
+        """Everyone, most urgent first."""
+        for level in self._in_order:
+            yield from _merged([iter(line) for line in self._levels[level].parts])
+
+    def candidates(self, gate: Gate) -> Iterator[Request]:
+        """Everyone whom the gate lets through, most urgent first."""
+        for number in self._in_order:
+            level = self._levels[number]
+            if not level.size:
+                continue
+            fresh, resident, away = level.parts
+            lines = []
+            if gate.admitting and (fresh.main or fresh.put_back):
+                lines.append(iter(fresh))
+            if gate.counting_away and (away.main or away.put_back):
+                lines.append(iter(away))
+            if not lines:
+                yield from resident
+                continue
+            if resident.main or resident.put_back:
+                lines.append(iter(resident))
+            yield from _merged(lines, gate)
+
+    def residents_last_first(self) -> Iterator[Request]:
+        """Those on the GPU, least urgent first."""
+        for number in reversed(self._in_order):
+            resident = self._levels[number].parts[RESIDENT]
+            if resident.main or resident.put_back:
+                yield from reversed(resident)
+
+    def away_first_first(self) -> Iterator[Request]:
+        """Those whose cache is away, most urgent first."""
+        for number in self._in_order:
+            away = self._levels[number].parts[AWAY]
+            if away.main or away.put_back:
+                yield from away
+
+    # -- levels that come and go -------------------------------------------------------------------------------
+
+    def _open(self, level: int) -> Level:
+        queue = self._levels[level] = self._spare.pop() if self._spare else Level()
+        insort(self._in_order, level)
+        return queue
+
+    def _close(self, level: int) -> None:
+        self._spare.append(self._levels.pop(level))
+        del self._in_order[bisect_left(self._in_order, level)]
+
+
+def _merged(lines: list[Iterator[Request]], gate: Gate | None = None, *, last_first: bool = False) -> Iterator[Request]:
+    """Up to three lines as one, by position; a line the gate closes is left."""
+    if len(lines) == 1 and gate is None:
+        yield from lines[0]
+        return
+    heads: list[tuple[int, Request, Iterator[Request]]] = []
+    for line in lines:
+        request = next(line, None)
+        if request is not None:
+            heads.append((-request.position if last_first else request.position, request, line))
+    while heads:
+        head = min(heads)
+        request, line = head[1], head[2]
+        if gate is not None and (
+            (request.part == FRESH and not gate.admitting) or (request.part == AWAY and not gate.counting_away)
+        ):
+            heads.remove(head)
+            continue
+        yield request
+        following = next(line, None)
+        heads.remove(head)
+        if following is not None:
+            heads.append((-following.position if last_first else following.position, following, line))
