@@ -38,16 +38,16 @@ class ArtifactOptions(SkipJoinMLFQOptions):
 class TailSwapping(ProactiveSwapping):
     """No estimate of who is needed when: out goes the tail of the lowest queue, in comes the front of the highest."""
 
-    def bring_in(self, plan: IterationPlan, request: Request) -> None:
-        """It waits its turn."""
-        plan.stalled.append(request)
+    def bring_in(self, plan: IterationPlan, request: Request, *, may_drop: bool) -> bool:
+        """Being due changes nothing: it waits its turn."""
+        return False
 
     def make_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """It waits until enough is free."""
         plan.short.append(request)
         plan.claimed_blocks = max(plan.claimed_blocks, needed)
 
-    def prefetch(self, plan: IterationPlan) -> None:
+    def move_ahead(self, plan: IterationPlan, *, exchange: bool) -> None:
         """Out, until the reserve (and room for whoever found none) is free; or else in, up to a batch at once."""
         kv, queue = self._kv, self._queue
         reserve = self.reserve(plan.now)

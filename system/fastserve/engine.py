@@ -309,6 +309,13 @@ class Engine:
             or self._in_flight
         ):
             return False
+        last = self.iterations[-1] if self.iterations else None
+        now = self.clock.now()
+        # If the iterations to come last as long as the last one, are there enough of them?
+        if last is None or min(until, self.scheduler.steady_until(now)) - now < _FEWEST_WORTH_A_JUMP * (
+            last.end_s - last.start_s
+        ):
+            return False
         jobs = [self.jobs[request.request_id] for request in requests]
         # In none of them may a request finish.
         count = min(job.max_tokens - request.num_tokens for job, request in zip(jobs, requests, strict=True)) - 1
@@ -325,7 +332,7 @@ class Engine:
         blocks = -(-(tokens[:, None] + np.arange(len(ends))) // kv.block_size)
         free_blocks = kv.num_free_gpu_blocks - (blocks - blocks[:, :1]).sum(axis=0)
         count = int(np.searchsorted(-free_blocks, 0, side="right"))  # Free blocks never rise.
-        times = np.concatenate(([self.clock.now()], ends[:count]))
+        times = np.concatenate(([now], ends[:count]))
         count = self.scheduler.repeats(times, free_blocks[:count])
         if count < _FEWEST_WORTH_A_JUMP:
             return False

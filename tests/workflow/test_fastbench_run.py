@@ -174,7 +174,11 @@ def test_a_timeline_that_cannot_be_written_is_named_before_the_run(tmp_path: Pat
         ({"rate": -1.0}, ConfigError, "not -1.0"),
         ({"rate": float("nan")}, ConfigError, "not nan"),
         ({"rate": None}, ConfigError, "rate"),
-        ({"policy": "fcfs"}, ConfigError, "unknown policy 'fcfs'; known: fastserve, fastserve-artifact, fastserve-fcfs"),
+        (
+            {"policy": "fcfs"},
+            ConfigError,
+            "unknown policy 'fcfs'; known: fastserve, fastserve-artifact, fastserve-fcfs",
+        ),
         ({"settings": {"alpha": "1"}}, ConfigError, "unknown option 'alpha'; valid for policy 'fastserve': swap"),
         ({"settings": {"max_batch_size": "0"}}, ConfigError, "max_batch_size must be an integer of at least 1, got 0"),
         ({"profile": None}, ConfigError, "needs --profile"),

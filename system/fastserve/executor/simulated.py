@@ -43,6 +43,10 @@ class SimulatedExecutor(Executor):
             self._computing.append(IterationResult((0,) * len(iteration.requests), now, end))
 
     def _duration(self, iteration: Iteration) -> float:
+        if sum(iteration.num_scheduled_tokens) == len(iteration.requests) and not iteration.padded:
+            context_lens = [request.num_computed_tokens + 1 for request in iteration.requests]
+            if min(context_lens) > 1:  # All decode.
+                return self._latency.iteration_time((), context_lens)
         prefill_lens, prefix_lens, context_lens = [], [], []
         for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
             num_computed = request.num_computed_tokens

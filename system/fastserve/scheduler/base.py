@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,6 +121,10 @@ class Scheduler(ABC):
             self.queue.put(request, RESIDENT)
             request.num_tokens_at_swap_in = request.num_computed_tokens
 
+    def steady_until(self, now: float) -> float:
+        """Until when (s) decisions may be alike, infinite if not known: a cheap guess before `repeats` is asked."""
+        return math.inf
+
     def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
         """How many iterations from the one just decided on would be decided alike, each computing one token more.
 
@@ -186,20 +191,16 @@ class Scheduler(ABC):
 
     def fill(self, plan: IterationPlan) -> None:
         """Offer everyone who could run to the plan, in order, and start the transfers that run beside it."""
-        swapping = self._swapping
         batch, size = plan.batch, plan.batch_size
+        offer, take = self.offer, plan.take_if_ready
+        plan.counting_away = self.moves_on_demand
         for request in self.queue.candidates(plan):
-            if swapping is not None and request.part == AWAY:
-                swapping.bring_in(plan, request)
-            else:
-                self.offer(plan, request)
-                if len(batch) >= size:
-                    break
-            if swapping is not None and len(batch) + len(plan.stalled) >= size:
-                # Whoever comes behind these would have no place in the batch anyway.
-                plan.counting_away = False
-        if swapping is not None:
-            swapping.prefetch(plan)
+            if not take(request):
+                offer(plan, request)
+            if len(batch) >= size:
+                break
+        if self._swapping is not None:
+            self._swapping.move(plan)
 
     def on_no_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request needs more blocks than are free; unless there are enough after this, it is left out of the plan."""

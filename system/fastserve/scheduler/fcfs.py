@@ -30,7 +30,7 @@ class ArrivalOrder(Scheduler):
         """All of them: whoever waits for room waits on while those who run take more of it."""
         if self._swapping is None:
             return len(free_blocks)
-        return self._swapping.idle_for(free_blocks) if self.is_clear else 1
+        return self._swapping.idle_for(float(times[0]), free_blocks) if self.is_clear else 1
 
 
 @register

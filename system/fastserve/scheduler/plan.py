@@ -25,6 +25,31 @@ class IterationPlan:
     leave out.
     """
 
+    __slots__ = (
+        "_dropped",
+        "_kv",
+        "_leaving",
+        "_more_victims",
+        "_must_wait",
+        "_num_passed_over",
+        "_num_prefills",
+        "_num_tokens",
+        "_part_changes",
+        "_scheduler",
+        "_swap_in",
+        "_swap_out",
+        "_tokens_left",
+        "_victims",
+        "admitting",
+        "batch",
+        "batch_size",
+        "claimed_blocks",
+        "counting_away",
+        "now",
+        "short",
+        "stalled",
+    )
+
     def __init__(self, scheduler: Scheduler, now: float, batch_size: int | None = None) -> None:
         self.now = now
         self.batch: list[Request] = []
@@ -71,6 +96,17 @@ class IterationPlan:
         return request in self.batch or request in self._leaving or request in self.short
 
     # -- the batch ---------------------------------------------------------------------------------------------
+
+    def take_if_ready(self, request: Request) -> bool:
+        """Take a request that needs nothing but a place: one token to decode, and room for it."""
+        num_tokens = request.num_tokens
+        if num_tokens > request.cache_capacity or num_tokens - request.num_computed_tokens > 1 or request.in_flight:
+            return False
+        if not request.num_computed_tokens:  # A prompt of one token.
+            return False
+        self.batch.append(request)
+        self._num_tokens.append(1)
+        return True
 
     def offer(
         self,
@@ -145,7 +181,7 @@ class IterationPlan:
             )
         preempted = ()
         now_running = {request.request_id: request for request in batch}
-        if now_running.keys() != running.keys():
+        if now_running != running:
             losers: Iterable[Request] = self._leaving if others_keep_their_place else running.values()
             preempted = self._preempt(
                 [r for r in losers if r.request_id not in now_running and r.request_id in running and not r.in_flight]
@@ -176,20 +212,22 @@ class IterationPlan:
 
         Without `or_drop` nothing is dropped; then False if host memory is full.
         """
+        part: Part = FRESH
         if self._scheduler.swap in ("reactive", "proactive") and victim.num_computed_tokens:
             try:
                 self._swap_out.append(self._kv.begin_swap_out(victim))
+                part = AWAY
             except OutOfBlocksError:
                 if not or_drop:
                     return False
-            else:
-                self._leaving.append(victim)
-                self._part_changes.append((victim, AWAY))
-                return True
-        # Dropping makes room at once and needs none elsewhere, so it always works.
-        self._dropped.append(Drop(victim, self._kv.drop(victim)))
+        if part == FRESH:
+            # Dropping makes room at once and needs none elsewhere, so it always works.
+            self._dropped.append(Drop(victim, self._kv.drop(victim)))
+        if victim in self.batch:
+            index = self.batch.index(victim)
+            del self.batch[index], self._num_tokens[index]
         self._leaving.append(victim)
-        self._part_changes.append((victim, FRESH))
+        self._part_changes.append((victim, part))
         return True
 
     def force(self, request: Request) -> None:

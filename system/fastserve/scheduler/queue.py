@@ -33,8 +33,8 @@ class _Line:
         self.main: OrderedDict[int, Request] = OrderedDict()
         self.put_back: list[tuple[int, Request]] = []
 
-    def __len__(self) -> int:
-        return len(self.main) + len(self.put_back)
+    def __bool__(self) -> bool:
+        return bool(self.main or self.put_back)
 
     def insert(self, request: Request) -> None:
         position = request.position
@@ -66,13 +66,6 @@ class _Line:
         backwards = (request for _, request in reversed(self.put_back))
         return _merged([reversed(self.main.values()), backwards], last_first=True)
 
-    @property
-    def first(self) -> Request | None:
-        """Whoever is nearest the front."""
-        if not self.put_back:
-            return next(iter(self.main.values())) if self.main else None
-        return next(iter(self))
-
 
 class Level:
     """One queue: a line for each part, and the number of requests in all."""
@@ -98,6 +91,8 @@ class MultiLevelQueue:
         self._last = 0
         self._first = 0
         self.num_away = 0
+        self.version = 0
+        """Changes whenever the queue does."""
 
     def fix_levels(self, count: int) -> None:
         """Keep levels 0 .. count - 1 although empty. To be called before anyone joins."""
@@ -112,46 +107,53 @@ class MultiLevelQueue:
 
     def join(self, request: Request, level: int, *, front: bool = False) -> None:
         """Take a new request in at the back of a level (or its front)."""
-        request.level = level
-        if front:
-            self._first = request.position = self._first - 1
-        else:
-            self._last = request.position = self._last + 1
-        if request.part == AWAY:
-            self.num_away += 1
+        self.version += 1
+        self.num_away += request.part == AWAY
+        self._enter(request, level, front)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out."""
+        self.version += 1
+        self.num_away -= request.part == AWAY
+        self._leave(request)
+
+    def move(self, request: Request, level: int, *, front: bool = False) -> None:
+        """Take a request to the back of a level (or its front), be it the one it stands in."""
+        self.version += 1
+        self._leave(request)
+        self._enter(request, level, front)
+
+    def put(self, request: Request, part: Part) -> None:
+        """Its cache has gone elsewhere; its place in the order stays."""
+        self.version += 1
+        self.num_away += (part == AWAY) - (request.part == AWAY)
+        parts = self._levels[request.level].parts
+        parts[request.part].remove(request)
+        request.part = part
+        parts[part].insert(request)
+
+    def _enter(self, request: Request, level: int, front: bool) -> None:
         queue = self._levels.get(level)
         if queue is None:
             queue = self._open(level)
         queue.size += 1
+        request.level = level
         if front:
+            self._first = request.position = self._first - 1
             queue.parts[request.part].insert(request)
         else:
-            queue.parts[request.part].main[request.position] = request
+            self._last = request.position = position = self._last + 1
+            queue.parts[request.part].main[position] = request
 
-    def remove(self, request: Request) -> None:
-        """Take a request out."""
+    def _leave(self, request: Request) -> None:
         level = request.level
         queue = self._levels[level]
-        if queue.parts[request.part].main.pop(request.position, None) is None:
-            queue.parts[request.part].remove(request)
+        line = queue.parts[request.part]
+        if line.main.pop(request.position, None) is None:
+            line.remove(request)
         queue.size -= 1
-        if request.part == AWAY:
-            self.num_away -= 1
         if not queue.size and not 0 <= level < self._num_fixed_levels:
             self._close(level)
-
-    def move(self, request: Request, level: int, *, front: bool = False) -> None:
-        """Take a request to the back of a level (or its front), be it the one it stands in."""
-        self.remove(request)
-        self.join(request, level, front=front)
-
-    def put(self, request: Request, part: Part) -> None:
-        """Its cache has gone elsewhere; its place in the order stays."""
-        parts = self._levels[request.level].parts
-        parts[request.part].remove(request)
-        self.num_away += (part == AWAY) - (request.part == AWAY)
-        request.part = part
-        parts[part].insert(request)
 
     # -- walks -------------------------------------------------------------------------------------------------
 
@@ -172,14 +174,14 @@ class MultiLevelQueue:
                 continue
             fresh, resident, away = level.parts
             lines = []
-            if gate.admitting and (fresh.main or fresh.put_back):
+            if gate.admitting and fresh:
                 lines.append(iter(fresh))
-            if gate.counting_away and (away.main or away.put_back):
+            if gate.counting_away and away:
                 lines.append(iter(away))
             if not lines:
                 yield from resident
                 continue
-            if resident.main or resident.put_back:
+            if resident:
                 lines.append(iter(resident))
             yield from _merged(lines, gate)
 
@@ -187,14 +189,14 @@ class MultiLevelQueue:
         """Those on the GPU, least urgent first."""
         for number in reversed(self._in_order):
             resident = self._levels[number].parts[RESIDENT]
-            if resident.main or resident.put_back:
+            if resident:
                 yield from reversed(resident)
 
     def away_first_first(self) -> Iterator[Request]:
         """Those whose cache is away, most urgent first."""
         for number in self._in_order:
             away = self._levels[number].parts[AWAY]
-            if away.main or away.put_back:
+            if away:
                 yield from away
 
     # -- levels that come and go -------------------------------------------------------------------------------

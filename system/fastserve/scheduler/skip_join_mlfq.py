@@ -15,7 +15,7 @@ import numpy as np
 
 from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
-from fastserve.request import AWAY, RESIDENT, Request
+from fastserve.request import AWAY, RESIDENT, Part, Request
 from fastserve.scheduler.base import Scheduler
 from fastserve.scheduler.registry import register
 from fastserve.scheduler.swapping import MemoryOptions, SwapMode
@@ -40,6 +40,9 @@ class SkipJoinMLFQOptions(MemoryOptions):
     """Where in its new queue a demoted request goes. The paper does not say; the back is fair among equals."""
     promotion_resets_quantum: bool = True
     """Whether a promoted request starts a quantum anew, or keeps what it has used since it last changed queues."""
+    enst_ties: Literal["front", "back"] = "front"
+    """Who of a queue, where T_execute is the same for all, is taken to be scheduled next. The paper does not say; the
+    batch is taken from the front."""
     max_passed_over: int = 16
     """Prompts beyond the token budget that a decision passes over before it tries no more of them; bounds its cost."""
 
@@ -98,8 +101,12 @@ class SkipJoinMLFQ(Scheduler):
         self._decode_time = functools.cache(lambda context: self.latency.iteration_time((), (context,)))
         self._alpha_s = options.alpha_s
         self._longest_wait_s = math.inf if options.alpha_s is None else options.alpha_s
+        self._promotion_resets_quantum = options.promotion_resets_quantum
+        self._tie_sign = 1 if options.enst_ties == "front" else -1
         self._to_front = options.insertion == "front"
         self._decisions_to_check = 1
+        self._waits: list[float] = []
+        self._waits_version = -1
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         """Whoever waits below the highest queue, in order of the deadline: every wait lasts alpha, so each new one is
         the last to end."""
@@ -148,8 +155,10 @@ class SkipJoinMLFQ(Scheduler):
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote when that is used up."""
         standing = request.standing
-        standing.service_s += end - start
-        if standing.service_s >= self._used_up[request.level]:
+        service_s = standing.service_s + (end - start)
+        if service_s < self._used_up[request.level]:
+            standing.service_s = service_s
+        else:
             standing.service_s = 0.0
             self.queue.move(request, self.demotion_level(request), front=self._to_front)
 
@@ -162,19 +171,21 @@ class SkipJoinMLFQ(Scheduler):
 
     def promote_starved(self, now: float) -> None:
         """Move whoever has waited `alpha_s` to the back of the highest queue."""
-        waiting = self._waiting
-        while waiting:
-            request = next(iter(waiting.values()))
+        starved = []
+        for request in self._waiting.values():
             if request.standing.deadline > now:
-                return
+                break
+            starved.append(request)
+        for request in starved:
             self.promote(request)
 
     def promote(self, request: Request) -> None:
         """Move a waiting request to the back of the highest queue, where its wait has no deadline."""
         del self._waiting[request.request_id]
-        request.standing.deadline = math.inf
-        if self.options.promotion_resets_quantum:
-            request.standing.service_s = 0.0
+        standing = request.standing
+        standing.deadline = math.inf
+        if self._promotion_resets_quantum:
+            standing.service_s = 0.0
         self.queue.move(request, 0)
 
     def _start_waiting(self, request: Request, since: float) -> None:
@@ -190,16 +201,21 @@ class SkipJoinMLFQ(Scheduler):
 
         Every request above costs the quanta from its queue down to, not including, this one; a batch shares them.
         """
-        waits, num_above = [0.0], 0
-        per_place = 1 / self.config.max_batch_size
-        for level, quantum in enumerate(self.quanta[:-1]):
-            num_above += self.queue.level(level).size
-            waits.append(waits[-1] + num_above * quantum * per_place)
-        return waits
+        version = self.queue.version
+        if version != self._waits_version:
+            self._waits_version = version
+            wait, num_above, per_place = 0.0, 0, 1 / self.config.max_batch_size
+            self._waits = waits = [0.0]
+            for level, quantum in enumerate(self.quanta[:-1]):
+                num_above += self.queue.level(level).size
+                wait += num_above * quantum * per_place
+                waits.append(wait)
+        return self._waits
 
     def urgency(self, request: Request, now: float) -> tuple[float, ...]:
         """Estimated next scheduled time (ENST, s from now): promotion or execution, whichever is first; then order."""
-        return self._enst(request, now, self.expected_waits()), request.level, request.position
+        enst = self._enst(request, now, self.expected_waits())
+        return enst, request.level, self._tie_sign * request.position
 
     def _enst(self, request: Request, now: float, waits: list[float]) -> float:
         # One that runs still has no deadline; if it stops now, it will wait alpha.
@@ -207,51 +223,51 @@ class SkipJoinMLFQ(Scheduler):
 
     def uploads(self, now: float) -> Iterator[Request]:
         """By smallest ENST. Within a queue, where T_execute ties, by the order in the queue."""
-        waits = self.expected_waits()
-        heads = []
-        for number in range(len(waits)):
-            line = iter(self.queue.level(number).parts[AWAY])
-            for request in line:
-                heads.append((self._enst(request, now, waits), number, request.position, request, line))
-                break
-        heapq.heapify(heads)
-        while heads:
-            _, number, _, request, line = heads[0]
-            yield request
-            for request in line:
-                enst = self._enst(request, now, waits)
-                heapq.heapreplace(heads, (enst, number, request.position, request, line))
-                break
-            else:
-                heapq.heappop(heads)
+        return self._by_enst(AWAY, now, 1)
 
     def offloads(self, now: float) -> Iterator[Request]:
         """By largest ENST of those that wait. Within a queue by the order in the queue, from the back."""
+        return self._by_enst(RESIDENT, now, -1)
+
+    def _by_enst(self, part: Part, now: float, sign: int) -> Iterator[Request]:
+        """The heads of the queues compete: whoever is needed first, by smallest ENST (1), or last, by largest (-1)."""
         waits = self.expected_waits()
         heads = []
-        for number in range(len(waits)):
-            line = reversed(self.queue.level(number).parts[RESIDENT])
-            for request in line:
-                heads.append((-self._enst(request, now, waits), -number, -request.position, request, line))
-                break
+        for number in range(len(self.quanta)):
+            line = self.queue.level(number).parts[part]
+            if line:
+                rest = iter(line) if sign == self._tie_sign else reversed(line)
+                request = next(rest)
+                enst = sign * self._enst(request, now, waits)
+                heads.append((enst, sign * number, sign * self._tie_sign * request.position, request, rest))
         heapq.heapify(heads)
         while heads:
-            _, number, _, request, line = heads[0]
+            _, number, _, request, rest = heads[0]
             yield request
-            for request in line:
-                enst = self._enst(request, now, waits)
-                heapq.heapreplace(heads, (-enst, number, -request.position, request, line))
-                break
-            else:
+            following = next(rest, None)
+            if following is None:
                 heapq.heappop(heads)
+            else:
+                enst = sign * self._enst(following, now, waits)
+                position = sign * self._tie_sign * following.position
+                heapq.heapreplace(heads, (enst, number, position, following, rest))
 
     # -- identical decisions -----------------------------------------------------------------------------------
+
+    def steady_until(self, now: float) -> float:
+        """When the first quantum is used up or the first wait ends; `now` if the last decision left somebody out."""
+        if not self.is_clear:
+            return now
+        used_up = self._used_up
+        left = min([used_up[request.level] - request.standing.service_s for request in self.running.values()])
+        first = next(iter(self._waiting.values()), None)
+        return now + left if first is None else min(now + left, first.standing.deadline)
 
     def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
         """Until someone has used up a quantum or waited too long, if nobody waits for room and nothing moves."""
         if not self.is_clear:
             return 1
-        count = len(free_blocks) if self._swapping is None else self._swapping.idle_for(free_blocks)
+        count = len(free_blocks) if self._swapping is None else self._swapping.idle_for(float(times[0]), free_blocks)
         if self._waiting:
             first = next(iter(self._waiting.values())).standing.deadline
             # Iteration k is decided at times[k], and those who are due by then are promoted first.

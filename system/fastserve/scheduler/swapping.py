@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fastserve.config import require_int, require_positive
+from fastserve.errors import ConfigError
 from fastserve.kvcache import Location
 from fastserve.request import Request
 
@@ -27,9 +29,6 @@ waits.
 
 Reserve = Literal["history", "batch", "none"]
 
-MOST_RESERVED = 1 / 8
-"""Share of the GPU's blocks that the reserve may take at most, so that it does not empty a small cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryOptions:
@@ -43,10 +42,14 @@ class MemoryOptions:
     for each place in the batch (history), or those for the batch only (batch), or none."""
     reserve_window_s: float = 1.0
     """Proactive: how far back the history of arrivals is looked at, in seconds."""
+    reserve_limit: float = 0.125
+    """Proactive: share of the GPU's blocks that the reserve takes at most, so that it does not empty a small cache."""
 
     def __post_init__(self) -> None:
         require_int("swap_budget_blocks", self.swap_budget_blocks, 1)
         require_positive("reserve_window_s", self.reserve_window_s)
+        if not 0 <= self.reserve_limit <= 1:
+            raise ConfigError(f"reserve_limit must be a share from 0 to 1, got {self.reserve_limit!r}")
 
 
 class ProactiveSwapping:
@@ -68,10 +71,14 @@ class ProactiveSwapping:
         self._budget = options.swap_budget_blocks
         self._window_s = options.reserve_window_s
         self._keeps_history = options.reserve == "history"
-        self.most_reserved = int(MOST_RESERVED * self._kv.config.num_gpu_blocks) if options.reserve != "none" else 0
+        limit = 0.0 if options.reserve == "none" else options.reserve_limit
+        self.most_reserved = int(limit * self._kv.config.num_gpu_blocks)
         self._for_batch = min(scheduler.config.max_batch_size, self.most_reserved)
         self._arrivals: deque[tuple[float, int]] = deque()
         self._arrived_blocks = 0
+        self._version_seen = -1
+        self._version_without_victims = -1
+        self._victims: Iterator[Request] | None = None
 
     def arrived(self, request: Request) -> None:
         """Note an arrival for the reserve."""
@@ -87,35 +94,19 @@ class ProactiveSwapping:
             self._arrived_blocks -= arrivals.popleft()[1]
         return min(self._for_batch + self._arrived_blocks, self.most_reserved)
 
-    def is_idle(self) -> bool:
-        """Whether nobody is away and the reserve is full whatever its size, so that there is nothing to decide."""
-        return not self._queue.num_away and self._kv.num_free_gpu_blocks >= self.most_reserved
-
-    def idle_for(self, free_blocks: np.ndarray) -> int:
-        """How many decisions in a row leave it idle, given the blocks free at each; at least 1."""
-        return max(1, int(np.argmax(free_blocks < self.most_reserved)) or len(free_blocks)) if self.is_idle() else 1
+    def idle_for(self, now: float, free_blocks: np.ndarray) -> int:
+        """How many decisions in a row, with these blocks free at each, move nothing if nobody comes, goes or changes
+        queues; at least 1, the one just made."""
+        if self._version_without_victims == self._queue.version:
+            return len(free_blocks)
+        enough = free_blocks + self._kv.num_vacating_blocks >= self.reserve(now)
+        return len(enough) if enough.all() else max(1, int(np.argmin(enough)))
 
     # -- those who are due -------------------------------------------------------------------------------------
 
-    def bring_in(self, plan: IterationPlan, request: Request) -> None:
-        """A request that is due is away: note that it waits, and start to bring it in as far as the budget goes."""
-        first = not plan.stalled
-        plan.stalled.append(request)
-        kv = self._kv
-        if kv.location(request) is not Location.HOST:
-            return
-        needed = kv.blocks_to_hold(request, request.num_tokens)
-        if self._start(plan, request, needed, self.reserve(plan.now)):
-            return
-        room_comes = self._make_room(plan, request, needed, may_drop=first)
-        # Where no more room is coming the reserve has to give way.
-        if not kv.num_vacating_blocks and self._start(plan, request, needed, 0):
-            return
-        if room_comes:
-            plan.claimed_blocks += needed
-
     def make_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request that is due and not away finds no room: make it some, most likely for a later iteration."""
+        self._victims = None
         room_comes = self._make_room(plan, request, needed, may_drop=not plan.stalled)
         if needed + plan.claimed_blocks <= self._kv.num_free_gpu_blocks:
             return  # Something was dropped, and the room is there already.
@@ -125,6 +116,52 @@ class ProactiveSwapping:
         # Only for as long as room is being cleared does it wait for a transfer.
         if self._kv.num_vacating_blocks:
             plan.stalled.append(request)
+
+    def move(self, plan: IterationPlan) -> None:
+        """Start what moves beside the iteration that has been planned."""
+        all_served = not plan.short
+        if self._queue.num_away:
+            all_served = self._bring_in_due(plan) and all_served
+        elif all_served and self._kv.num_free_gpu_blocks >= self.most_reserved:
+            return
+        self.move_ahead(plan, exchange=all_served)
+
+    def _bring_in_due(self, plan: IterationPlan) -> bool:
+        """Bring in those who would have a place in the batch if they were not away, as far as the budget goes.
+
+        Returns whether all of them are on their way or have room coming.
+        """
+        kv = self._kv
+        batch, places = list(plan.batch), plan.batch_size - len(plan.stalled)
+        num_before = 0
+        self._victims = None
+        starts = kv.num_arriving_blocks < self._budget or kv.num_vacating_blocks < self._budget
+        for request in self._queue.away_first_first():
+            while num_before < len(batch) and _is_before(batch[num_before], request):
+                num_before += 1
+            if num_before >= places:
+                break
+            places -= 1
+            first = not plan.stalled
+            plan.stalled.append(request)
+            # Nobody overtakes one for whom nothing can be done now, and there is no use in more room than a budget.
+            if starts and kv.location(request) is Location.HOST:
+                starts = self.bring_in(plan, request, may_drop=first) and plan.claimed_blocks < self._budget
+        return starts
+
+    def bring_in(self, plan: IterationPlan, request: Request, *, may_drop: bool) -> bool:
+        """Start to bring in a request that is due, or to make it room; False if the budget or the room is used up."""
+        kv = self._kv
+        needed = kv.blocks_for(request.num_tokens)
+        if self._start(plan, request, needed, self.reserve(plan.now)):
+            return True
+        room_comes = self._make_room(plan, request, needed, may_drop=may_drop)
+        # Where no more room is coming the reserve has to give way.
+        if not kv.num_vacating_blocks and self._start(plan, request, needed, 0):
+            return True
+        if room_comes:
+            plan.claimed_blocks += needed
+        return room_comes
 
     def _make_room(self, plan: IterationPlan, request: Request, needed: int, *, may_drop: bool) -> bool:
         """Take cache from those behind the request that will be needed last, if that makes enough room at all.
@@ -138,14 +175,22 @@ class ProactiveSwapping:
             return True
         if kv.num_vacating_blocks >= self._budget:
             return False
-        rank = (request.level, request.position)
         victims, found = [], coming
-        for victim in self._scheduler.offloads(plan.now):
-            if (victim.level, victim.position) > rank and self._may_leave(plan, victim):
+        # One walk serves everybody: those who ask come in order, and who was no victim of the last is none of the next.
+        self._victims = self._victims or self._scheduler.offloads(plan.now)
+        for victim in self._victims:
+            if _is_before(request, victim) and self._may_leave(plan, victim):
                 victims.append(victim)
                 found += kv.num_blocks(victim)
                 if found >= wanted:
                     break
+        else:
+            # Last of all those who were given a place although they come behind.
+            for victim in reversed(plan.batch):
+                if found >= needed or not _is_before(request, victim):
+                    break
+                victims.append(victim)
+                found += kv.num_blocks(victim)
         if found < needed:
             return False
         for victim in victims:
@@ -160,49 +205,59 @@ class ProactiveSwapping:
 
     # -- ahead of need -----------------------------------------------------------------------------------------
 
-    def prefetch(self, plan: IterationPlan) -> None:
-        """Bring in who will be needed next, for idle blocks or in exchange for those needed later; fill the reserve."""
+    def move_ahead(self, plan: IterationPlan, *, exchange: bool) -> None:
+        """Fill the reserve, and before that, unless others still wait for the link, bring in who will be needed next,
+        for idle blocks or in exchange for those needed later.
+
+        Who that is is asked anew only when somebody has come, gone or changed queues.
+        """
         kv = self._kv
-        if self.is_idle():
-            return
         reserve = self.reserve(plan.now)
-        scheduler = self._scheduler
-        now = plan.now
-        offloads = None
-        if self._queue.num_away and kv.num_arriving_blocks < self._budget:
-            for request in scheduler.uploads(now):
-                if kv.location(request) is not Location.HOST or request in plan.stalled:
-                    continue
-                needed = kv.blocks_to_hold(request, request.num_tokens)
-                if self._start(plan, request, needed, reserve):
-                    continue
-                coming = kv.num_free_gpu_blocks + kv.num_vacating_blocks - plan.claimed_blocks - reserve
-                urgency = scheduler.urgency(request, now)
-                victims = []
-                if coming < needed and kv.num_vacating_blocks < self._budget:
-                    offloads = offloads or scheduler.offloads(now)
-                    for victim in offloads:
-                        if scheduler.urgency(victim, now) <= urgency:
-                            break
-                        if self._may_leave(plan, victim) and self._has_run(victim):
-                            victims.append(victim)
-                            coming += kv.num_blocks(victim)
-                            if coming >= needed:
-                                break
-                    if coming >= needed and not all(plan.evict(victim, or_drop=False) for victim in victims):
-                        break
-                if coming < needed:
-                    break
-                plan.claimed_blocks += needed
-                if kv.num_arriving_blocks >= self._budget or kv.num_vacating_blocks >= self._budget:
-                    break
+        version = self._queue.version
+        if exchange and version != self._version_seen:
+            self._version_seen = version
+            if self._queue.num_away and kv.num_arriving_blocks < self._budget:
+                self._exchange(plan, reserve)
         short = reserve + plan.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
-        if short > 0 and kv.num_vacating_blocks < self._budget:
-            for victim in scheduler.offloads(now):
+        if short > 0 and version != self._version_without_victims and kv.num_vacating_blocks < self._budget:
+            for victim in self._scheduler.offloads(plan.now):
                 if self._may_leave(plan, victim) and self._has_run(victim):
                     short -= kv.num_blocks(victim)
                     if not plan.evict(victim, or_drop=False) or short <= 0 or kv.num_vacating_blocks >= self._budget:
+                        return
+            self._version_without_victims = version
+
+    def _exchange(self, plan: IterationPlan, reserve: int) -> None:
+        kv = self._kv
+        scheduler = self._scheduler
+        now = plan.now
+        offloads = None
+        for request in scheduler.uploads(now):
+            if kv.location(request) is not Location.HOST or request in plan.stalled:
+                continue
+            needed = kv.blocks_for(request.num_tokens)
+            if self._start(plan, request, needed, reserve):
+                continue
+            coming = kv.num_free_gpu_blocks + kv.num_vacating_blocks - plan.claimed_blocks - reserve
+            victims = []
+            if coming < needed and kv.num_vacating_blocks < self._budget:
+                urgency = scheduler.urgency(request, now)
+                offloads = offloads or scheduler.offloads(now)
+                for victim in offloads:
+                    if scheduler.urgency(victim, now) <= urgency:
                         break
+                    if self._may_leave(plan, victim) and self._has_run(victim):
+                        victims.append(victim)
+                        coming += kv.num_blocks(victim)
+                        if coming >= needed:
+                            break
+                if coming >= needed and not all(plan.evict(victim, or_drop=False) for victim in victims):
+                    return
+            if coming < needed:
+                return
+            plan.claimed_blocks += needed
+            if kv.num_arriving_blocks >= self._budget or kv.num_vacating_blocks >= self._budget:
+                return
 
     def _start(self, plan: IterationPlan, request: Request, needed: int, reserve: int) -> bool:
         """Start to bring a request in, unless blocks are short or meant for others, or the budget is used up."""
@@ -221,3 +276,8 @@ class ProactiveSwapping:
     def _has_run(self, victim: Request) -> bool:
         """Whether it has run since it was last brought in: else its journey was for nothing, and may be so again."""
         return victim.num_computed_tokens != victim.num_tokens_at_swap_in
+
+
+def _is_before(request: Request, other: Request) -> bool:
+    """Whether a request comes before another in the order of service."""
+    return request.level < other.level or (request.level == other.level and request.position < other.position)
