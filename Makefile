@@ -4,7 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce test smoke lint format bench clean
+.PHONY: help setup reproduce test soak smoke lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -28,6 +28,9 @@ smoke: setup  ## the same pipeline on a few small points, in under two minutes
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto
 
+soak: setup  ## the invariants on 100,000 generated scenarios, for an hour or so
+	$(BIN)/python -m pytest -n auto tests/invariants --hypothesis-profile=soak
+
 lint: setup  ## ruff, mypy, snakemake --lint, snakefmt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,9 +43,11 @@ format: setup  ## format Python and Snakemake files
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(SMK)
 
-bench: setup  ## speed of the simulator and of the CPU engine, printed
+bench: setup  ## speed of the simulator, of decisions, of the CPU engine and its swapping, printed
 	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/scheduler.py
 	$(BIN)/python benchmarks/cpu_engine.py
+	$(BIN)/python benchmarks/swapping.py
 
 clean:  ## remove what runs wrote, keep recorded results and .venv
 	rm -rf .snakemake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class ArtifactOptions(SkipJoinMLFQOptions):
 class TailSwapping(ProactiveSwapping):
     """No estimate of who is needed when: out goes the tail of the lowest queue, in comes the front of the highest."""
 
-    def bring_in(self, plan: IterationPlan, request: Request, *, may_drop: bool) -> bool:
+    def bring_in(self, plan: IterationPlan, request: Request, *, is_first: bool) -> bool:
         """Being due changes nothing: it waits its turn."""
         return False
 
@@ -87,6 +88,8 @@ class FastServeArtifact(SkipJoinMLFQ):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._decisions_to_check = self.options.starvation_check_every
+        # More than the quantum, not all of it.
+        self._used_up = [*(quantum * (1 + 1e-9) for quantum in self.quanta[:-1]), math.inf]
 
     def entry_level(self, request: Request) -> int:
         """The highest queue, or, with a true profile, the one whose quantum covers the first iteration."""

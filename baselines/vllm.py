@@ -6,6 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from fastserve.request import AWAY, Request
 from fastserve.scheduler import Iteration, register
 from fastserve.scheduler.fcfs import ArrivalOrder
@@ -35,6 +37,7 @@ class VLLM(ArrivalOrder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._resumes = False
 
     def on_add(self, request: Request) -> None:
         """Wait at the end."""
@@ -62,13 +65,19 @@ class VLLM(ArrivalOrder):
             plan = IterationPlan(self, now)
             for request in self.running.values():
                 plan.offer(request)
+            num_decoding = len(plan.batch)
             self._admit(plan, swapped=True)
+            self._resumes = len(plan.batch) > num_decoding
         return plan.close(others_keep_their_place=True)
 
+    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
+        """All of them, unless somebody swapped was let in before a prompt, which may be next."""
+        return 1 if self._resumes else super().repeats(times, free_blocks)
+
     def _admit(self, plan: IterationPlan, *, swapped: bool) -> None:
-        """Take requests from the front of the waiting ones: those swapped out, or those with a prompt to compute."""
+        """Take requests from the front of the waiting ones: those that were swapped, or those with a whole prompt."""
         for request in self._waiting.values():
-            if (request.part == AWAY) is not swapped:
+            if (request.part == AWAY or request.is_decoding) is not swapped:
                 break
             # With nobody running, whatever a later request holds must not keep the first from starting.
             alone = not plan.batch and not self.running

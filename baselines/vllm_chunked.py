@@ -67,7 +67,8 @@ class VLLMChunked(ArrivalOrder):
         for request in sorted(self.running.values(), key=lambda request: not request.is_decoding):
             if left:
                 left -= plan.offer_chunk(request, left)
-        for request in self._waiting.values():
+        # Nobody new in an iteration that takes cache away: whoever lost it comes first.
+        for request in () if plan.evicts else self._waiting.values():
             alone = not plan.batch and not self.running
             if not left or not (
                 taken := plan.offer_chunk(

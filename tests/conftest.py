@@ -3,6 +3,20 @@
 import sys
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+# How many scenarios a generated test draws. `make soak` asks for the second by --hypothesis-profile, which comes later
+# than this and wins. There a failure is reported as found: pytest without the option finds it again, and shrinks it.
+settings.register_profile("ci", max_examples=1_000, deadline=None)
+settings.register_profile(
+    "soak",
+    settings.get_profile("ci"),
+    max_examples=100_000,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+    print_blob=True,
+)
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

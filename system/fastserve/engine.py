@@ -307,6 +307,7 @@ class Engine:
             or iteration.dropped
             or self.observer
             or self._in_flight
+            or len(self.scheduler.running) != batch
         ):
             return False
         last = self.iterations[-1] if self.iterations else None
@@ -329,7 +330,8 @@ class Engine:
             return False
         kv = self.kv
         tokens = np.array([request.num_tokens for request in requests])
-        blocks = -(-(tokens[:, None] + np.arange(len(ends))) // kv.block_size)
+        held = np.array([request.cache_capacity // kv.block_size for request in requests])
+        blocks = np.maximum(-(-(tokens[:, None] + np.arange(len(ends))) // kv.block_size), held[:, None])
         free_blocks = kv.num_free_gpu_blocks - (blocks - blocks[:, :1]).sum(axis=0)
         count = int(np.searchsorted(-free_blocks, 0, side="right"))  # Free blocks never rise.
         times = np.concatenate(([now], ends[:count]))

@@ -1,9 +1,10 @@
 """Invariants I1 to I5, I7 and I8 on generated scenarios; I6 is in test_tokens_survive_preemption.py."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.job import Job
@@ -11,6 +12,7 @@ from fastserve.options import option_names
 from fastserve.scheduler import find_policy, list_policies
 from support.checked_engine import CheckedEngine
 from support.engines import arrival, make_engine
+from support.profiles import share
 
 POLICIES = sorted(list_policies())
 BLOCK_SIZE = 4
@@ -31,20 +33,21 @@ class Scenario:
     alpha_s: float | None
 
 
-scenarios = st.builds(
-    Scenario,
-    policy=st.sampled_from(POLICIES),
-    swap=st.sampled_from(["proactive", "reactive", "recompute", "none"]),
-    num_gpu_blocks=st.integers(4, 40),
-    num_host_blocks=st.integers(0, 40),
-    max_batch_size=st.integers(1, 5),
-    token_budget=st.integers(1, 40),
-    requests=st.lists(
-        st.tuples(st.floats(0, 0.2), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=14
-    ).map(tuple),
-    aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13)), max_size=4).map(tuple),
-    alpha_s=st.sampled_from([None, 0.05, 0.3]),
-)
+def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
+    return st.builds(
+        Scenario,
+        policy=policies,
+        swap=st.sampled_from(["proactive", "reactive", "recompute", "none"]),
+        num_gpu_blocks=st.integers(4, 40),
+        num_host_blocks=st.integers(0, 40),
+        max_batch_size=st.integers(1, 5),
+        token_budget=st.integers(1, 40),
+        requests=st.lists(
+            st.tuples(st.floats(0, 0.2), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=14
+        ).map(tuple),
+        aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13)), max_size=4).map(tuple),
+        alpha_s=st.sampled_from([None, 0.05, 0.3]),
+    )
 
 
 def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
@@ -115,15 +118,17 @@ def check_outcome(scenario: Scenario, engine: CheckedEngine, jobs: list[Job]) ->
     assert starts == sorted(starts)
 
 
-@given(scenarios)
-@settings(max_examples=400, deadline=None)
-def test_i1_i2_i3_i4_i5_i8_hold_in_generated_scenarios(scenario: Scenario) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+@given(scenario=scenarios(st.just("the parameter")))
+@share(1 / len(POLICIES))
+def test_i1_i2_i3_i4_i5_i8_hold_in_generated_scenarios(policy: str, scenario: Scenario) -> None:
+    scenario = replace(scenario, policy=policy)
     engine, jobs = run(scenario)
     check_outcome(scenario, engine, jobs)
 
 
-@given(scenarios)
-@settings(max_examples=40, deadline=None)
+@given(scenarios(st.sampled_from(POLICIES)))
+@share(1 / 25)
 def test_i7_the_same_scenario_gives_the_same_run(scenario: Scenario) -> None:
     (first, first_jobs), (second, second_jobs) = run(scenario), run(scenario)
     assert first.iterations == second.iterations

@@ -10,6 +10,8 @@ from fastserve.scheduler import Iteration
 class CheckedEngine(Engine):
     """Raises AssertionError or CacheError as soon as I1, I2, I3, I4 or I8 does not hold."""
 
+    _ran_last: frozenset[str] | set[str] = frozenset()
+
     def _submit(self, iteration: Iteration) -> None:
         in_flight = {id(request) for batch in self._in_flight for request in batch.requests}
         for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
@@ -26,6 +28,7 @@ class CheckedEngine(Engine):
         if iteration.requests:
             self._check_nobody_idles(iteration)
         super()._submit(iteration)
+        self._ran_last = set(self.scheduler.running)
 
     def step(self, until: float = float("inf")) -> list[Job]:
         finished = super().step(until)
@@ -54,6 +57,10 @@ class CheckedEngine(Engine):
             if len(scheduler.running) >= scheduler.config.max_batch_size:
                 return
             left_out = [request for request in left_out if request.request_id not in scheduler.running]
+            if not chosen <= self._ran_last and all(request.is_decoding for request in iteration.requests):
+                return  # Whoever was swapped out resumes before a prompt is let in.
+            if scheduler.name == "vllm" and not all(request.is_decoding for request in iteration.requests):
+                left_out = [request for request in left_out if not request.is_decoding]
         scheduled = zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
         prefilled = sum(n for request, n in scheduled if n > 1 or not request.num_computed_tokens)
         tokens_left = scheduler.config.token_budget - prefilled

@@ -5,7 +5,7 @@ from fastserve.config import CacheConfig, SchedulerConfig
 from fastserve.engine import Arrival, Engine
 from fastserve.executor.simulated import SimulatedExecutor
 from fastserve.kvcache import KVCacheManager
-from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit
+from fastserve.latency import DecodeFit, FittedLatency, HostLink, LatencyModel, PrefillFit
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import make_scheduler
 
@@ -26,12 +26,13 @@ def make_engine(
     token_budget: int = 64,
     max_model_len: int | None = None,
     engine_class: type[Engine] = Engine,
+    latency: LatencyModel = LATENCY,
 ) -> Engine:
     kv = KVCacheManager(CacheConfig(num_gpu_blocks, num_host_blocks, 4, BYTES_PER_TOKEN))
     clock = VirtualClock()
     config = SchedulerConfig(max_batch_size, token_budget)
-    scheduler = make_scheduler(policy, policy_options or {}, config, kv, LATENCY)
-    executor = SimulatedExecutor(LATENCY, LINK, clock)
+    scheduler = make_scheduler(policy, policy_options or {}, config, kv, latency)
+    executor = SimulatedExecutor(latency, LINK, clock)
     return engine_class(scheduler, executor, kv, clock, max_model_len=max_model_len)
 
 

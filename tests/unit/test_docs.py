@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastserve.options import option_names
 from fastserve.scheduler import registry
 from harness.runner import RunConfig, run
 
@@ -12,17 +13,28 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_example_policy_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n# my_policy\.py\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "my_policy.py").write_text(code)
+    text = (ROOT / "docs/add-a-policy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# two_classes\.py\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "two_classes.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "_policies", dict(registry._policies))
-    settings = {"num_gpu_blocks": 100, "swap": "recompute"}
-    config = RunConfig(
-        policy="my_policy:ShortestPrompt", profile="a100-80g/opt-13b-tp1", trace="alpaca", rate=20.0,
-        num_requests=60, settings=settings,
-    )  # fmt: skip
-    assert run(config, tmp_path / "out")["finished"] == 60
+    for swap in ("proactive", "reactive", "recompute", "none"):
+        config = RunConfig(
+            policy="two_classes:TwoClasses", profile="a100-80g/opt-13b-tp1", trace="sharegpt", rate=20.0,
+            num_requests=60, settings={"num_gpu_blocks": 250, "swap": swap, "share": "50"},
+        )  # fmt: skip
+        summary = run(config, tmp_path / swap)
+        assert summary["finished"] == 60
+        assert summary["preemptions"] > 0
+        assert (summary["swap_out_bytes"] > 0) is (swap in ("proactive", "reactive"))
+
+
+def test_every_policy_and_every_option_is_documented() -> None:
+    text = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
+    for name, policy in registry.list_policies().items():
+        assert f"\n## `{name}`\n" in text
+        for option in option_names(policy.Options):
+            assert f"`{option}`" in text, f"option {option} of {name} is not in docs/policies.md"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -200,7 +200,10 @@ class Scheduler(ABC):
             if len(batch) >= size:
                 break
         if self._swapping is not None:
+            num_chosen = len(batch)
             self._swapping.move(plan)
+            if len(batch) < num_chosen:  # Somebody had to give up a place for one who is due, and others may take it.
+                self._fill_up(plan, admitting=False)
 
     def on_no_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request needs more blocks than are free; unless there are enough after this, it is left out of the plan."""
@@ -213,9 +216,15 @@ class Scheduler(ABC):
             return
         first = next(request for request in self.queue.in_order() if request.part != AWAY)
         plan.force(first)
-        plan.admitting, plan.counting_away = True, False
+        self._fill_up(plan, admitting=True)
+
+    def _fill_up(self, plan: IterationPlan, *, admitting: bool) -> None:
+        """Offer what room is left to those who have their cache (and those who have none, if `admitting`)."""
+        plan.admitting, plan.counting_away = admitting, False
         for request in self.queue.candidates(plan):
-            if request is not first:
+            if plan.is_full:
+                return
+            if request not in plan.batch:
                 self.offer(plan, request)
 
     def _remove(self, request: Request) -> None:

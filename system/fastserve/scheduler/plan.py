@@ -91,6 +91,11 @@ class IterationPlan:
             self._num_passed_over or self.stalled or self._swap_out or self._swap_in or self._dropped
         )
 
+    @property
+    def evicts(self) -> bool:
+        """Whether anyone loses its cache."""
+        return bool(self._leaving)
+
     def takes_part(self, request: Request) -> bool:
         """Whether the request is in the batch, or due and waits for room, or its cache is being taken."""
         return request in self.batch or request in self._leaving or request in self.short

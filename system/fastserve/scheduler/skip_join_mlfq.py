@@ -17,6 +17,7 @@ from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.request import AWAY, RESIDENT, Part, Request
 from fastserve.scheduler.base import Scheduler
+from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.registry import register
 from fastserve.scheduler.swapping import MemoryOptions, SwapMode
 
@@ -69,10 +70,15 @@ class _Standing:
     """Time served since it joined its queue."""
     deadline: float = math.inf
     """When its current wait ends in promotion (s); infinite while it runs and in the highest queue."""
+    is_displaced: bool = False
+    """Whether it was preempted within its quantum: it waits at its place with a later deadline than those behind."""
 
 
 _EXACT = 1 - 1e-9
 """Times add up with rounding errors; a quantum of exactly four iterations must not last five."""
+
+
+_NOBODY: Iterator[Request] = iter(())
 
 
 @register
@@ -110,6 +116,8 @@ class SkipJoinMLFQ(Scheduler):
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         """Whoever waits below the highest queue, in order of the deadline: every wait lasts alpha, so each new one is
         the last to end."""
+        self._displaced: list[dict[str, Request]] = [{} for _ in self.quanta]
+        """Those of each queue; all others in it have their deadlines in the order of their places."""
 
     # -- queues ------------------------------------------------------------------------------------------------
 
@@ -129,9 +137,10 @@ class SkipJoinMLFQ(Scheduler):
 
     def next_iteration_time(self, request: Request) -> float:
         """Seconds the request's next iteration takes on its own: its prompt (or what was dropped), or one token."""
-        if request.is_decoding:
+        num_tokens = request.num_tokens - request.num_computed_tokens
+        if num_tokens == 1 and request.num_computed_tokens:
             return self._decode_time(request.num_tokens)
-        return self.latency.iteration_time((request.num_tokens - request.num_computed_tokens,), ())
+        return self.latency.iteration_time((num_tokens,), ())
 
     def on_add(self, request: Request) -> None:
         """Join a queue and start to wait."""
@@ -141,16 +150,23 @@ class SkipJoinMLFQ(Scheduler):
 
     def on_remove(self, request: Request) -> None:
         """Wait no longer."""
-        self._waiting.pop(request.request_id, None)
+        if self._waiting.pop(request.request_id, None) is not None:
+            self._end_wait(request)
 
     def on_start(self, request: Request, now: float) -> None:
         """Wait no longer."""
         if self._waiting.pop(request.request_id, None) is not None:
-            request.standing.deadline = math.inf
+            self._end_wait(request)
 
     def on_preempt(self, request: Request, now: float) -> None:
         """Start to wait, in the same place of the same queue."""
+        if self._alpha_s is None or not request.level:
+            return
         self._start_waiting(request, now)
+        standing = request.standing
+        if standing.service_s or self._to_front:
+            standing.is_displaced = True
+            self._displaced[request.level][request.request_id] = request
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote when that is used up."""
@@ -182,10 +198,9 @@ class SkipJoinMLFQ(Scheduler):
     def promote(self, request: Request) -> None:
         """Move a waiting request to the back of the highest queue, where its wait has no deadline."""
         del self._waiting[request.request_id]
-        standing = request.standing
-        standing.deadline = math.inf
+        self._end_wait(request)
         if self._promotion_resets_quantum:
-            standing.service_s = 0.0
+            request.standing.service_s = 0.0
         self.queue.move(request, 0)
 
     def _start_waiting(self, request: Request, since: float) -> None:
@@ -194,10 +209,17 @@ class SkipJoinMLFQ(Scheduler):
             request.standing.deadline = since + self._alpha_s
             self._waiting[request.request_id] = request
 
+    def _end_wait(self, request: Request) -> None:
+        standing = request.standing
+        standing.deadline = math.inf
+        if standing.is_displaced:
+            standing.is_displaced = False
+            del self._displaced[request.level][request.request_id]
+
     # -- estimated next scheduled time -------------------------------------------------------------------------
 
     def expected_waits(self) -> list[float]:
-        """T_execute of each queue: seconds until those in the queues above have been brought down to it.
+        """T_execute of each queue in use: seconds until those in the queues above have been brought down to it.
 
         Every request above costs the quanta from its queue down to, not including, this one; a batch shares them.
         """
@@ -206,8 +228,8 @@ class SkipJoinMLFQ(Scheduler):
             self._waits_version = version
             wait, num_above, per_place = 0.0, 0, 1 / self.config.max_batch_size
             self._waits = waits = [0.0]
-            for level, quantum in enumerate(self.quanta[:-1]):
-                num_above += self.queue.level(level).size
+            for level, quantum in zip(self.queue.fixed_levels[: self.queue.deepest], self.quanta, strict=False):
+                num_above += level.size
                 wait += num_above * quantum * per_place
                 waits.append(wait)
         return self._waits
@@ -222,35 +244,50 @@ class SkipJoinMLFQ(Scheduler):
         return min(request.standing.deadline - now, self._longest_wait_s, waits[request.level])
 
     def uploads(self, now: float) -> Iterator[Request]:
-        """By smallest ENST. Within a queue, where T_execute ties, by the order in the queue."""
+        """By smallest ENST; those with the same by their queue, and then by their place in it."""
         return self._by_enst(AWAY, now, 1)
 
     def offloads(self, now: float) -> Iterator[Request]:
-        """By largest ENST of those that wait. Within a queue by the order in the queue, from the back."""
+        """By largest ENST, in the reverse order of `uploads`."""
         return self._by_enst(RESIDENT, now, -1)
 
     def _by_enst(self, part: Part, now: float, sign: int) -> Iterator[Request]:
-        """The heads of the queues compete: whoever is needed first, by smallest ENST (1), or last, by largest (-1)."""
+        """By smallest ENST (1) or largest (-1).
+
+        Within a queue T_execute is the same and the deadlines of promotion are in the order of the places, but for the
+        few that were displaced. So the heads of the queues compete, and of each queue's displaced, sorted.
+        """
         waits = self.expected_waits()
+        tie_sign = sign * self._tie_sign
+
+        def entry(request: Request, rest: Iterator[Request]) -> tuple[float, int, int, Request, Iterator[Request]]:
+            enst = sign * self._enst(request, now, waits)
+            return enst, sign * request.level, tie_sign * request.position, request, rest
+
         heads = []
-        for number in range(len(self.quanta)):
-            line = self.queue.level(number).parts[part]
-            if line:
-                rest = iter(line) if sign == self._tie_sign else reversed(line)
-                request = next(rest)
-                enst = sign * self._enst(request, now, waits)
-                heads.append((enst, sign * number, sign * self._tie_sign * request.position, request, rest))
+        for level, displaced in zip(self.queue.fixed_levels[: self.queue.deepest + 1], self._displaced, strict=False):
+            line = level.parts[part]
+            if not (line.main or line.put_back):
+                continue
+            rest = iter(line) if tie_sign > 0 else reversed(line)
+            if displaced:
+                rest = (request for request in rest if not request.standing.is_displaced)
+                others = [entry(request, _NOBODY) for request in displaced.values() if request.part == part]
+                if others:
+                    in_order = (each[3] for each in sorted(others))
+                    heads.append(entry(next(in_order), in_order))
+            for request in rest:
+                heads.append(entry(request, rest))
+                break
         heapq.heapify(heads)
         while heads:
-            _, number, _, request, rest = heads[0]
+            _, _, _, request, rest = heads[0]
             yield request
             following = next(rest, None)
             if following is None:
                 heapq.heappop(heads)
             else:
-                enst = sign * self._enst(following, now, waits)
-                position = sign * self._tie_sign * following.position
-                heapq.heapreplace(heads, (enst, number, position, following, rest))
+                heapq.heapreplace(heads, entry(following, rest))
 
     # -- identical decisions -----------------------------------------------------------------------------------
 
@@ -260,15 +297,24 @@ class SkipJoinMLFQ(Scheduler):
             return now
         used_up = self._used_up
         left = min([used_up[request.level] - request.standing.service_s for request in self.running.values()])
-        first = next(iter(self._waiting.values()), None)
-        return now + left if first is None else min(now + left, first.standing.deadline)
+        if self.options.starvation_check_every > 1 or not self._waiting:
+            return now + left
+        return min(now + left, next(iter(self._waiting.values())).standing.deadline)
+
+    def update_repeated(self, iteration: Iteration, times: np.ndarray) -> None:
+        """Charge them, and count the decisions that were not made."""
+        super().update_repeated(iteration, times)
+        every = self.options.starvation_check_every
+        self._decisions_to_check = (self._decisions_to_check - (len(times) - 2) - 1) % every + 1
 
     def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
         """Until someone has used up a quantum or waited too long, if nobody waits for room and nothing moves."""
         if not self.is_clear:
             return 1
         count = len(free_blocks) if self._swapping is None else self._swapping.idle_for(float(times[0]), free_blocks)
-        if self._waiting:
+        if self.options.starvation_check_every > 1:
+            count = min(count, self._decisions_to_check)
+        elif self._waiting:
             first = next(iter(self._waiting.values())).standing.deadline
             # Iteration k is decided at times[k], and those who are due by then are promoted first.
             count = min(count, max(1, int(np.searchsorted(times[:count], first, side="left"))))

@@ -23,8 +23,8 @@ SwapMode = Literal["proactive", "reactive", "recompute", "none"]
 
 `proactive`: they move to and from host memory beside the computation, ahead of need; the batch goes on without those
 that are away. `reactive`: they move when the room or the cache is needed, the batch waiting for it. `recompute`: the
-cache of the last in order is dropped when the room is needed. `none`: nobody loses its cache, whoever finds no room
-waits.
+cache of the last in order is dropped when the room is needed. `none`: nobody loses its cache as long as anyone can run;
+whoever finds no room waits.
 """
 
 Reserve = Literal["history", "batch", "none"]
@@ -107,7 +107,7 @@ class ProactiveSwapping:
     def make_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request that is due and not away finds no room: make it some, most likely for a later iteration."""
         self._victims = None
-        room_comes = self._make_room(plan, request, needed, may_drop=not plan.stalled)
+        room_comes = self._make_room(plan, request, needed, is_first=not plan.stalled)
         if needed + plan.claimed_blocks <= self._kv.num_free_gpu_blocks:
             return  # Something was dropped, and the room is there already.
         plan.short.append(request)
@@ -146,16 +146,16 @@ class ProactiveSwapping:
             plan.stalled.append(request)
             # Nobody overtakes one for whom nothing can be done now, and there is no use in more room than a budget.
             if starts and kv.location(request) is Location.HOST:
-                starts = self.bring_in(plan, request, may_drop=first) and plan.claimed_blocks < self._budget
+                starts = self.bring_in(plan, request, is_first=first) and plan.claimed_blocks < self._budget
         return starts
 
-    def bring_in(self, plan: IterationPlan, request: Request, *, may_drop: bool) -> bool:
+    def bring_in(self, plan: IterationPlan, request: Request, *, is_first: bool) -> bool:
         """Start to bring in a request that is due, or to make it room; False if the budget or the room is used up."""
         kv = self._kv
         needed = kv.blocks_for(request.num_tokens)
         if self._start(plan, request, needed, self.reserve(plan.now)):
             return True
-        room_comes = self._make_room(plan, request, needed, may_drop=may_drop)
+        room_comes = self._make_room(plan, request, needed, is_first=is_first)
         # Where no more room is coming the reserve has to give way.
         if not kv.num_vacating_blocks and self._start(plan, request, needed, 0):
             return True
@@ -163,7 +163,7 @@ class ProactiveSwapping:
             plan.claimed_blocks += needed
         return room_comes
 
-    def _make_room(self, plan: IterationPlan, request: Request, needed: int, *, may_drop: bool) -> bool:
+    def _make_room(self, plan: IterationPlan, request: Request, needed: int, *, is_first: bool) -> bool:
         """Take cache from those behind the request that will be needed last, if that makes enough room at all.
 
         Returns whether the room is there or on its way.
@@ -185,8 +185,9 @@ class ProactiveSwapping:
                 if found >= wanted:
                     break
         else:
-            # Last of all those who were given a place although they come behind.
-            for victim in reversed(plan.batch):
+            # Last of all those who were given a place although they come behind; one at a time, so that the others
+            # run meanwhile.
+            for victim in reversed(plan.batch) if is_first and not kv.num_transfers else ():
                 if found >= needed or not _is_before(request, victim):
                     break
                 victims.append(victim)
@@ -198,7 +199,7 @@ class ProactiveSwapping:
                 break
             blocks = kv.num_blocks(victim)
             # The reserve is worth a transfer, not a recomputation.
-            if not plan.evict(victim, or_drop=may_drop and coming < needed):
+            if not plan.evict(victim, or_drop=is_first and coming < needed):
                 break
             coming += blocks
         return coming >= needed
@@ -216,7 +217,8 @@ class ProactiveSwapping:
         version = self._queue.version
         if exchange and version != self._version_seen:
             self._version_seen = version
-            if self._queue.num_away and kv.num_arriving_blocks < self._budget:
+            # Whoever is away and not on the way.
+            if self._queue.num_away > kv.num_transfers and kv.num_arriving_blocks < self._budget:
                 self._exchange(plan, reserve)
         short = reserve + plan.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
         if short > 0 and version != self._version_without_victims and kv.num_vacating_blocks < self._budget:
@@ -251,8 +253,9 @@ class ProactiveSwapping:
                         coming += kv.num_blocks(victim)
                         if coming >= needed:
                             break
-                if coming >= needed and not all(plan.evict(victim, or_drop=False) for victim in victims):
-                    return
+                for victim in victims if coming >= needed else ():
+                    if kv.num_vacating_blocks >= self._budget or not plan.evict(victim, or_drop=False):
+                        return
             if coming < needed:
                 return
             plan.claimed_blocks += needed

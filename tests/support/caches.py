@@ -1,0 +1,35 @@
+"""Putting requests and their caches where a test wants them."""
+
+from fastserve.request import AWAY, FRESH, Part, Request
+from fastserve.scheduler import Scheduler
+from fastserve.scheduler.skip_join_mlfq import SkipJoinMLFQ
+
+
+def place(
+    scheduler: Scheduler, name: str, at: float, prompt: int, part: Part = FRESH, level: int | None = None
+) -> Request:
+    """A request that has its cache there: all its prompt computed and one token generated, unless it has none.
+
+    It stands where the policy puts it, or at the back of `level`.
+    """
+    request = Request(name, at, prompt)
+    if level is None:
+        scheduler.add(request)
+    elif isinstance(scheduler, SkipJoinMLFQ):
+        entry_level = scheduler.entry_level
+        scheduler.entry_level = lambda request: level
+        scheduler.add(request)
+        scheduler.entry_level = entry_level
+    else:
+        scheduler.add(request)
+        scheduler.queue.move(request, level)
+    kv = scheduler.kv
+    if part != FRESH:
+        kv.extend(request, prompt)
+        request.num_computed_tokens = prompt
+        request.num_tokens += 1
+    if part == AWAY:
+        kv.complete(kv.begin_swap_out(request))
+    if part != FRESH:
+        scheduler.queue.put(request, part)
+    return request
