@@ -177,6 +177,14 @@ class MultiLevelQueue:
         if not queue.size and not 0 <= level < self._num_fixed_levels:
             self._close(level)
 
+    def fits(self, level: int, places: int) -> bool:
+        """Whether those in this level and the more urgent ones are no more than so many."""
+        for number in self._in_order:
+            if number > level or places < 0:
+                break
+            places -= self._levels[number].size
+        return places >= 0
+
     # -- walks -------------------------------------------------------------------------------------------------
 
     def in_order(self) -> Iterator[Request]:

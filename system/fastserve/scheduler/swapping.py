@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.kvcache import Location
-from fastserve.request import Request
+from fastserve.request import RESIDENT, Request
 
 if TYPE_CHECKING:
     from fastserve.scheduler.base import Scheduler
@@ -60,8 +61,10 @@ class ProactiveSwapping:
     needed last (`Scheduler.offloads`). Then, with what is left of the budget, the next ones to be needed are brought in
     ahead of time (`Scheduler.uploads`), exchanged for those needed later, and the reserve is filled up.
 
-    Host memory full: a cache is dropped and recomputed, but only for the first of those that are due, and never to
-    bring anyone in ahead of time.
+    Host memory full: whoever is not on the GPU waits, as in a system without preemption. A cache is dropped and
+    recomputed only for the first of those that are due: if it has its cache here and must grow, or if all in its queue
+    and above fit one batch (with more than that, requests would take turns in dropping each other's). Nothing is
+    dropped to bring anyone in ahead of time.
     """
 
     def __init__(self, scheduler: Scheduler, options: MemoryOptions) -> None:
@@ -106,7 +109,8 @@ class ProactiveSwapping:
 
     def make_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request that is due and not away finds no room: make it some, most likely for a later iteration."""
-        self._victims = None
+        if not plan.short:
+            self._victims = None
         room_comes = self._make_room(plan, request, needed, is_first=not plan.stalled)
         if needed + plan.claimed_blocks <= self._kv.num_free_gpu_blocks:
             return  # Something was dropped, and the room is there already.
@@ -193,13 +197,16 @@ class ProactiveSwapping:
                 victims.append(victim)
                 found += kv.num_blocks(victim)
         if found < needed:
+            self._victims = itertools.chain(victims, self._victims)
             return False
+        # Whoever runs needs little to go on, and gets it. A whole cache is worth another's only if they take no turns.
+        may_drop = is_first and (request.part == RESIDENT or self._queue.fits(request.level, plan.batch_size))
         for victim in victims:
             if kv.num_vacating_blocks >= self._budget or coming >= wanted:
                 break
             blocks = kv.num_blocks(victim)
             # The reserve is worth a transfer, not a recomputation.
-            if not plan.evict(victim, or_drop=is_first and coming < needed):
+            if not plan.evict(victim, or_drop=may_drop and coming < needed):
                 break
             coming += blocks
         return coming >= needed
