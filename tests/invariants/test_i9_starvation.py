@@ -10,7 +10,8 @@ naive MLFQ with `alpha_s` set and a look at who has waited too long before every
    it has waited at most alpha and what was left then of the iteration that ran.
 2. Where they do not, and move proactively: alpha, plus that iteration, plus the time to move out whoever must make
    room and to move in its own cache, each behind what the link has to carry already (at most the budget and one
-   request), and each noticed at the end of an iteration: for every request of the highest queue at most once each.
+   request), and each noticed at the end of an iteration: for every request of the highest queue at most once each. Plus
+   `stay_tokens` iterations of whoever was just brought in and must give up its place.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def test_i9_nobody_waits_longer_than_alpha_and_an_iteration(
     alpha_s=st.sampled_from([0.03, 0.1, 0.3]),
     swap_budget_blocks=st.sampled_from([4, 64]),
     reserve=st.sampled_from(["history", "none"]),
+    stay_tokens=st.sampled_from([0, 8]),
 )
 def test_i9_nobody_waits_longer_than_alpha_an_iteration_and_its_swap_in(
     policy: str,
@@ -128,15 +130,17 @@ def test_i9_nobody_waits_longer_than_alpha_an_iteration_and_its_swap_in(
     alpha_s: float,
     swap_budget_blocks: int,
     reserve: str,
+    stay_tokens: int,
 ) -> None:
-    options = {"alpha_s": alpha_s, "swap_budget_blocks": swap_budget_blocks, "reserve": reserve}
+    options = {"alpha_s": alpha_s, "swap_budget_blocks": swap_budget_blocks}
+    options |= {"reserve": reserve, "stay_tokens": stay_tokens}
     sizes = {"num_gpu_blocks": num_gpu_blocks, "max_batch_size": max_batch_size, "token_budget": 1000}
     engine = make_engine(policy, options, **sizes)
     found = waits(engine, jobs, alpha_s + EPSILON)
     longest = max(record.end_s - record.start_s for record in engine.iterations)
     # A block takes 1 ms each way, and the largest cache is of 40 + 60 tokens, 25 blocks.
     one_way = 0.001 * (swap_budget_blocks + 25)
-    bound = alpha_s + longest + max_batch_size * 2 * (one_way + longest)
+    bound = alpha_s + longest + max_batch_size * 2 * (one_way + longest) + stay_tokens * longest
     for wait in found:
         if wait.promoted_fit:
             assert wait.end - wait.start <= bound + EPSILON, (wait, bound)

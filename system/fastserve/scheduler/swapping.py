@@ -46,7 +46,12 @@ class MemoryOptions:
     reserve_limit: float = 0.125
     """Proactive: share of the GPU's blocks that the reserve takes at most, so that it does not empty a small cache."""
 
+    stay_tokens: int = 8
+    """Proactive: tokens a request computes after its cache was brought in before it may have to give up a place in the
+    batch for another's. A cache on its way costs two iterations of its room: much, where a batch fills memory."""
+
     def __post_init__(self) -> None:
+        require_int("stay_tokens", self.stay_tokens, 0)
         require_int("swap_budget_blocks", self.swap_budget_blocks, 1)
         require_positive("reserve_window_s", self.reserve_window_s)
         if not 0 <= self.reserve_limit <= 1:
@@ -72,6 +77,7 @@ class ProactiveSwapping:
         self._kv = scheduler.kv
         self._queue = scheduler.queue
         self._budget = options.swap_budget_blocks
+        self._stay_tokens = options.stay_tokens
         self._window_s = options.reserve_window_s
         self._keeps_history = options.reserve == "history"
         limit = 0.0 if options.reserve == "none" else options.reserve_limit
@@ -194,8 +200,9 @@ class ProactiveSwapping:
             for victim in reversed(plan.batch) if is_first and not kv.num_transfers else ():
                 if found >= needed or not _is_before(request, victim):
                     break
-                victims.append(victim)
-                found += kv.num_blocks(victim)
+                if victim.num_computed_tokens - victim.num_tokens_at_swap_in > self._stay_tokens:
+                    victims.append(victim)
+                    found += kv.num_blocks(victim)
         if found < needed:
             self._victims = itertools.chain(victims, self._victims)
             return False
