@@ -8,7 +8,7 @@ from fastserve.kvcache.errors import BlockOwnershipError, OutOfBlocksError
 class BlockPool:
     """Hands out block numbers 0 .. num_blocks - 1, the most recently freed first: likeliest to be in a cache still."""
 
-    __slots__ = ("_freed", "_num_used", "name", "num_blocks")
+    __slots__ = ("_freed", "_num_used", "name", "num_blocks", "num_free")
 
     def __init__(self, name: str, num_blocks: int) -> None:
         self.name = name
@@ -16,11 +16,8 @@ class BlockPool:
         self._freed: list[int] = []
         self._num_used = 0
         """Blocks from here on were never given out, and are not listed: a large pool costs nothing to make."""
-
-    @property
-    def num_free(self) -> int:
+        self.num_free = num_blocks
         """Blocks nobody owns."""
-        return self.num_blocks - self._num_used + len(self._freed)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks; OutOfBlocksError, and nothing taken, if fewer are free."""
@@ -28,6 +25,7 @@ class BlockPool:
             raise OutOfBlocksError(
                 f"{self.name} pool: {count} blocks asked for, {self.num_free} of {self.num_blocks} free"
             )
+        self.num_free -= count
         kept = max(0, len(self._freed) - count)
         taken = self._freed[: kept - 1 if kept else None : -1]
         del self._freed[kept:]
@@ -38,12 +36,14 @@ class BlockPool:
     def free(self, blocks: list[int]) -> None:
         """Give blocks back."""
         self._freed.extend(reversed(blocks))
+        self.num_free += len(blocks)
         if len(self._freed) > self._num_used:
             raise BlockOwnershipError(f"{self.name} pool: more blocks free than exist, some were freed twice")
 
     def check(self, owned: list[int]) -> None:
         """Raise BlockOwnershipError unless free and `owned` blocks together are each block exactly once (I2)."""
-        if sorted([*self._freed, *owned]) != list(range(self._num_used)):
+        each_once = sorted([*self._freed, *owned]) == list(range(self._num_used))
+        if not each_once or self.num_free != self.num_blocks - len(owned):
             raise BlockOwnershipError(
                 f"{self.name} pool of {self.num_blocks}: {self.num_free} free and {len(owned)} owned blocks "
                 "are not a partition"

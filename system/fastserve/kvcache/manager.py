@@ -62,8 +62,10 @@ class KVCacheManager:
         self._gpu = BlockPool("GPU", config.num_gpu_blocks)
         self._host = BlockPool("host", config.num_host_blocks)
         self._entries: dict[str, _Entry] = {}
-        self._vacating = 0
-        self._arriving = 0
+        self.num_vacating_blocks = 0
+        """GPU blocks that become free when the swap-outs under way end."""
+        self.num_arriving_blocks = 0
+        """GPU blocks that swap-ins under way are filling."""
         self.num_transfers = 0
         """Transfers under way."""
 
@@ -78,16 +80,6 @@ class KVCacheManager:
     def num_free_host_blocks(self) -> int:
         """Blocks of the host pool that can be given out now."""
         return self._host.num_free
-
-    @property
-    def num_vacating_blocks(self) -> int:
-        """GPU blocks that become free when the swap-outs under way end."""
-        return self._vacating
-
-    @property
-    def num_arriving_blocks(self) -> int:
-        """GPU blocks that swap-ins under way are filling."""
-        return self._arriving
 
     def location(self, request: Request) -> Location:
         """Where the request's cache is."""
@@ -144,7 +136,7 @@ class KVCacheManager:
         entry.host_blocks = self._host.allocate(used)
         entry.location = Location.SWAPPING_OUT
         request.cache_capacity = 0
-        self._vacating += len(entry.gpu_blocks)
+        self.num_vacating_blocks += len(entry.gpu_blocks)
         return self._transfer(request, Direction.OUT, entry.gpu_blocks[:used], entry.host_blocks)
 
     def begin_swap_in(self, request: Request) -> Transfer:
@@ -160,7 +152,7 @@ class KVCacheManager:
             )
         entry.gpu_blocks = self._gpu.allocate(self.blocks_for(request.num_tokens))
         entry.location = Location.SWAPPING_IN
-        self._arriving += len(entry.gpu_blocks)
+        self.num_arriving_blocks += len(entry.gpu_blocks)
         used = len(entry.host_blocks)
         return self._transfer(request, Direction.IN, entry.host_blocks, entry.gpu_blocks[:used])
 
@@ -169,12 +161,12 @@ class KVCacheManager:
         entry = self._entries[transfer.request.request_id]
         self.num_transfers -= 1
         if transfer.direction is Direction.OUT:
-            self._vacating -= len(entry.gpu_blocks)
+            self.num_vacating_blocks -= len(entry.gpu_blocks)
             self._gpu.free(entry.gpu_blocks)
             entry.gpu_blocks = []
             entry.location = Location.HOST
         else:
-            self._arriving -= len(entry.gpu_blocks)
+            self.num_arriving_blocks -= len(entry.gpu_blocks)
             self._host.free(entry.host_blocks)
             entry.host_blocks = []
             entry.request.cache_capacity = len(entry.gpu_blocks) * self.block_size
@@ -207,7 +199,10 @@ class KVCacheManager:
         entries = self._entries.values()
         self._gpu.check([block for entry in entries for block in entry.gpu_blocks])
         self._host.check([block for entry in entries for block in entry.host_blocks])
-        for location, counted in ((Location.SWAPPING_OUT, self._vacating), (Location.SWAPPING_IN, self._arriving)):
+        for location, counted in (
+            (Location.SWAPPING_OUT, self.num_vacating_blocks),
+            (Location.SWAPPING_IN, self.num_arriving_blocks),
+        ):
             moving = sum(len(entry.gpu_blocks) for entry in entries if entry.location is location)
             if moving != counted:
                 raise CacheError(f"{moving} GPU blocks are {location.value}, {counted} were counted")

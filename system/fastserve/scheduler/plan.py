@@ -256,7 +256,7 @@ class IterationPlan:
         if request.part == AWAY and kv.location(request) is not Location.HOST:
             self._must_wait = True
             return True
-        needed = kv.blocks_to_hold(request, hold)
+        needed = kv.blocks_for(hold) if request.part == FRESH else kv.blocks_to_hold(request, hold)
         if not self._scheduler.moves_on_demand:
             return self._take_free(request, hold, needed, keep_free)
         if not self._find_room(request, needed, may_evict, keep_free):
