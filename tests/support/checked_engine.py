@@ -1,5 +1,7 @@
 """An engine that checks the invariants at every step."""
 
+import itertools
+
 from fastserve.engine import Engine
 from fastserve.job import Job
 from fastserve.kvcache import Location
@@ -60,7 +62,8 @@ class CheckedEngine(Engine):
             if not chosen <= self._ran_last and all(request.is_decoding for request in iteration.requests):
                 return  # Whoever was swapped out resumes before a prompt is let in.
             if scheduler.name == "vllm" and not all(request.is_decoding for request in iteration.requests):
-                left_out = [request for request in left_out if not request.is_decoding]
+                # In order: whoever was swapped out holds up the prompts behind it.
+                left_out = list(itertools.takewhile(lambda request: not request.is_decoding, left_out))
         scheduled = zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
         prefilled = sum(n for request, n in scheduled if n > 1 or not request.num_computed_tokens)
         tokens_left = scheduler.config.token_budget - prefilled

@@ -86,10 +86,10 @@ def run(
 def policies() -> None:
     """List the scheduling policies and their options."""
     for name, policy in list_policies().items():
-        print(f"{name:16} {(policy.__doc__ or '').strip().splitlines()[0]}")
+        print(f"{name:18} {(policy.__doc__ or '').strip().splitlines()[0]}")
         defaults = policy.Options()
         options = [f"{option}={getattr(defaults, option)}" for option in option_names(policy.Options)]
-        print(f"{'':16} options: {', '.join(options) or 'none'}")
+        print(f"{'':18} options: {', '.join(options) or 'none'}")
 
 
 @app.command()

@@ -202,25 +202,27 @@ class Scheduler(ABC):
         if self._swapping is not None:
             num_chosen = len(batch)
             self._swapping.move(plan)
-            if len(batch) < num_chosen:  # Somebody had to give up a place for one who is due, and others may take it.
-                self._fill_up(plan, admitting=False)
+            # Somebody had to give up a place for one who is due, or a dropped cache left room: others may take it.
+            if len(batch) < size and (len(batch) < num_chosen or plan.drops):
+                self._fill_up(plan, admitting=plan.drops)
 
     def on_no_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request needs more blocks than are free; unless there are enough after this, it is left out of the plan."""
-        if self._swapping is not None:
+        if self._swapping is not None and plan.making_room:
             self._swapping.make_room(plan, request, needed)
 
     def _force(self, plan: IterationPlan) -> None:
         """Nothing can run and nothing moves: the first in order gets the room it needs, whoever must give up theirs."""
         if any(request.in_flight for request in self.running.values()):
             return
-        first = next(request for request in self.queue.in_order() if request.part != AWAY)
-        plan.force(first)
-        self._fill_up(plan, admitting=True)
+        first = next((request for request in self.queue.in_order() if request.part != AWAY), None)
+        if first is not None:
+            plan.force(first)
+            self._fill_up(plan, admitting=True)
 
     def _fill_up(self, plan: IterationPlan, *, admitting: bool) -> None:
         """Offer what room is left to those who have their cache (and those who have none, if `admitting`)."""
-        plan.admitting, plan.counting_away = admitting, False
+        plan.admitting, plan.counting_away, plan.making_room = admitting, False, False
         for request in self.queue.candidates(plan):
             if plan.is_full:
                 return

@@ -45,6 +45,7 @@ class IterationPlan:
         "batch_size",
         "claimed_blocks",
         "counting_away",
+        "making_room",
         "now",
         "short",
         "stalled",
@@ -58,6 +59,8 @@ class IterationPlan:
         """Whether requests without cache may still be taken: the first that finds no room is the last that is tried."""
         self.counting_away = True
         """Whether requests whose cache is away are still looked at."""
+        self.making_room = True
+        """Whether others may still have to give up their cache for those who find no room."""
         self.stalled: list[Request] = []
         """Those left out although due, because of a transfer that has not ended."""
         self.short: list[Request] = []
@@ -95,6 +98,11 @@ class IterationPlan:
     def evicts(self) -> bool:
         """Whether anyone loses its cache."""
         return bool(self._leaving)
+
+    @property
+    def drops(self) -> bool:
+        """Whether anyone's cache is dropped."""
+        return bool(self._dropped)
 
     def takes_part(self, request: Request) -> bool:
         """Whether the request is in the batch, or due and waits for room, or its cache is being taken."""
