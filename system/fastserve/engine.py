@@ -321,7 +321,7 @@ class Engine:
         # In none of them may a request finish.
         count = min(job.max_tokens - request.num_tokens for job, request in zip(jobs, requests, strict=True)) - 1
         if count < _FEWEST_WORTH_A_JUMP or any(
-            job.stop_token_ids or job.last_token_s is None or not request.num_computed_tokens
+            job.stop_token_ids or job.last_token_s is None or not request.is_decoding
             for job, request in zip(jobs, requests, strict=True)
         ):
             return False

@@ -248,3 +248,15 @@ def test_engines_jump_with_such_a_model_too() -> None:
         assert outcome.num_decisions < len(outcome.iterations) / 4
     finally:
         del LATENCIES["measured"]
+
+
+def test_a_chunk_of_one_token_is_no_decoding() -> None:
+    """Recomputed a token at a time beside others that decode: all take one token, and not all produce one."""
+    runs = []
+    for jumps in (True, False):
+        engine = make_engine("vllm-chunked", {"chunk_tokens": 2}, num_gpu_blocks=13)
+        engine.jumps = jumps
+        jobs = engine.run([arrival("a", 0.0, 20, 17), arrival("b", 0.07, 4, 20), arrival("c", 0.02, 23, 23)])
+        assert sum(job.recomputed_tokens for job in jobs) > 0
+        runs.append((engine.iterations, [repr(job.metrics) for job in jobs]))
+    assert runs[0] == runs[1]
