@@ -22,22 +22,12 @@ class VLLMOptions:
     """Whether it is dropped and recomputed, which is vLLM's default, or swapped."""
 
 
-@register
-class VLLM(ArrivalOrder):
-    """First come, first served on a paged cache, prompts before decoding.
-
-    While a waiting prompt fits, an iteration runs prompts only and the running requests pause; otherwise all running
-    requests decode one token. A request keeps its place in the batch until it ends. When a decode step finds no free
-    block, the newest running request gives up its cache and waits, at its old place in the order of arrival.
-    """
-
-    name = "vllm"
-    Options = VLLMOptions
+class WaitingAndRunning(ArrivalOrder):
+    """Base of vLLM's policies: who waits is let in from the front, and runs until its end or the loss of its cache."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._resumes = False
 
     def on_add(self, request: Request) -> None:
         """Wait at the end."""
@@ -56,6 +46,23 @@ class VLLM(ArrivalOrder):
         """Back to the front: nobody before the newest running request can be waiting."""
         self._waiting[request.request_id] = request
         self._waiting.move_to_end(request.request_id, last=False)
+
+
+@register
+class VLLM(WaitingAndRunning):
+    """First come, first served on a paged cache, prompts before decoding.
+
+    While a waiting prompt fits, an iteration runs prompts only and the running requests pause; otherwise all running
+    requests decode one token. A request keeps its place in the batch until it ends. When a decode step finds no free
+    block, the newest running request gives up its cache and waits, at its old place in the order of arrival.
+    """
+
+    name = "vllm"
+    Options = VLLMOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumes = False
 
     def decide(self, now: float) -> Iteration:
         """Prompts if any can be admitted, else a decode step of all that run."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from baselines.vllm import WaitingAndRunning
 from fastserve.config import require_int
-from fastserve.request import Request
 from fastserve.scheduler import Iteration, register
-from fastserve.scheduler.fcfs import ArrivalOrder
 from fastserve.scheduler.plan import IterationPlan
 
 
@@ -26,7 +24,7 @@ class VLLMChunkedOptions:
 
 
 @register
-class VLLMChunked(ArrivalOrder):
+class VLLMChunked(WaitingAndRunning):
     """First come, first served; every iteration decodes all that run and fills up with chunks of prompts.
 
     No iteration computes more than `chunk_tokens` tokens, so a long prompt does not hold up those that decode. When
@@ -39,25 +37,6 @@ class VLLMChunked(ArrivalOrder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokens_per_iteration = min(self.options.chunk_tokens, self.config.token_budget)
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
-
-    def on_add(self, request: Request) -> None:
-        """Wait at the end."""
-        super().on_add(request)
-        self._waiting[request.request_id] = request
-
-    def on_remove(self, request: Request) -> None:
-        """Forget."""
-        self._waiting.pop(request.request_id, None)
-
-    def on_start(self, request: Request, now: float) -> None:
-        """Admitted."""
-        del self._waiting[request.request_id]
-
-    def on_preempt(self, request: Request, now: float) -> None:
-        """Back to the front: nobody before the newest running request can be waiting."""
-        self._waiting[request.request_id] = request
-        self._waiting.move_to_end(request.request_id, last=False)
 
     def decide(self, now: float) -> Iteration:
         """Those that run, then those that wait, each as far as the tokens go."""
