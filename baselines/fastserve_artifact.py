@@ -50,11 +50,11 @@ class TailSwapping(ProactiveSwapping):
 
     def move_ahead(self, plan: IterationPlan, *, exchange: bool) -> None:
         """Out, until the reserve (and room for whoever found none) is free; or else in, up to a batch at once."""
-        kv, queue = self._kv, self._queue
+        kv, scheduler = self._kv, self._scheduler
         reserve = self.reserve(plan.now)
         short = reserve + plan.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
         if short > 0:
-            for victim in queue.residents_last_first():
+            for victim in scheduler.offloads(plan.now):
                 if self._may_leave(plan, victim):
                     blocks = kv.num_blocks(victim)
                     if not plan.evict(victim, or_drop=False):
@@ -63,13 +63,13 @@ class TailSwapping(ProactiveSwapping):
                     if short <= 0:
                         return
             return
-        quota = self._scheduler.config.max_batch_size
-        for request in queue.away_first_first():
+        quota = scheduler.config.max_batch_size
+        for request in scheduler.uploads(plan.now):
             if not quota:
                 return
             if kv.location(request) is Location.HOST:
                 quota -= 1
-                if not self._start(plan, request, kv.blocks_to_hold(request, request.num_tokens), reserve):
+                if not self._start(plan, request, kv.blocks_for(request.num_tokens), reserve):
                     return
 
 

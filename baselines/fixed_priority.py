@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from fastserve.request import Request
-from fastserve.scheduler import MemoryOptions, Scheduler, SwapMode, register
-
-
-@dataclass(frozen=True, slots=True)
-class FixedPriorityOptions(MemoryOptions):
-    """On FastServe's engine, with its swapping."""
-
-    swap: SwapMode = "proactive"
+from fastserve.scheduler import PreemptiveOptions, Scheduler, register
 
 
 @register
@@ -23,7 +14,7 @@ class FixedPriority(Scheduler):
     """
 
     name = "fixed-priority"
-    Options = FixedPriorityOptions
+    Options = PreemptiveOptions
     max_passed_over = 16
 
     def on_add(self, request: Request) -> None:

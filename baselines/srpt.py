@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from fastserve.request import Request
-from fastserve.scheduler import MemoryOptions, Scheduler, SwapMode, register
-
-
-@dataclass(frozen=True, slots=True)
-class SRPTOptions(MemoryOptions):
-    """On FastServe's engine, with its swapping."""
-
-    swap: SwapMode = "proactive"
+from fastserve.scheduler import PreemptiveOptions, Scheduler, register
 
 
 @register
@@ -26,7 +18,7 @@ class SRPT(Scheduler):
     """
 
     name = "srpt"
-    Options = SRPTOptions
+    Options = PreemptiveOptions
     needs_latency = True
     needs_oracle = True
     max_passed_over = 16

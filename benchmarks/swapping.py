@@ -22,12 +22,9 @@ from typing import NamedTuple
 import torch
 
 from fastserve import LLM, SamplingParams
-from fastserve.engine import Engine
+from fastserve.engine import Observer
 from fastserve.executor.base import FinishedTransfer
-from fastserve.job import Job
 from fastserve.kvcache import Direction
-from fastserve.request import Request
-from fastserve.scheduler import Iteration
 
 BLOCK_SIZE, AMPLE, TARGET = 16, 400, 0.9
 
@@ -35,7 +32,7 @@ Case = tuple[str, int]
 """How caches move, and the blocks on the device."""
 
 
-class CopyTime:
+class CopyTime(Observer):
     """An engine's observer that adds up what its copies took."""
 
     def __init__(self) -> None:
@@ -46,18 +43,6 @@ class CopyTime:
         """Add one."""
         self.seconds += finished.end_s - finished.start_s
         self.num_bytes[finished.transfer.direction] += finished.transfer.num_bytes
-
-    def on_arrival(self, job: Job) -> None:
-        """Nothing to add."""
-
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
-        """Nothing to add."""
-
-    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
-        """Nothing to add."""
-
-    def on_done(self, job: Job) -> None:
-        """Nothing to add."""
 
 
 class Outcome(NamedTuple):

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,28 +43,23 @@ class IterationRecord(NamedTuple):
     """Time since the previous iteration in which nothing ran because of transfers under way."""
 
 
-class Observer(Protocol):
-    """Is told what happens, as it happens. Times are in seconds on the engine's clock."""
+class Observer:
+    """Is told what happens, as it happens; overrides what it wants to hear. Times are seconds on the engine's clock."""
 
     def on_arrival(self, job: Job) -> None:
         """A request has entered the system."""
-        ...
 
     def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
         """An iteration has ended and its requests have not advanced yet."""
-        ...
 
     def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
         """Nothing ran, and these requests, if any, were due and waited for a transfer."""
-        ...
 
     def on_transfer(self, finished: FinishedTransfer) -> None:
         """A transfer has ended."""
-        ...
 
     def on_done(self, job: Job) -> None:
         """A request has left the system."""
-        ...
 
 
 class Engine:

@@ -7,17 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastserve.engine import Engine, Observer
 from fastserve.executor.base import FinishedTransfer
 from fastserve.files import written_whole
 from fastserve.job import Job
 from fastserve.kvcache import Direction
 from fastserve.request import Request
 from fastserve.scheduler.iteration import Iteration
-
-if TYPE_CHECKING:
-    from fastserve.engine import Engine
 
 Event = dict[str, Any]
 """One entry of `traceEvents`."""
@@ -89,7 +87,7 @@ class _Life:
         return max(start_s, self.spans[-1].end_s if self.spans else self.job.request.arrival_s)
 
 
-class Timeline:
+class Timeline(Observer):
     """Observes an engine (`engine.observer = Timeline()`) and writes the run as a Chrome trace.
 
     Three processes: the engine, whose iterations and waits fill one thread; the host link, with a thread a direction;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fastserve.engine import Engine
+from fastserve.engine import Engine, Observer
 from fastserve.executor.base import FinishedTransfer
 from fastserve.job import Job
 from fastserve.kvcache import Direction
@@ -35,7 +35,7 @@ class Moved:
 
 
 @dataclass
-class Watch:
+class Watch(Observer):
     """An Observer that keeps everything, and every decision beside it."""
 
     iterations: list[Ran] = field(default_factory=list)
@@ -60,9 +60,6 @@ class Watch:
     @property
     def drops(self) -> list[tuple[str, int]]:
         return [(drop.request.request_id, drop.num_lost_tokens) for _, it in self.decisions for drop in it.dropped]
-
-    def on_arrival(self, job: Job) -> None:
-        pass
 
     def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
         requests = iteration.requests

@@ -10,24 +10,11 @@ from fastserve.job import Job
 from fastserve.request import Request
 from fastserve.scheduler import find_policy, list_policies
 from support.engines import arrival, make_engine
+from support.watch import watch
 
 
 def finish_times(engine: Engine, arrivals: Iterable[Arrival]) -> dict[str, float]:
     return {job.request.request_id: round(job.finished_s, 6) for job in engine.run(arrivals)}
-
-
-def decisions(engine: Engine) -> list[tuple[str, ...]]:
-    """Record who runs in every iteration from here on."""
-    log: list[tuple[str, ...]] = []
-    submit = engine.executor.submit
-
-    def logged(iteration: object) -> None:
-        if iteration.requests:
-            log.append(tuple(request.request_id for request in iteration.requests))
-        submit(iteration)
-
-    engine.executor.submit = logged
-    return log
 
 
 def test_fcfs_runs_in_order_of_arrival_and_backfills_at_once() -> None:
@@ -39,18 +26,18 @@ def test_fcfs_runs_in_order_of_arrival_and_backfills_at_once() -> None:
 
 def test_fcfs_mixes_prompts_and_decoding() -> None:
     engine = make_engine("fastserve-fcfs")
-    log = decisions(engine)
+    log = watch(engine)
     engine.run([arrival("a", 0, 10, 3), arrival("b", 0.001, 10, 2)])
     # a's prompt; then a's second token beside b's prompt; then both decode their last.
-    assert log == [("a",), ("a", "b"), ("a", "b")]
+    assert log.batches == [("a",), ("a", "b"), ("a", "b")]
 
 
 def test_vllm_runs_prompts_before_decoding() -> None:
     engine = make_engine("vllm")
-    log = decisions(engine)
+    log = watch(engine)
     jobs = engine.run([arrival("a", 0, 10, 3), arrival("b", 0.001, 10, 2)])
     # a pauses while b's prompt runs alone: no mixing.
-    assert log == [("a",), ("b",), ("a", "b"), ("a",)]
+    assert log.batches == [("a",), ("b",), ("a", "b"), ("a",)]
     assert [job.preemptions for job in jobs] == [0, 0]
     assert jobs[0].max_token_gap_s == pytest.approx(0.030)
 
@@ -101,14 +88,14 @@ def test_demotion_skips_to_the_quantum_that_covers_the_next_iteration() -> None:
 def test_a_request_that_waits_alpha_is_promoted() -> None:
     arrivals = [arrival("long", 0, 60, 40)] + [arrival(f"s{i}", 0.001 + i * 0.02, 9, 1) for i in range(30)]
     engine = make_engine("fastserve", {"alpha_s": 0.1}, max_batch_size=1)
-    log = decisions(engine)
+    log = watch(engine)
     engine.run(arrivals)
     starved = make_engine("fastserve", {"alpha_s": "none"}, max_batch_size=1)
-    starved_log = decisions(starved)
+    starved_log = watch(starved)
     starved.run([arrival("long", 0, 60, 40)] + [arrival(f"s{i}", 0.001 + i * 0.02, 9, 1) for i in range(30)])
     # A stream of short jobs that keeps the server busy: without promotion, the long one runs when it has passed.
-    runs_between = [i for i, batch in enumerate(log[:30]) if batch == ("long",)]
-    starved_between = [i for i, batch in enumerate(starved_log[:30]) if batch == ("long",)]
+    runs_between = [i for i, batch in enumerate(log.batches[:30]) if batch == ("long",)]
+    starved_between = [i for i, batch in enumerate(starved_log.batches[:30]) if batch == ("long",)]
     assert len(runs_between) > len(starved_between)
 
 
@@ -164,9 +151,9 @@ def test_the_host_link_works_both_ways_at_once_and_in_order() -> None:
 
 def test_a_prompt_beyond_the_token_budget_runs_as_the_only_prompt() -> None:
     engine = make_engine("fastserve-fcfs", token_budget=16)
-    log = decisions(engine)
+    log = watch(engine)
     engine.run([arrival("a", 0, 4, 3), arrival("b", 0, 40, 2), arrival("c", 0, 4, 1)])
-    assert log == [("a",), ("a", "b"), ("a", "b", "c")]
+    assert log.batches == [("a",), ("a", "b"), ("a", "b", "c")]
 
 
 def test_policies_are_found_by_name_and_by_path() -> None:

@@ -3,13 +3,14 @@
 from fastserve.scheduler.base import NoOptions, Scheduler
 from fastserve.scheduler.iteration import Drop, Iteration
 from fastserve.scheduler.registry import find_policy, list_policies, make_scheduler, register
-from fastserve.scheduler.swapping import MemoryOptions, SwapMode
+from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions, SwapMode
 
 __all__ = [
     "Drop",
     "Iteration",
     "MemoryOptions",
     "NoOptions",
+    "PreemptiveOptions",
     "Scheduler",
     "SwapMode",
     "find_policy",

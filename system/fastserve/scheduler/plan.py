@@ -9,6 +9,7 @@ from fastserve.kvcache import Location, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
 from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
 from fastserve.scheduler.iteration import Drop, Iteration
+from fastserve.scheduler.queue import is_before
 
 if TYPE_CHECKING:
     from fastserve.scheduler.base import Scheduler
@@ -225,22 +226,16 @@ class IterationPlan:
 
         Without `or_drop` nothing is dropped; then False if host memory is full.
         """
-        part: Part = FRESH
         if self._scheduler.swap in ("reactive", "proactive") and victim.num_computed_tokens:
             try:
                 self._swap_out.append(self._kv.begin_swap_out(victim))
-                part = AWAY
             except OutOfBlocksError:
                 if not or_drop:
                     return False
-        if part == FRESH:
-            # Dropping makes room at once and needs none elsewhere, so it always works.
-            self._dropped.append(Drop(victim, self._kv.drop(victim)))
-        if victim in self.batch:
-            index = self.batch.index(victim)
-            del self.batch[index], self._num_tokens[index]
-        self._leaving.append(victim)
-        self._part_changes.append((victim, part))
+            else:
+                self._leave(victim, AWAY)
+                return True
+        self._drop(victim)
         return True
 
     def force(self, request: Request) -> None:
@@ -251,10 +246,20 @@ class IterationPlan:
             if needed <= self._kv.num_free_gpu_blocks:
                 break
             if victim is not request and not victim.in_flight:
-                self._dropped.append(Drop(victim, self._kv.drop(victim)))
-                self._leaving.append(victim)
-                self._part_changes.append((victim, FRESH))
+                self._drop(victim)
         self.offer(request)
+
+    def _drop(self, victim: Request) -> None:
+        """Give up a cache. That makes room at once and needs none elsewhere, so it always works."""
+        self._dropped.append(Drop(victim, self._kv.drop(victim)))
+        self._leave(victim, FRESH)
+
+    def _leave(self, victim: Request, part: Part) -> None:
+        if victim in self.batch:
+            index = self.batch.index(victim)
+            del self.batch[index], self._num_tokens[index]
+        self._leaving.append(victim)
+        self._part_changes.append((victim, part))
 
     def _make_resident(self, request: Request, hold: int, may_evict: bool, keep_free: int) -> bool:
         """Get the request onto the GPU with room for its tokens, now or once transfers have ended; False if not."""
@@ -319,7 +324,6 @@ class IterationPlan:
         """Resident requests that rank behind this one and are not in the plan, last in order first."""
         if self._more_victims is None:
             self._more_victims = self._scheduler.queue.residents_last_first()
-        rank = (request.level, request.position)
         index = 0
         while True:
             if index == len(self._victims):
@@ -328,7 +332,7 @@ class IterationPlan:
                     return
                 self._victims.append(following)
             victim = self._victims[index]
-            if (victim.level, victim.position) <= rank:
+            if not is_before(request, victim):
                 return
             if not (victim.in_flight or self.takes_part(victim)):
                 yield victim

@@ -15,6 +15,11 @@ from typing import Protocol
 from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
 
 
+def is_before(request: Request, other: Request) -> bool:
+    """Whether a request comes before another in the order of service."""
+    return request.level < other.level or (request.level == other.level and request.position < other.position)
+
+
 class Gate(Protocol):
     """Who is still looked for in a walk over the queue; may close while it lasts."""
 
@@ -104,9 +109,6 @@ class MultiLevelQueue:
         self._in_order = list(range(count))
         self.fixed_levels = [Level() for _ in self._in_order]
         self._levels = dict(enumerate(self.fixed_levels))
-
-    def __len__(self) -> int:
-        return sum(level.size for level in self._levels.values())
 
     # -- changes -----------------------------------------------------------------------------------------------
 

@@ -19,14 +19,13 @@ from fastserve.request import AWAY, RESIDENT, Part, Request
 from fastserve.scheduler.base import Scheduler
 from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.registry import register
-from fastserve.scheduler.swapping import MemoryOptions, SwapMode
+from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions
 
 
 @dataclass(frozen=True, slots=True)
-class SkipJoinMLFQOptions(MemoryOptions):
+class SkipJoinMLFQOptions(PreemptiveOptions):
     """What the paper sets, and what it leaves open."""
 
-    swap: SwapMode = "proactive"
     quantum_base_s: float | None = None
     """Quantum of the highest queue in seconds; none takes the shortest iteration (one decode step of one request)."""
     quantum_ratio: float = 2.0
@@ -76,9 +75,6 @@ class _Standing:
 
 _EXACT = 1 - 1e-9
 """Times add up with rounding errors; a quantum of exactly four iterations must not last five."""
-
-
-_NOBODY: Iterator[Request] = iter(())
 
 
 @register
@@ -150,21 +146,17 @@ class SkipJoinMLFQ(Scheduler):
 
     def on_remove(self, request: Request) -> None:
         """Wait no longer."""
-        if self._waiting.pop(request.request_id, None) is not None:
-            self._end_wait(request)
+        self._end_wait(request)
 
     def on_start(self, request: Request, now: float) -> None:
         """Wait no longer."""
-        if self._waiting.pop(request.request_id, None) is not None:
-            self._end_wait(request)
+        self._end_wait(request)
 
     def on_preempt(self, request: Request, now: float) -> None:
         """Start to wait, in the same place of the same queue."""
-        if self._alpha_s is None or not request.level:
-            return
         self._start_waiting(request, now)
         standing = request.standing
-        if standing.service_s or self._to_front:
+        if standing.deadline < math.inf and (standing.service_s or self._to_front):
             standing.is_displaced = True
             self._displaced[request.level][request.request_id] = request
 
@@ -197,7 +189,6 @@ class SkipJoinMLFQ(Scheduler):
 
     def promote(self, request: Request) -> None:
         """Move a waiting request to the back of the highest queue, where its wait has no deadline."""
-        del self._waiting[request.request_id]
         self._end_wait(request)
         if self._promotion_resets_quantum:
             request.standing.service_s = 0.0
@@ -210,6 +201,8 @@ class SkipJoinMLFQ(Scheduler):
             self._waiting[request.request_id] = request
 
     def _end_wait(self, request: Request) -> None:
+        if self._waiting.pop(request.request_id, None) is None:
+            return
         standing = request.standing
         standing.deadline = math.inf
         if standing.is_displaced:
@@ -236,12 +229,12 @@ class SkipJoinMLFQ(Scheduler):
 
     def urgency(self, request: Request, now: float) -> tuple[float, ...]:
         """Estimated next scheduled time (ENST, s from now): promotion or execution, whichever is first; then order."""
-        enst = self._enst(request, now, self.expected_waits())
-        return enst, request.level, self._tie_sign * request.position
+        return self._key(request, now, self.expected_waits(), 1)
 
-    def _enst(self, request: Request, now: float, waits: list[float]) -> float:
+    def _key(self, request: Request, now: float, waits: list[float], sign: int) -> tuple[float, int, int]:
         # One that runs still has no deadline; if it stops now, it will wait alpha.
-        return min(request.standing.deadline - now, self._longest_wait_s, waits[request.level])
+        enst = min(request.standing.deadline - now, self._longest_wait_s, waits[request.level])
+        return sign * enst, sign * request.level, sign * self._tie_sign * request.position
 
     def uploads(self, now: float) -> Iterator[Request]:
         """By smallest ENST; those with the same by their queue, and then by their place in it."""
@@ -258,36 +251,29 @@ class SkipJoinMLFQ(Scheduler):
         few that were displaced. So the heads of the queues compete, and of each queue's displaced, sorted.
         """
         waits = self.expected_waits()
-        tie_sign = sign * self._tie_sign
-
-        def entry(request: Request, rest: Iterator[Request]) -> tuple[float, int, int, Request, Iterator[Request]]:
-            enst = sign * self._enst(request, now, waits)
-            return enst, sign * request.level, tie_sign * request.position, request, rest
-
         heads = []
         for level, displaced in zip(self.queue.fixed_levels[: self.queue.deepest + 1], self._displaced, strict=False):
             line = level.parts[part]
             if not (line.main or line.put_back):
                 continue
-            rest = iter(line) if tie_sign > 0 else reversed(line)
+            rests = [iter(line) if sign == self._tie_sign else reversed(line)]
             if displaced:
-                rest = (request for request in rest if not request.standing.is_displaced)
-                others = [entry(request, _NOBODY) for request in displaced.values() if request.part == part]
-                if others:
-                    in_order = (each[3] for each in sorted(others))
-                    heads.append(entry(next(in_order), in_order))
-            for request in rest:
-                heads.append(entry(request, rest))
-                break
+                others = [request for request in displaced.values() if request.part == part]
+                others.sort(key=lambda request: self._key(request, now, waits, sign))
+                rests = [(request for request in rests[0] if not request.standing.is_displaced), iter(others)]
+            for rest in rests:
+                for request in rest:
+                    heads.append((self._key(request, now, waits, sign), request, rest))
+                    break
         heapq.heapify(heads)
         while heads:
-            _, _, _, request, rest = heads[0]
+            _, request, rest = heads[0]
             yield request
             following = next(rest, None)
             if following is None:
                 heapq.heappop(heads)
             else:
-                heapq.heapreplace(heads, entry(following, rest))
+                heapq.heapreplace(heads, (self._key(following, now, waits, sign), following, rest))
 
     # -- identical decisions -----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.kvcache import Location
 from fastserve.request import RESIDENT, Request
+from fastserve.scheduler.queue import is_before
 
 if TYPE_CHECKING:
     from fastserve.scheduler.base import Scheduler
@@ -56,6 +57,13 @@ class MemoryOptions:
         require_positive("reserve_window_s", self.reserve_window_s)
         if not 0 <= self.reserve_limit <= 1:
             raise ConfigError(f"reserve_limit must be a share from 0 to 1, got {self.reserve_limit!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptiveOptions(MemoryOptions):
+    """Options of a policy that preempts for the sake of the order, on FastServe's engine and with its swapping."""
+
+    swap: SwapMode = "proactive"
 
 
 class ProactiveSwapping:
@@ -117,7 +125,7 @@ class ProactiveSwapping:
         """A request that is due and not away finds no room: make it some, most likely for a later iteration."""
         if not plan.short:
             self._victims = None
-        room_comes = self._make_room(plan, request, needed, is_first=not plan.stalled)
+        room_comes = self._make_room(plan, request, needed, self.reserve(plan.now), is_first=not plan.stalled)
         if needed + plan.claimed_blocks <= self._kv.num_free_gpu_blocks:
             return  # Something was dropped, and the room is there already.
         plan.short.append(request)
@@ -147,7 +155,7 @@ class ProactiveSwapping:
         self._victims = None
         starts = kv.num_arriving_blocks < self._budget or kv.num_vacating_blocks < self._budget
         for request in self._queue.away_first_first():
-            while num_before < len(batch) and _is_before(batch[num_before], request):
+            while num_before < len(batch) and is_before(batch[num_before], request):
                 num_before += 1
             if num_before >= places:
                 break
@@ -163,9 +171,10 @@ class ProactiveSwapping:
         """Start to bring in a request that is due, or to make it room; False if the budget or the room is used up."""
         kv = self._kv
         needed = kv.blocks_for(request.num_tokens)
-        if self._start(plan, request, needed, self.reserve(plan.now)):
+        reserve = self.reserve(plan.now)
+        if self._start(plan, request, needed, reserve):
             return True
-        room_comes = self._make_room(plan, request, needed, is_first=is_first)
+        room_comes = self._make_room(plan, request, needed, reserve, is_first=is_first)
         # Where no more room is coming the reserve has to give way.
         if not kv.num_vacating_blocks and self._start(plan, request, needed, 0):
             return True
@@ -173,14 +182,14 @@ class ProactiveSwapping:
             plan.claimed_blocks += needed
         return room_comes
 
-    def _make_room(self, plan: IterationPlan, request: Request, needed: int, *, is_first: bool) -> bool:
+    def _make_room(self, plan: IterationPlan, request: Request, needed: int, reserve: int, *, is_first: bool) -> bool:
         """Take cache from those behind the request that will be needed last, if that makes enough room at all.
 
         Returns whether the room is there or on its way.
         """
         kv = self._kv
         coming = kv.num_free_gpu_blocks + kv.num_vacating_blocks - plan.claimed_blocks
-        wanted = needed + self.reserve(plan.now)
+        wanted = needed + reserve
         if coming >= wanted:
             return True
         if kv.num_vacating_blocks >= self._budget:
@@ -189,7 +198,7 @@ class ProactiveSwapping:
         # One walk serves everybody: those who ask come in order, and who was no victim of the last is none of the next.
         self._victims = self._victims or self._scheduler.offloads(plan.now)
         for victim in self._victims:
-            if _is_before(request, victim) and self._may_leave(plan, victim):
+            if is_before(request, victim) and self._may_leave(plan, victim):
                 victims.append(victim)
                 found += kv.num_blocks(victim)
                 if found >= wanted:
@@ -198,7 +207,7 @@ class ProactiveSwapping:
             # Last of all those who were given a place although they come behind; one at a time, so that the others
             # run meanwhile.
             for victim in reversed(plan.batch) if is_first and not kv.num_transfers else ():
-                if found >= needed or not _is_before(request, victim):
+                if found >= needed or not is_before(request, victim):
                     break
                 if victim.num_computed_tokens - victim.num_tokens_at_swap_in > self._stay_tokens:
                     victims.append(victim)
@@ -293,8 +302,3 @@ class ProactiveSwapping:
     def _has_run(self, victim: Request) -> bool:
         """Whether it has run since it was last brought in: else its journey was for nothing, and may be so again."""
         return victim.num_computed_tokens != victim.num_tokens_at_swap_in
-
-
-def _is_before(request: Request, other: Request) -> bool:
-    """Whether a request comes before another in the order of service."""
-    return request.level < other.level or (request.level == other.level and request.position < other.position)
