@@ -1,10 +1,13 @@
 # Two commands: `make reproduce` and `make test`. Both need only Python >= 3.11 and make; the rest goes to .venv.
+# PROFILE is a folder of workflows/profiles: default, gpu or slurm. CORES takes fewer cores than there are.
 PYTHON ?= python3
-CORES ?= all
+PROFILE ?= default
+CORES ?=
 BIN := .venv/bin
+SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile workflows/profiles
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce test soak smoke lint format bench clean
+.PHONY: help setup reproduce smoke gpu test soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -19,11 +22,15 @@ setup: .venv/installed  ## build .venv from requirements.txt, once
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-reproduce: setup  ## run every experiment and draw every figure (results/, figures/)
-	$(BIN)/snakemake --cores $(CORES) --quiet rules reason host
+reproduce: setup  ## run every experiment, draw every figure (figures/), write results/report.html
+	$(SNAKEMAKE)/$(PROFILE)
+	$(SNAKEMAKE)/$(PROFILE) --report results/report.html
 
 smoke: setup  ## the same pipeline on a few small points, in under two minutes
-	$(BIN)/snakemake --cores $(CORES) --quiet rules reason host -- smoke
+	$(SNAKEMAKE)/smoke -- smoke
+
+gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchmarks, recorded runs (docs/cluster.md)
+	@PYTHONPATH=system:workflows:. $(PYTHON) workflows/scripts/gpu_session.py $(GPU_OPTIONS)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto

@@ -1,15 +1,17 @@
-# Every experiment: its points, its tables, its figure.
-#   snakemake -c all          the experiments of workflows/config/default.yaml, or of --configfile FILE
-#   snakemake -c all smoke    a small one of each kind, in under two minutes
+# Every experiment: its runs, its tables, its figure, and the verdict on each claim of the paper.
+#   snakemake -c all              everything of workflows/config: the target `report`
+#   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, fidelity, headline
+#   snakemake -c all smoke        a small one of each kind, in under two minutes
+#   snakemake --report FILE.html  the report, after any of these
 from snakemake.utils import min_version
 
 min_version("9.0")
 
 
-# A configuration given on the command line replaces the default experiments; they are not mixed.
-if "experiments" not in config:
+configfile: workflow.source_path("workflows/config/default.yaml")
 
-    configfile: workflow.source_path("workflows/config/default.yaml")
+
+report: "workflows/report/workflow.rst"
 
 
 include: "workflows/rules/common.smk"
@@ -17,25 +19,42 @@ include: "workflows/rules/common.smk"
 
 wildcard_constraints:
     experiment="|".join(map(re.escape, EXPERIMENTS)),
-    series="[a-z0-9.-]+",
-    seed="[0-9]+",
+    batch="[a-zA-Z0-9._-]+",
 
 
-localrules:
-    all,
-    smoke,
-
-
-rule all:
+rule report:
     default_target: True
     input:
-        [result for name in config["experiments"] for result in results_of(name)],
+        [result for name in FULL for result in results_of(name)],
+        headline_results(),
+
+
+rule headline:
+    input:
+        headline_results(),
 
 
 rule smoke:
     input:
-        [result for name in EXPERIMENTS if name.startswith(SMOKE) for result in results_of(name)],
+        [result for name in SMOKE for result in results_of(name)],
 
 
-include: "workflows/rules/sweep.smk"
-include: "workflows/rules/report.smk"
+for _group, _names in GROUPS.items():
+
+    rule:
+        name:
+            _group
+        input:
+            [result for name in _names for result in results_of(name)],
+        localrule: True
+
+
+localrules:
+    report,
+    headline,
+    smoke,
+
+
+include: "workflows/rules/runs.smk"
+include: "workflows/rules/tables.smk"
+include: "workflows/rules/figures.smk"

@@ -47,7 +47,7 @@ class ReservingOrder(ArrivalOrder):
         """Who runs goes on; who starts needs its whole reservation, and only the first may take others' cache."""
         if request.request_id in self.running:
             return plan.offer(request)
-        return plan.offer(request, hold_tokens=self.tokens_to_hold(request), may_evict=not plan.batch)
+        return plan.offer(request, hold_tokens=self.tokens_to_hold(request), may_evict=self.is_first(plan))
 
 
 @register

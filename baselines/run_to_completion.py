@@ -18,41 +18,50 @@ class RunToCompletion(ReservingOrder):
     """A batch of those waiting is formed, and runs, padded, until its longest member ends; then the next is formed.
 
     Prompts are padded to the longest prompt, and a member that has ended stays as a row of padding: its result is
-    returned with the batch. Whoever arrives meanwhile waits.
+    returned with the batch. Whoever arrives meanwhile waits. In a pipeline there are as many such batches as stages.
     """
 
     name = "run-to-completion"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._members: list[Request] = []
+        self._batches: list[list[Request]] = []
 
     def on_remove(self, request: Request) -> None:
-        """An aborted member leaves the batch."""
-        if request in self._members:
-            self._members.remove(request)
+        """Leave its batch, which ends with its last member."""
+        batch: list[Request] | None = request.standing
+        if batch is not None:
+            batch.remove(request)
+            if not batch:
+                self._batches.remove(batch)
 
     def decide(self, now: float) -> Iteration:
-        """The next iteration of the batch, or the first of a new one."""
+        """The next iteration of a batch that is not in flight, or the first of a new one."""
         plan = IterationPlan(self, now)
-        if not self._members:
-            self.fill(plan)
-            self._members = list(plan.batch)
-        else:
-            for request in self._members:
+        batch = next((batch for batch in self._batches if not any(request.in_flight for request in batch)), None)
+        if batch is not None:
+            for request in batch:
                 if request.status is RequestStatus.ACTIVE:
                     plan.offer(request)
                 else:
                     plan.offer_padding(request)
+        elif len(self._batches) < self.config.pipeline_depth:
+            self.fill(plan)
+            if plan.batch:
+                batch = list(plan.batch)
+                self._batches.append(batch)
+                for request in batch:
+                    request.standing = batch
         return plan.close(padded=True)
 
     def update(self, iteration: Iteration, result: IterationResult) -> list[Request]:
         """Members leave together when all have ended; nobody can use their places earlier."""
+        batch: list[Request] = iteration.requests[0].standing
         leaving = [request for request in iteration.requests if request.status is RequestStatus.ABORTED]
         for request in leaving:
             self._remove(request)
-        ended = [request for request in self._members if request.status is RequestStatus.FINISHED]
-        if len(ended) == len(self._members):
+        ended = [request for request in batch if request.status is RequestStatus.FINISHED]
+        if len(ended) == len(batch):
             for request in ended:
                 self._remove(request)
             return leaving + ended

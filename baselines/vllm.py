@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from fastserve.request import AWAY, Request
 from fastserve.scheduler import Iteration, register
 from fastserve.scheduler.fcfs import ArrivalOrder
 from fastserve.scheduler.plan import IterationPlan
+from fastserve.scheduler.queue import is_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,13 @@ class VLLMOptions:
 
 
 class WaitingAndRunning(ArrivalOrder):
-    """Base of vLLM's policies: who waits is let in from the front, and runs until its end or the loss of its cache."""
+    """Base of vLLM's policies: who waits is let in from the front, and runs until its end or the loss of its cache.
+
+    In a pipeline, vLLM gives each iteration in flight a scheduler of its own, with a share of the cache and of the
+    requests for good. Here one list of those running, with places for all iterations in flight, and one pool serve
+    them all: an iteration takes those of the list who are not in flight. So no share lies idle while another is full,
+    which is better for the baseline than what it does.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,9 +51,15 @@ class WaitingAndRunning(ArrivalOrder):
         del self._waiting[request.request_id]
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Back to the front: nobody before the newest running request can be waiting."""
+        """Back to the front, in order of arrival.
+
+        The newest running request comes before all that wait; but in a pipeline it may have been in flight, and an
+        older one lost its cache instead.
+        """
+        older = list(itertools.takewhile(lambda other: is_before(other, request), self._waiting.values()))
         self._waiting[request.request_id] = request
-        self._waiting.move_to_end(request.request_id, last=False)
+        for first in (request, *reversed(older)):
+            self._waiting.move_to_end(first.request_id, last=False)
 
 
 @register
@@ -66,7 +80,8 @@ class VLLM(WaitingAndRunning):
 
     def decide(self, now: float) -> Iteration:
         """Prompts if any can be admitted, else a decode step of all that run."""
-        plan = IterationPlan(self, now, self.config.max_batch_size - len(self.running))
+        places = self.config.num_places - len(self.running)
+        plan = IterationPlan(self, now, min(places, self.config.max_batch_size))
         self._admit(plan, swapped=False)
         if not plan.batch:
             plan = IterationPlan(self, now)

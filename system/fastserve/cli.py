@@ -69,7 +69,7 @@ def profile(
         dtype=dtype,
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
-        latency=latency,
+        stage=latency,
         kv_capacity_tokens=blocks * block_size,
         kv_bytes_per_token=config.kv_bytes_per_token(dtype),
         host_link=HostLink(probe.copy_bandwidth(), 0.0),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -23,9 +25,13 @@ class WallClock:
 
     def __init__(self) -> None:
         self._origin: float | None = None
+        self._stopped_at: float | None = None
 
     def now(self) -> float:
-        """Seconds of real time since the first call."""
+        """Seconds of real time since the first call, without those in which the clock was stopped."""
+        stopped_at = self._stopped_at
+        if stopped_at is not None:
+            return stopped_at
         time_now = time.perf_counter()
         if self._origin is None:
             self._origin = time_now
@@ -35,6 +41,16 @@ class WallClock:
         """Sleep until `when`; returns at once if it has passed."""
         while (left := when - self.now()) > 0:
             time.sleep(left)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """No time passes within, for any thread; not to be nested, and nobody may sleep on the clock meanwhile."""
+        at = self._stopped_at = self.now()
+        try:
+            yield
+        finally:
+            self._origin = time.perf_counter() - at
+            self._stopped_at = None
 
 
 class VirtualClock:

@@ -89,10 +89,18 @@ class SchedulerConfig:
     max_batch_size: int
     token_budget: int
     """Prompt tokens one iteration may prefill; a longer prompt is scheduled alone."""
+    pipeline_depth: int = 1
+    """Iterations that may be in flight at a time."""
 
     def __post_init__(self) -> None:
         require_int("max_batch_size", self.max_batch_size, 1)
         require_int("token_budget", self.token_budget, 1)
+        require_int("pipeline_depth", self.pipeline_depth, 1)
+
+    @property
+    def num_places(self) -> int:
+        """Requests that can be served at a time: a batch for every iteration in flight."""
+        return self.pipeline_depth * self.max_batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +117,19 @@ class EngineOptions:
     num_host_blocks: int | None = None
     max_model_len: int | None = None
     """Longest prompt + output in tokens; a real engine is bounded by its model as well, a simulation is not."""
+    host_link_gb_per_s: float | None = None
+    """Simulations only: bandwidth between GPU and host memory in each direction, in 1e9 bytes/s over all GPUs."""
 
     def __post_init__(self) -> None:
+        if self.host_link_gb_per_s is not None:
+            require_positive("host_link_gb_per_s", self.host_link_gb_per_s)
         require_int("block_size", self.block_size, 1)
         if self.max_model_len is not None:
             require_int("max_model_len", self.max_model_len, 2)
 
-    @property
-    def scheduler_config(self) -> SchedulerConfig:
+    def scheduler_config(self, pipeline_depth: int = 1) -> SchedulerConfig:
         """The limits the scheduler obeys."""
-        return SchedulerConfig(self.max_batch_size, self.token_budget)
+        return SchedulerConfig(self.max_batch_size, self.token_budget, pipeline_depth)
 
 
 def require_int(name: str, value: object, least: int) -> None:

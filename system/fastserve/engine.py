@@ -35,12 +35,12 @@ class IterationRecord(NamedTuple):
     num_requests: int
     num_scheduled_tokens: int
     num_waiting: int
-    """Unfinished requests in the system that were not in the batch."""
+    """Unfinished requests in the system that were in no batch in flight when this one ended."""
     free_gpu_blocks: int
     free_host_blocks: int
     num_preempted: int
     stalled_s: float
-    """Time since the previous iteration in which nothing ran because of transfers under way."""
+    """Time since the previous iteration in which nothing was in flight because of transfers under way."""
 
 
 class Observer:
@@ -53,7 +53,11 @@ class Observer:
         """An iteration has ended and its requests have not advanced yet."""
 
     def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
-        """Nothing ran, and these requests, if any, were due and waited for a transfer."""
+        """No iteration was started, and these requests, if any, were due and waited for a transfer. If there are none,
+        nothing was in flight either."""
+
+    def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
+        """From one decision to the next, whether anything ran or not, these were due and waited for a transfer."""
 
     def on_transfer(self, finished: FinishedTransfer) -> None:
         """A transfer has ended."""
@@ -93,6 +97,10 @@ class Engine:
         if scheduler.needs_oracle:
             scheduler.oracle = self._tokens_to_come
         self._in_flight: deque[Iteration] = deque()
+        self._num_jobs_in_flight = 0
+        self._stalled: tuple[Request, ...] = ()
+        """Those that the last decision kept back for a transfer."""
+        self._stalled_since = 0.0
         self._stalled_s = 0.0
 
     # -- requests in and out -------------------------------------------------------------------------------------
@@ -119,13 +127,18 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End an unfinished request and free what it holds; False if there is none of that id."""
-        job = self.jobs.pop(request_id, None)
+        job = self.jobs.get(request_id)
         if job is None:
             return False
+        now = self.clock.now()
+        self._charge_stall(now)
+        del self.jobs[request_id]
         job.request.status = RequestStatus.ABORTED
-        job.finished_s = self.clock.now()
+        job.finished_s = now
         # The blocks of one in flight are still being written; it leaves when its iteration is collected.
-        if not job.request.in_flight:
+        if job.request.in_flight:
+            self._num_jobs_in_flight -= 1
+        else:
             self.scheduler.abort(request_id)
             self.executor.remove_request(job.request)
         if self.observer:
@@ -167,25 +180,39 @@ class Engine:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def step(self, until: float = math.inf) -> list[Job]:
-        """One turn: schedule and submit while the executor takes more, then collect one iteration.
+        """One turn: collect the oldest iteration if it has ended; else, if the first stage is free, decide on the next.
 
-        If nothing can run, waits for a transfer to end, at the longest to `until` (seconds on the engine's clock, the
+        With the pipeline full after that, collects the oldest iteration; otherwise waits until something ends: the work
+        of the first stage, an iteration or a transfer, at the longest until `until` (seconds on the engine's clock, the
         next arrival). Returns the jobs that finished.
         """
         self._complete_transfers()
-        stalled: tuple[Request, ...] = ()
-        while len(self._in_flight) < self.executor.max_in_flight:
-            iteration = self.scheduler.schedule(self.clock.now())
-            if self.jumps and self._jump(iteration, until):
+        executor, in_flight = self.executor, self._in_flight
+        if in_flight:
+            if executor.can_collect:
+                return self._postprocess(in_flight.popleft(), executor.collect())
+            if not executor.can_submit or self._num_jobs_in_flight == len(self.jobs):
+                executor.wait(until)
                 return []
-            self._submit(iteration)
-            if not iteration.requests:
-                stalled = iteration.stalled
-                break
-        if self._in_flight:
-            return self._postprocess(self._in_flight.popleft(), self.executor.collect())
-        self._wait(stalled, until)
+        iteration = self._decide()
+        if self.jumps and self._jump(iteration, until):
+            return []
+        self._submit(iteration)
+        if len(in_flight) >= executor.max_in_flight:
+            return self._postprocess(in_flight.popleft(), executor.collect())
+        if iteration.requests:
+            executor.wait(until)
+        else:
+            self._wait(iteration.stalled, until)
         return []
+
+    def _decide(self) -> Iteration:
+        now = self.clock.now()
+        if self._stalled:
+            self._charge_stall(now)
+        iteration = self.scheduler.schedule(now)
+        self._stalled, self._stalled_since = iteration.stalled, now
+        return iteration
 
     def _submit(self, iteration: Iteration) -> None:
         jobs = self.jobs
@@ -202,9 +229,10 @@ class Engine:
             jobs[transfer.request.request_id].swap_in_bytes += transfer.num_bytes
         if iteration.requests:
             self._in_flight.append(iteration)
+            self._num_jobs_in_flight += len(iteration.requests)
 
     def _wait(self, stalled: tuple[Request, ...], until: float) -> None:
-        if not self.executor.num_transfers_in_flight and math.isinf(until):
+        if not self._in_flight and not self.executor.num_transfers_in_flight and math.isinf(until):
             raise RuntimeError(
                 f"policy {self.scheduler.name!r} schedules nothing although {len(self.jobs)} requests wait, "
                 "nothing is in flight and none will arrive: a bug in the policy"
@@ -212,22 +240,27 @@ class Engine:
         start = self.clock.now()
         self.executor.wait(until)
         end = self.clock.now()
-        self._stalled_s += end - start
-        self._charge_stall(stalled, end - start)
-        if self.observer:
+        if not self._in_flight:
+            self._stalled_s += end - start
+        if self.observer and (stalled or not self._in_flight):
             self.observer.on_stall(self, stalled, start, end)
 
-    def _charge_stall(self, stalled: tuple[Request, ...], duration: float) -> None:
-        for request in stalled:
+    def _charge_stall(self, now: float) -> None:
+        """Those whom the last decision kept back for a transfer have waited for it until now."""
+        for request in self._stalled:
             job = self.jobs.get(request.request_id)
             if job is not None:  # Not aborted meanwhile.
-                job.swapping_s += duration
+                job.swapping_s += now - self._stalled_since
+        if self.observer:
+            self.observer.on_swap_wait(self._stalled, self._stalled_since, now)
+        self._stalled_since = now
 
     def _postprocess(self, iteration: Iteration, result: IterationResult) -> list[Job]:
         """Advance every request of the iteration, let the scheduler decide who leaves, and record."""
         start, end = result.start_s, result.end_s
         duration = end - start
         jobs = self.jobs
+        num_advanced = len(iteration.requests)
         if self.observer:
             self.observer.on_iteration(self, iteration, start, end)
         for request, num_scheduled, token in zip(
@@ -236,6 +269,7 @@ class Engine:
             request.in_flight = False
             job = jobs.get(request.request_id)
             if job is None:  # Aborted in flight.
+                num_advanced -= 1
                 self.executor.remove_request(request)
                 continue
             request.num_computed_tokens += num_scheduled
@@ -257,9 +291,8 @@ class Engine:
                 request.token_ids.append(token)
             if request.num_tokens >= job.max_tokens or token in job.stop_token_ids:
                 request.status = RequestStatus.FINISHED
-        if iteration.stalled:
-            self._charge_stall(iteration.stalled, duration)
-        num_waiting = len(jobs) - len(iteration.requests)
+        num_waiting = len(jobs) - self._num_jobs_in_flight
+        self._num_jobs_in_flight -= num_advanced
         finished: list[Job] = []
         for request in self.scheduler.update(iteration, result):
             job = jobs.pop(request.request_id, None)

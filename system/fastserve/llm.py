@@ -62,6 +62,7 @@ class LLM:
         max_batch_size: requests per iteration.
         token_budget: prompt tokens per iteration.
         max_model_len: bound on prompt + output, below the model's own.
+        host_link_gb_per_s: None; a simulation can be told the speed of its link to host memory, a machine cannot.
         tensor_parallel_size: 1; larger is not implemented yet.
         pipeline_parallel_size: 1; larger is not implemented yet.
         seed: of dummy weights.
@@ -85,6 +86,7 @@ class LLM:
         max_batch_size: int = 16,
         token_budget: int = 2048,
         max_model_len: int | None = None,
+        host_link_gb_per_s: float | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         seed: int = 0,
@@ -96,6 +98,11 @@ class LLM:
         ):
             if size != 1:
                 raise ConfigError(f"{name}={size!r}: only 1 is implemented so far")
+        if host_link_gb_per_s is not None:
+            raise ConfigError(
+                f"host_link_gb_per_s={host_link_gb_per_s!r}: for simulations only, here the machine's link is what it "
+                "is; leave it out"
+            )
         options = EngineOptions(
             max_batch_size, token_budget, block_size, num_gpu_blocks, num_host_blocks, max_model_len
         )
@@ -129,7 +136,7 @@ class LLM:
             probe.iteration_time([], [min(64, context - 1)] * max_batch_size)
         clock, kv = WallClock(), KVCacheManager(cache)
         self.engine = Engine(
-            policy_class(options.scheduler_config, kv, latency or NoLatency(), policy_settings),
+            policy_class(options.scheduler_config(), kv, latency or NoLatency(), policy_settings),
             LocalExecutor(self.worker, kv, clock),
             kv,
             clock,

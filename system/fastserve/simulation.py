@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,12 @@ def simulated_engine(
     )
     kv = KVCacheManager(cache)
     clock = VirtualClock()
-    scheduler = make_scheduler(policy, policy_options or {}, options.scheduler_config, kv, profile.latency)
-    executor = SimulatedExecutor(profile.latency, profile.host_link, clock)
+    num_stages, host_link = profile.pipeline_parallel_size, profile.host_link
+    if options.host_link_gb_per_s is not None:
+        host_link = dataclasses.replace(host_link, bandwidth_bytes_per_s=options.host_link_gb_per_s * 1e9)
+    limits = options.scheduler_config(num_stages)
+    scheduler = make_scheduler(policy, policy_options or {}, limits, kv, profile.latency)
+    executor = SimulatedExecutor(profile.stage, host_link, clock, num_stages=num_stages, stage_link=profile.stage_link)
     return Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
 
 

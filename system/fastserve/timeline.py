@@ -47,13 +47,6 @@ class _Life:
 
     def ran(self, name: str, num_tokens: int, start_s: float, end_s: float) -> None:
         """It was part of an iteration."""
-        spans = self.spans
-        # Iterations overlap in a pipeline: another may have said that it waited to the end of that one.
-        while spans and spans[-1].name == _WAITING and spans[-1].end_s > start_s:
-            if spans[-1].start_s < start_s:
-                spans[-1].end_s = start_s
-            else:
-                spans.pop()
         args = self._lengthen(name, start_s, end_s).args
         args["iterations"] = args.get("iterations", 0) + 1
         args["tokens"] = args.get("tokens", 0) + num_tokens
@@ -130,7 +123,7 @@ class Timeline(Observer):
         kind = "decode" if not num_prompt_tokens else "prefill" if num_prompt_tokens == num_tokens else "mixed"
         args = {"requests": num_rows, "scheduled tokens": num_tokens, "prompt tokens": num_prompt_tokens}
         self._iterations.append(_Span(kind, start_s, end_s, args))
-        self._wait(iteration.stalled, start_s, end_s)
+        self._end_s = max(self._end_s, end_s)
         self._count(engine, start_s)
 
     def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
@@ -138,8 +131,14 @@ class Timeline(Observer):
         if end_s > start_s:
             name = "waiting for transfers" if stalled else "nothing due"
             self._iterations.append(_Span(name, start_s, end_s, {"requests": len(stalled)}))
-            self._wait(stalled, start_s, end_s)
+            self._end_s = max(self._end_s, end_s)
             self._count(engine, start_s)
+
+    def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
+        """These were due and waited for a transfer."""
+        for request in stalled:
+            if life := self._lives.get(request.request_id):
+                life.waited(start_s, end_s)
 
     def on_transfer(self, finished: FinishedTransfer) -> None:
         """A request's cache has crossed the host link."""
@@ -189,12 +188,6 @@ class Timeline(Observer):
         yield from self._counters
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _wait(self, stalled: Iterable[Request], start_s: float, end_s: float) -> None:
-        for request in stalled:
-            if life := self._lives.get(request.request_id):
-                life.waited(start_s, end_s)
-        self._end_s = max(self._end_s, end_s)
 
     def _count(self, engine: Engine, now: float) -> None:
         self._engine, kv = engine, engine.kv

@@ -8,6 +8,8 @@ naive MLFQ with `alpha_s` set and a look at who has waited too long before every
 
 1. Where all caches fit the GPU: it takes part in the first iteration that is decided once it has waited alpha, so that
    it has waited at most alpha and what was left then of the iteration that ran.
+   In a pipeline decisions are taken when the first stage is free. If that took longer than alpha, whoever loses its
+   place only then is promoted by the decision after it.
 2. Where they do not, and move proactively: alpha, plus that iteration, plus the time to move out whoever must make
    room and to move in its own cache, each behind what the link has to carry already (at most the budget and one
    request), and each noticed at the end of an iteration: for every request of the highest queue at most once each. Plus
@@ -64,13 +66,14 @@ def waits(engine: Engine, jobs: list[tuple[float, int, int]], alpha_s: float) ->
         caches = sum(kv.blocks_for(request.num_tokens) for request in top)
         fits_now = len(top) <= scheduler.config.max_batch_size and caches <= room
         running = {request.request_id for request in iteration.requests}
+        losing_their_place = {request.request_id for request in iteration.preempted}
         for name in engine.jobs:
             fit[name] &= fits_now
             if name in running:
                 found.append(Wait(name, since[name], now, fit[name], passed_over[name]))
                 fit[name] = True
                 passed_over[name] = 0
-            elif iteration.requests and now - since[name] >= alpha_s:
+            elif iteration.requests and now - since[name] >= alpha_s and name not in losing_their_place:
                 passed_over[name] += 1
         submit(iteration)
         if iteration.requests:
@@ -97,13 +100,18 @@ jobs = st.lists(
     quantum_base_s=st.sampled_from([0.010, 0.040]),
     insertion=st.sampled_from(["back", "front"]),
     promotion_resets_quantum=st.booleans(),
+    num_stages=st.sampled_from([1, 2, 3]),
 )
 def test_i9_nobody_waits_longer_than_alpha_and_an_iteration(
-    policy: str, jobs: list[tuple[float, int, int]], max_batch_size: int, alpha_s: float, **options: object
+    policy: str,
+    jobs: list[tuple[float, int, int]],
+    max_batch_size: int,
+    alpha_s: float,
+    num_stages: int,
+    **options: object,
 ) -> None:
-    engine = make_engine(
-        policy, {"alpha_s": alpha_s, **options}, num_gpu_blocks=1000, max_batch_size=max_batch_size, token_budget=1000
-    )
+    sizes = {"num_gpu_blocks": 1000, "max_batch_size": max_batch_size, "token_budget": 1000, "num_stages": num_stages}
+    engine = make_engine(policy, {"alpha_s": alpha_s, **options}, **sizes)
     for wait in waits(engine, jobs, alpha_s + EPSILON):
         if wait.promoted_fit:
             assert wait.passed_over == 0, wait
@@ -121,6 +129,7 @@ def test_i9_nobody_waits_longer_than_alpha_and_an_iteration(
     swap_budget_blocks=st.sampled_from([4, 64]),
     reserve=st.sampled_from(["history", "none"]),
     stay_tokens=st.sampled_from([0, 8]),
+    num_stages=st.sampled_from([1, 2, 3]),
 )
 def test_i9_nobody_waits_longer_than_alpha_an_iteration_and_its_swap_in(
     policy: str,
@@ -131,10 +140,12 @@ def test_i9_nobody_waits_longer_than_alpha_an_iteration_and_its_swap_in(
     swap_budget_blocks: int,
     reserve: str,
     stay_tokens: int,
+    num_stages: int,
 ) -> None:
     options = {"alpha_s": alpha_s, "swap_budget_blocks": swap_budget_blocks}
     options |= {"reserve": reserve, "stay_tokens": stay_tokens}
     sizes = {"num_gpu_blocks": num_gpu_blocks, "max_batch_size": max_batch_size, "token_budget": 1000}
+    sizes["num_stages"] = num_stages
     engine = make_engine(policy, options, **sizes)
     found = waits(engine, jobs, alpha_s + EPSILON)
     longest = max(record.end_s - record.start_s for record in engine.iterations)

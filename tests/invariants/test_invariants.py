@@ -31,6 +31,7 @@ class Scenario:
     aborts: tuple[tuple[int, int], ...]
     """(step, request)"""
     alpha_s: float | None
+    num_stages: int = 1
 
 
 def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
@@ -47,6 +48,7 @@ def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
         ).map(tuple),
         aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13)), max_size=4).map(tuple),
         alpha_s=st.sampled_from([None, 0.05, 0.3]),
+        num_stages=st.sampled_from([1, 1, 2, 3]),
     )
 
 
@@ -65,6 +67,7 @@ def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
         max_batch_size=scenario.max_batch_size,
         token_budget=scenario.token_budget,
         engine_class=CheckedEngine,
+        num_stages=scenario.num_stages,
     )
     at, arrivals = 0.0, []
     for i, (gap, prompt, output) in enumerate(scenario.requests):

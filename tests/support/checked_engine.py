@@ -27,16 +27,29 @@ class CheckedEngine(Engine):
             )
         assert len({id(request) for request in iteration.requests}) == len(iteration.requests)
         assert len(iteration.requests) <= self.scheduler.config.max_batch_size
-        if iteration.requests:
+        for request in (
+            *iteration.preempted,
+            *(drop.request for drop in iteration.dropped),
+            *(transfer.request for transfer in iteration.swap_out),
+        ):
+            assert id(request) not in in_flight, f"{request.request_id} is in flight and loses its place or its cache"
+        # Where caches move on demand, the whole batch may wait.
+        if iteration.requests or (in_flight and not iteration.stalled):
             self._check_nobody_idles(iteration)
         super()._submit(iteration)
+        assert len(self._in_flight) <= self.executor.max_in_flight
+        assert sum(job.request.in_flight for job in self.jobs.values()) == self._num_jobs_in_flight
         self._ran_last = set(self.scheduler.running)
 
     def step(self, until: float = float("inf")) -> list[Job]:
         finished = super().step(until)
         self.kv.check_invariants()  # I2
-        # I1: whoever is unfinished is known to the engine and to the scheduler, once.
-        assert self.scheduler.num_requests == len(self.jobs)
+        # I1: whoever is unfinished is known to the engine and to the scheduler, once; to the latter, whoever was
+        # aborted in flight as well.
+        in_flight = [request for iteration in self._in_flight for request in iteration.requests]
+        aborted = sum(request.status is RequestStatus.ABORTED for request in in_flight)
+        assert self.scheduler.num_requests == len(self.jobs) + aborted
+        assert all(request.request_id in self.scheduler.running for request in in_flight)
         # One that has its last token may be held back until its batch ends.
         known = (RequestStatus.ACTIVE, RequestStatus.FINISHED)
         assert all(job.request.status in known for job in self.jobs.values())
@@ -56,12 +69,14 @@ class CheckedEngine(Engine):
         dropped = [drop.request for drop in iteration.dropped]
         left_out = [request for request in scheduler.queue.in_order() if request.request_id not in chosen]
         if scheduler.name.startswith("vllm"):
-            if len(scheduler.running) >= scheduler.config.max_batch_size:
+            # Nobody is let in by an iteration that drops a cache.
+            if iteration.dropped or len(scheduler.running) >= scheduler.config.num_places:
                 return
+            decodes = all(request.is_decoding for request in iteration.requests)
             left_out = [request for request in left_out if request.request_id not in scheduler.running]
-            if not chosen <= self._ran_last and all(request.is_decoding for request in iteration.requests):
+            if not chosen <= self._ran_last and decodes:
                 return  # Whoever was swapped out resumes before a prompt is let in.
-            if scheduler.name == "vllm" and not all(request.is_decoding for request in iteration.requests):
+            if scheduler.name == "vllm" and not decodes:
                 # In order: whoever was swapped out holds up the prompts behind it.
                 left_out = list(itertools.takewhile(lambda request: not request.is_decoding, left_out))
         scheduled = zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
@@ -71,6 +86,10 @@ class CheckedEngine(Engine):
             tokens_left = scheduler.tokens_per_iteration - sum(iteration.num_scheduled_tokens)
             if not tokens_left:
                 return
+        if all(request.is_decoding for request in iteration.requests):
+            for request in scheduler.running.values():
+                idles = request.is_decoding and not request.in_flight and request.request_id not in chosen
+                assert not idles or request.num_tokens > request.cache_capacity, f"I8: {request.request_id} idles"
         # Room that is there may be meant for those who wait for a transfer.
         admitting, passed_over = not iteration.stalled, 0
         for request in left_out:

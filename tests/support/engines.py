@@ -5,7 +5,15 @@ from fastserve.config import CacheConfig, SchedulerConfig
 from fastserve.engine import Arrival, Engine
 from fastserve.executor.simulated import SimulatedExecutor
 from fastserve.kvcache import KVCacheManager
-from fastserve.latency import DecodeFit, FittedLatency, HostLink, LatencyModel, PrefillFit
+from fastserve.latency import (
+    DecodeFit,
+    FittedLatency,
+    HostLink,
+    LatencyModel,
+    PipelinedLatency,
+    PrefillFit,
+    StageLink,
+)
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import make_scheduler
 
@@ -14,6 +22,8 @@ LATENCY = FittedLatency(PrefillFit(0.010, 0.001, 0.0), (DecodeFit(0.010, 0.0, 0.
 # A block of 4 tokens of 250 bytes: one block takes 1 ms each way.
 LINK = HostLink(1e6, 0.0)
 BYTES_PER_TOKEN = 250
+# Sending takes 1 ms and 0.1 ms a token.
+STAGE_LINK = StageLink(0.001, 1e6, 100)
 
 
 def make_engine(
@@ -27,12 +37,16 @@ def make_engine(
     max_model_len: int | None = None,
     engine_class: type[Engine] = Engine,
     latency: LatencyModel = LATENCY,
+    num_stages: int = 1,
+    stage_link: StageLink = STAGE_LINK,
 ) -> Engine:
+    """`latency` is that of one stage."""
     kv = KVCacheManager(CacheConfig(num_gpu_blocks, num_host_blocks, 4, BYTES_PER_TOKEN))
     clock = VirtualClock()
-    config = SchedulerConfig(max_batch_size, token_budget)
-    scheduler = make_scheduler(policy, policy_options or {}, config, kv, latency)
-    executor = SimulatedExecutor(latency, LINK, clock)
+    config = SchedulerConfig(max_batch_size, token_budget, num_stages)
+    whole = latency if num_stages == 1 else PipelinedLatency(latency, num_stages, stage_link)
+    scheduler = make_scheduler(policy, policy_options or {}, config, kv, whole)
+    executor = SimulatedExecutor(latency, LINK, clock, num_stages=num_stages, stage_link=stage_link)
     return engine_class(scheduler, executor, kv, clock, max_model_len=max_model_len)
 
 

@@ -1,10 +1,22 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve.errors import ConfigError
-from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, list_profiles, load_profile
+from fastserve.latency import (
+    DecodeFit,
+    FittedLatency,
+    HostLink,
+    PipelinedLatency,
+    PrefillFit,
+    StageLink,
+    list_profiles,
+    load_profile,
+)
 from fastserve.latency.profiler import Grid, Measurement, fit, measure, residuals
 
 
@@ -31,12 +43,6 @@ def test_every_shipped_profile_loads_and_makes_sense(name: str) -> None:
     assert 0 < profile.latency.iteration_time([], [1]) < longer
     assert profile.kv_capacity_tokens >= 2048
     assert profile.provenance["source"]
-
-
-def test_the_fits_of_both_engines_are_shipped() -> None:
-    names = list_profiles()
-    assert len(names) == 13  # 7 of SwiftTransformer and 7 of vLLM, less the one that is a bad fit.
-    assert "a100-80g/opt-66b-tp2-vllm" not in names
 
 
 def test_a_profile_survives_being_written_and_read(tmp_path: Path) -> None:
@@ -83,3 +89,50 @@ def test_the_fit_is_never_negative_and_reports_what_it_misses() -> None:
 
 def test_a_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
     assert HostLink(100.0, 0.5).transfer_time(200) == 2.5
+
+
+STAGE = FittedLatency(PrefillFit(0.011, 1.3e-4, 7e-9), (DecodeFit(0.009, 3e-7, 4e-5, 8), DecodeFit(0.008, 2e-7, 5e-5)))
+
+
+@given(
+    contexts=st.lists(st.integers(1, 2048), min_size=1, max_size=16),
+    count=st.integers(1, 40),
+    num_stages=st.integers(2, 5),
+)
+def test_a_pipeline_foresees_its_decode_steps_to_the_bit(contexts: list[int], count: int, num_stages: int) -> None:
+    latency = PipelinedLatency(STAGE, num_stages, StageLink(17e-6, 8e9, 24_576))
+    one_by_one = [latency.iteration_time((), [length + step for length in contexts]) for step in range(count)]
+    assert latency.decode_times(contexts, count).tolist() == one_by_one
+
+
+def test_an_iteration_alone_passes_every_stage_and_every_link() -> None:
+    latency = PipelinedLatency(STAGE, 3, StageLink(0.5, 100.0, 10))
+    # 3 stages, and 2 sends of 4 + 1 tokens: 0.5 s + 50 B / 100 B/s each.
+    assert latency.iteration_time([4], [7], [2]) == pytest.approx(3 * STAGE.iteration_time([4], [7], [2]) + 2.0)
+    assert latency.iteration_time([], []) == 0
+
+
+def test_one_stage_is_its_own_pipeline() -> None:
+    profile = load_profile("a100-80g/opt-13b-tp1")
+    assert profile.latency is profile.stage
+
+
+def test_a_profile_of_several_stages_is_of_one_stage_and_a_link(tmp_path: Path) -> None:
+    one = load_profile("a100-80g/opt-13b-tp1")
+    link = StageLink(24e-6, 8e9, 10_240)
+    two = replace(one, pipeline_parallel_size=2, stage_link=link)
+    assert two.latency == PipelinedLatency(one.stage, 2, link)
+    two.save(tmp_path / "two.json")
+    assert load_profile(str(tmp_path / "two.json")).latency == two.latency
+    for wrong in ({"stage_link": link}, {"pipeline_parallel_size": 2}):
+        with pytest.raises(ConfigError, match=r"stage_link is (missing|given) with pipeline_parallel_size [12]"):
+            replace(one, **wrong)
+
+
+def test_a_file_of_the_first_version_is_still_read(tmp_path: Path) -> None:
+    profile = load_profile("a100-80g/opt-13b-tp1")
+    data = profile.to_json() | {"format_version": 1}
+    del data["stage_link"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data))
+    assert load_profile(str(path)).to_json() == profile.to_json()

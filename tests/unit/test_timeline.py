@@ -38,12 +38,14 @@ class Run:
         tokens = tuple(request.num_tokens - request.num_computed_tokens for request in requests)
         iteration = Iteration(requests, tokens, stalled=stalled)
         self.timeline.on_iteration(self, iteration, start, end)  # type: ignore[arg-type]
+        self.timeline.on_swap_wait(stalled, start, end)
         for request in requests:
             request.num_computed_tokens = request.num_tokens
             request.num_tokens += 1
 
     def stall(self, start: float, end: float, *stalled: Request) -> None:
         self.timeline.on_stall(self, stalled, start, end)  # type: ignore[arg-type]
+        self.timeline.on_swap_wait(stalled, start, end)
 
     def leave(self, request: Request, at: float, status: RequestStatus = RequestStatus.FINISHED) -> None:
         job = self.jobs.pop(request.request_id)
@@ -154,10 +156,11 @@ def test_padding_is_not_work() -> None:
     assert run.events("engine", "iterations")[1]["args"]["requests"] == 1
 
 
-def test_iterations_of_a_pipeline_take_more_threads_and_cut_a_wait_that_was_over() -> None:
+def test_iterations_of_a_pipeline_take_more_threads() -> None:
     run = Run()
     a, b, c = (run.arrive(name, 0.0) for name in "abc")
-    run.run(0.0, 0.010, a, stalled=(c,))
+    run.timeline.on_swap_wait((c,), 0.0, 0.008)
+    run.run(0.0, 0.010, a)
     run.run(0.005, 0.015, b)
     run.run(0.008, 0.018, c)
     run.run(0.010, 0.020, a)

@@ -357,8 +357,17 @@ def test_missing_table_is_a_trace_error(monkeypatch):
 
 def test_list_traces_covers_what_load_trace_takes():
     names = [name for name, _ in list_traces()]
-    assert [name.split("[")[0].removesuffix(":PATH") for name in names] == [
-        *("sharegpt", "sharegpt-published", "alpaca", "azure-conv", "zipf", "fixed"),
+    assert [name.split("[")[0].split(":")[0] for name in names] == [
+        *(
+            "sharegpt",
+            "sharegpt-published",
+            "sharegpt-filtered",
+            "sharegpt-reweighted",
+            "alpaca",
+            "azure-conv",
+            "zipf",
+            "fixed",
+        ),
         *("sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "csv"),
     ]
     assert all(description for _, description in list_traces())
@@ -368,6 +377,37 @@ def test_filter_bounds_are_inclusive():
     limits = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048)
     prompt, output = np.array([4, 3, 4, 1024, 1025, 1024]), np.array([4, 4, 3, 1024, 4, 1025])
     assert limits.keeps(prompt, output).tolist() == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("trace", "means"),
+    [
+        ("sharegpt-filtered", {"prompt": 228, "output": 196}),
+        ("sharegpt-reweighted:output=240", {"output": 240}),
+        ("sharegpt-reweighted:prompt=228,output=196,inverse_output=0.035", {"prompt": 228, "output": 196}),
+    ],
+)
+def test_reweighted_lengths_have_the_means_asked_for_and_keep_the_filter(trace, means) -> None:
+    prompt, output = load_trace(trace).sample(200_000, np.random.default_rng(0))
+    measured = {"prompt": prompt.mean(), "output": output.mean()}
+    for name, mean in means.items():
+        assert measured[name] == pytest.approx(mean, rel=0.02)
+    if "inverse" in trace:
+        assert (1 / output).mean() == pytest.approx(0.035, rel=0.02)
+    assert ARTIFACT_FILTER.keeps(prompt, output).all()
+
+
+def test_reweighting_to_the_means_there_are_changes_nothing() -> None:
+    table = load_trace("sharegpt")
+    outputs = (table.lowest[:, 1] + table.highest[:, 1]) / 2
+    same = table.reweighted(output=float(np.average(outputs, weights=table.counts)))
+    assert same.counts / same.counts.sum() == pytest.approx(table.counts / table.counts.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("means", ["", "output=-1", "output=1", "output=5000", "outptu=3"])
+def test_means_that_cannot_be_are_refused(means) -> None:
+    with pytest.raises(ConfigError):
+        load_trace(f"sharegpt-reweighted:{means}")
 
 
 def test_sharegpt_published_has_the_published_means() -> None:

@@ -1,12 +1,29 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from harness.capacity import first_upward_crossing, is_monotone, largest_fall
+from harness.capacity import (
+    capacity_estimate,
+    capacity_of,
+    crossings,
+    first_upward_crossing,
+    is_monotone,
+    largest_fall,
+    ratio_of_capacities,
+)
+from harness.intervals import Estimate, seed_draws
 
 VALUES = st.lists(st.floats(0, 10), min_size=1, max_size=12)
-BOUNDS = st.floats(0.01, 10)
+BOUNDS = st.floats(0.01, 10) | st.integers(1, 80).map(lambda n: n / 8)
+CURVES = arrays(
+    float, st.tuples(st.integers(2, 6), st.integers(2, 8)), elements=st.integers(0, 80).map(lambda n: n / 8)
+)
+"""Values by seed and rate; few enough different ones that curves touch their bounds."""
+few = settings(max_examples=100)
+RATES = [1, 2, 3, 4]
+ATTAINMENT = np.array([[1.0, 0.97, 0.90, 0.20], [1.0, 0.99, 0.92, 0.30]])
 
 
 @pytest.mark.parametrize(
@@ -76,3 +93,155 @@ def test_a_fall_is_what_is_not_monotone(values):
 def test_largest_fall_is_a_share_of_the_highest_before():
     assert largest_fall([1, 4, 3, 5, 4.5]) == pytest.approx(0.25)
     assert not is_monotone([1, float("nan"), 2])
+
+
+@few
+@given(values=CURVES, bound=BOUNDS)
+def test_crossings_are_those_of_each_curve(values, bound):
+    rates = np.arange(1.0, values.shape[1] + 1)
+    for crossing, curve in zip(crossings(rates, values, bound), values, strict=True):
+        alone = first_upward_crossing(rates, curve, bound)
+        if alone is None:
+            assert crossing == (-np.inf if curve[0] > bound else np.inf)
+        else:
+            assert crossing == alone
+
+
+@few
+@given(values=CURVES, bound=BOUNDS, shift=st.floats(0, 100), scale=st.sampled_from([0.25, 0.5, 2.0, 8.0]))
+def test_crossings_move_with_their_curves(values, bound, shift, scale):
+    rates = np.arange(1.0, values.shape[1] + 1)
+    plain = crossings(rates, values, bound)
+    assert crossings(rates + shift, values, bound) == pytest.approx(plain + shift)
+    assert np.array_equal(crossings(rates * scale, values, bound), plain * scale)
+    assert np.array_equal(crossings(rates, values * scale, bound * scale), plain)
+    assert np.array_equal(crossings(rates, 10 - values, 10 - bound, falling=True) > 0, plain > 0)
+
+
+def test_a_share_falls_below_its_bound():
+    assert crossings(RATES, ATTAINMENT, 0.95, falling=True) == pytest.approx([2 + 2 / 7, 2 + 4 / 7])
+    estimate = capacity_estimate(RATES, ATTAINMENT, 0.95, falling=True)
+    assert estimate.value == pytest.approx(2 + 3 / 7)
+    assert (estimate.low, estimate.high) == pytest.approx((2 + 2 / 7, 2 + 4 / 7))
+    assert capacity_of(RATES, [0.9, 0.8, 0.7, 0.6], 0.95, falling=True) == (
+        None,
+        "below the SLO at the lowest rate already",
+    )
+    assert capacity_of(RATES, [1, 1, 0.95, 0.95], 0.95, falling=True) == (None, "within the SLO at every rate")
+
+
+@few
+@given(values=CURVES, bound=BOUNDS)
+def test_an_interval_contains_its_value_where_latency_rises(values, bound):
+    values = np.cumsum(values, axis=1)
+    rates = np.arange(1.0, values.shape[1] + 1)
+    estimate = capacity_estimate(rates, values, bound)
+    assert estimate.low <= estimate.high
+    if estimate.value is not None:
+        assert estimate.low <= estimate.value * (1 + 1e-9)
+        assert estimate.high >= estimate.value * (1 - 1e-9)
+    each = crossings(rates, values, bound)
+    assert estimate.low >= each.min() - 1e-9
+    assert estimate.high <= each.max() + 1e-9
+
+
+@few
+@given(values=CURVES, bound=BOUNDS, scale=st.sampled_from([0.25, 2.0]))
+def test_a_paired_ratio_of_the_same_curves_is_exact(values, bound, scale):
+    values = np.cumsum(values, axis=1)
+    rates = np.arange(1.0, values.shape[1] + 1)
+    alone = capacity_estimate(rates, values, bound)
+    ratio = ratio_of_capacities((rates * scale, values), (rates, values), bound)
+    if alone.value is None:
+        assert ratio.value is None
+        assert ratio.note == f"numerator {alone.note}; denominator {alone.note}"
+    else:
+        assert ratio.value == scale
+    if alone.value is not None and np.all(np.isfinite(crossings(rates, values, bound))):
+        assert (ratio.low, ratio.high) == (scale, scale)
+
+
+@few
+@given(over=CURVES, under=CURVES, bound=BOUNDS)
+def test_a_ratio_turned_over(over, under, bound):
+    seeds = min(len(over), len(under))
+    curves = [(np.arange(1.0, values.shape[1] + 1), np.cumsum(values[:seeds], axis=1)) for values in (over, under)]
+    ratio, inverse = ratio_of_capacities(*curves, bound), ratio_of_capacities(*reversed(curves), bound)
+    assert (ratio.value is None) == (inverse.value is None)
+    if ratio.value is not None:
+        assert ratio.value == pytest.approx(1 / inverse.value)
+    for end, other in ((ratio.low, inverse.high), (ratio.high, inverse.low)):
+        assert end == pytest.approx(np.inf if other == 0 else 1 / other)
+
+
+def test_open_ends():
+    # The second seed never breaks the SLO; nor does the mean of any draw in which it has most of the places.
+    half = [[0.1, 0.2, 0.5], [0.1, 0.1, 0.1], [0.1, 0.2, 0.5]]
+    estimate = capacity_estimate([1, 2, 3], half, 0.3)
+    assert estimate.value == pytest.approx(2 + (0.3 - 0.5 / 3) / (1.1 / 3 - 0.5 / 3))
+    assert estimate.low == pytest.approx(2 + 1 / 3)
+    assert estimate.high == np.inf
+    below = capacity_estimate([1, 2], [[0.2, 0.4], [0.5, 0.6]], 0.3)
+    assert below == Estimate(None, -np.inf, pytest.approx(1.5), "above the SLO at the lowest rate already")
+
+
+def test_a_ratio_of_what_was_not_reached_is_bounded():
+    rates = [1, 2, 4]
+    crossing = [[0.1, 0.2, 0.4], [0.1, 0.2, 0.6]]  # 3 and 2.5
+    never, always = np.full((2, 3), 0.1), np.full((2, 3), 0.5)
+    at_least = ratio_of_capacities((rates, never), (rates, crossing), 0.3)
+    assert at_least == Estimate(None, pytest.approx(4 / 3), np.inf, "numerator within the SLO at every rate")
+    at_most = ratio_of_capacities((rates, always), (rates, crossing), 0.3)
+    assert at_most == Estimate(None, 0.0, pytest.approx(1 / 2.5), "numerator above the SLO at the lowest rate already")
+    nothing = ratio_of_capacities((rates, never), (rates, never), 0.3)
+    assert (nothing.value, nothing.low, nothing.high) == (None, 0.0, np.inf)
+    far = ratio_of_capacities((rates, never), (rates, always), 0.3)
+    assert (far.value, far.low, far.high) == (None, 4.0, np.inf)
+
+
+def test_rounding_does_not_break_a_bound_that_is_touched():
+    for bound in np.arange(0.1, 10, 0.1):
+        for num_seeds in (3, 5, 6, 7):
+            estimate = capacity_estimate([1, 2], np.full((num_seeds, 2), bound), bound)
+            assert estimate == Estimate(None, np.inf, np.inf, "within the SLO at every rate")
+
+
+def test_pairing_removes_what_the_requests_have_in_common():
+    rates = np.arange(1.0, 11)
+    load = np.array([0.8, 0.9, 1.0, 1.1, 1.2])[:, np.newaxis]  # of the requests of each seed
+    slow, fast = 0.1 * load * rates, 0.05 * load * rates
+    assert ratio_of_capacities((rates, fast), (rates, slow), 0.3).low > 1.99
+    ratio = ratio_of_capacities((rates, fast), (rates, slow[::-1]), 0.3)
+    assert ratio.low < 1.85
+
+
+def test_what_is_missing_leaves_the_capacity_unknown():
+    unknown = Estimate(None, note="at some rate no request finished")
+    assert capacity_estimate([1, 2], [[0.1, 0.5], [0.1, np.nan]], 0.3) == unknown
+    assert capacity_of([1, 2], [0.1, np.nan], 0.3) == (None, unknown.note)
+    ratio = ratio_of_capacities(([1, 2], [[0.1, 0.5]] * 2), ([1, 2], [[0.1, np.nan]] * 2), 0.3)
+    assert ratio == Estimate(None, note=f"denominator {unknown.note}")
+    assert capacity_estimate([1, 2], [[0.1, 0.5]], 0.3) == Estimate(1.5)  # one seed: no interval
+    assert ratio_of_capacities(([2, 4], [[0.1, 0.5]]), ([1, 2], [[0.1, 0.5]]), 0.3) == Estimate(2.0)
+
+
+@pytest.mark.parametrize(
+    ("numerator", "message"),
+    [
+        (([1, 2], [[0.1, 0.5]]), "the same seeds"),
+        (([0, 2], [[0.1, 0.5]] * 2), "rates above 0"),
+        (([1, 2], [0.1, 0.5]), "by seed and rate"),
+        (([1, 2], [[0.1]] * 2), "as many rates"),
+    ],
+)
+def test_a_ratio_of_what_does_not_belong_together_is_refused(numerator, message):
+    with pytest.raises(ValueError, match=message):
+        ratio_of_capacities(numerator, ([1, 2], [[0.1, 0.5]] * 2), 0.3)
+
+
+def test_the_same_measurements_give_the_same_interval():
+    values = np.cumsum(np.random.default_rng(7).random((5, 6)), axis=1)
+    before = capacity_estimate(range(1, 7), values, 1.5)
+    seed_draws.cache_clear()
+    assert capacity_estimate(range(1, 7), values, 1.5) == before
+    assert before.low < before.value < before.high

@@ -13,29 +13,37 @@ ROOT = Path(__file__).resolve().parents[2]
 SERIES = {"vllm": "a100-80g/opt-13b-tp1-vllm", "fastserve": "a100-80g/opt-13b-tp1"}
 
 
-def write_config(folder, **changes):
+def write_experiment(folder, **changes):
     experiment = {
-        "kind": "sim",
         "title": "Tiny",
-        "trace": "sharegpt",
-        "arrivals": "poisson",
-        "seeds": [0],
+        "figure": "load",
+        "backend": "sim",
+        "seeds": [0, 1],
         "slo": 0.3,
+        "run": {"trace": "sharegpt", "arrivals": "poisson"},
         "points": [{"rate": 2, "num_requests": 20}],
-        "series": [{"name": n, "label": n, "policy": n, "profile": profile} for n, profile in SERIES.items()],
+        "series": [{"name": n, "label": n, "policy": n, "run": {"profile": p}} for n, p in SERIES.items()],
     }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({"experiments": {"tiny": experiment | changes}}), encoding="utf-8")
-    return path
+    (folder / "experiments").mkdir(exist_ok=True)
+    (folder / "experiments/tiny.yaml").write_text(yaml.safe_dump(experiment | changes), encoding="utf-8")
+    (folder / "experiments/other.yaml").write_text(
+        yaml.safe_dump({"same_points_as": "tiny", "metric": "p95_jct_s", "slo": 5}), encoding="utf-8"
+    )
+
+
+def write_claims(folder, **changes):
+    measure = {"kind": "ratio", "experiment": "tiny", "of": "fastserve", "over": "vllm", "x": 2} | changes
+    claim = {"id": "c", "group": "paper", "claim": "C", "source": "S", "paper": 1.3, "measure": measure}
+    (folder / "claims.yaml").write_text(yaml.safe_dump({"claims": [claim]}), encoding="utf-8")
 
 
 def snakemake(folder, *arguments):
-    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", folder, "-c", "2"]
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", folder, "-c", "2", "--nocolor"]
     return subprocess.run(
-        [*command, "--configfile", folder / "config.yaml", "--nocolor", *arguments],
+        [*command, *arguments, "--config", "experiments=experiments", "claims=claims.yaml"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")},
     )
 
@@ -44,54 +52,84 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_from_configuration_to_figure(tmp_path):
-    write_config(tmp_path)
+def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
+    write_experiment(tmp_path)
+    write_claims(tmp_path)
     first = snakemake(tmp_path)
     assert first.returncode == 0, first.stderr
     assert "took" in first.stderr  # progress reaches the user
 
-    point_files = ("iterations.parquet", "meta.json", "requests.parquet", "summary.json")
-    points = [f"tiny/{series}/rate-2/seed-0/{file}" for series in SERIES for file in point_files]
-    logs = [f"{job}.log" for job in ("capacity", "collect", "draw", *(f"{series}-seed-0" for series in SERIES))]
-    tables = ["tiny/capacity.csv", "tiny/points.csv"]
-    assert files_in(tmp_path / "results") == sorted([*points, *tables, *(f"tiny/logs/{log}" for log in logs)])
-    assert files_in(tmp_path / "figures") == ["tiny.pdf", "tiny.png"]
-
-    table = pd.read_csv(tmp_path / "results/tiny/points.csv")
-    assert list(table.columns[:7]) == ["experiment", "series", "label", "policy", "rate", "num_requests", "seed"]
-    assert {"finished", "mean_normalized_latency_s", "p95_jct_s", "output_tokens_per_s"} <= set(table.columns)
-    assert table["series"].tolist() == list(SERIES)
+    results = tmp_path / "results"
+    assert files_in(tmp_path / "figures") == sorted(
+        f"{name}.{kind}" for name in ("tiny", "other", "headline") for kind in ("pdf", "png")
+    )
+    runs = sorted(path.name for path in (results / "runs").iterdir())
+    assert len(runs) == 4  # two series, two seeds; the second experiment shares them
+    for run in runs:
+        assert files_in(results / "runs" / run) == [
+            "iterations.parquet",
+            "meta.json",
+            "requests.parquet",
+            "summary.json",
+        ]
+    tables = {name: pd.read_csv(results / name / "points.csv") for name in ("tiny", "other")}
+    assert tables["tiny"]["run"].tolist() == tables["other"]["run"].tolist()
+    table = tables["tiny"]
+    assert {"panel", "x", "finished", "mean_normalized_latency_s", "max_slowdown", "slo_attainment_1"} <= set(table)
+    assert table["series"].tolist() == [name for name in SERIES for _ in range(2)]
     assert (table["finished"] == 20).all()
+    assert set(pd.read_csv(results / "other/capacity.csv")["metric"]) == {"p95_jct_s"}
+    (verdict,) = pd.read_csv(results / "headline/claims.csv").to_dict("records")
+    by_series = table.groupby("series")["mean_normalized_latency_s"].mean()
+    assert verdict["value"] == pytest.approx(by_series["vllm"] / by_series["fastserve"])
 
     again = snakemake(tmp_path)
     assert again.returncode == 0
     assert "Nothing to be done" in again.stderr
 
-    bytes_before = (tmp_path / "results/tiny/points.csv").read_bytes()
-    repeated = snakemake(tmp_path, "--forceall", "results/tiny/points.csv")
+    before = {path: path.read_bytes() for path in results.rglob("*.csv")}
+    repeated = snakemake(tmp_path, "--forceall", "--until", "claims", "capacity")
     assert repeated.returncode == 0, repeated.stderr
-    assert (tmp_path / "results/tiny/points.csv").read_bytes() == bytes_before
+    assert {path: path.read_bytes() for path in results.rglob("*.csv")} == before
+
+    page = tmp_path / "report.html"
+    made = snakemake(tmp_path, "--report", str(page))
+    assert made.returncode == 0, made.stderr
+    text = page.read_text(encoding="utf-8")
+    assert "Verdicts" in text
+    assert f"<em>{verdict['verdict']}</em>" in text or verdict["verdict"] in text
+    assert '<script src="http' not in text
+    assert '<link rel="stylesheet" href="http' not in text
 
 
 def test_bad_input_is_told_before_any_work(tmp_path):
-    write_config(tmp_path, sedes=[0])
+    write_experiment(tmp_path, sedes=[0])
+    write_claims(tmp_path)
     refused = snakemake(tmp_path)
     assert refused.returncode != 0
     assert "sedes" in refused.stderr
     assert not (tmp_path / "results").exists()
 
+    write_experiment(tmp_path)
+    write_claims(tmp_path, of="fsatserve")
+    refused = snakemake(tmp_path)
+    assert refused.returncode != 0
+    assert "'fsatserve'" in refused.stderr
+    assert not (tmp_path / "results").exists()
 
-def test_a_job_that_fails_halfway_says_why_and_leaves_only_its_log(tmp_path):
+
+def test_a_job_that_fails_halfway_says_why_and_leaves_no_table(tmp_path):
     trace = f"csv:{ROOT / 'traces' / 'fixtures' / 'lengths.csv'}"  # Four requests: enough for the first rate alone.
     points = [{"rate": 1, "num_requests": 3}, {"rate": 2, "num_requests": 30}]
-    write_config(tmp_path, trace=trace, arrivals="trace", points=points)
+    write_experiment(tmp_path, run={"trace": trace, "arrivals": "trace"}, points=points)
+    write_claims(tmp_path)
     failed = snakemake(tmp_path, "results/tiny/points.csv")
     assert failed.returncode != 0
-    assert "1 requests/s (1 of 2)" in failed.stderr
+    assert "(1 of " in failed.stderr
     assert "error: " in failed.stderr
     assert "fewer than the 30" in failed.stderr
     assert "Traceback" not in failed.stderr
-    left = files_in(tmp_path / "results")
-    assert left
-    assert all(file.startswith("tiny/logs/") for file in left)
-    assert "fewer than the 30" in (tmp_path / "results" / left[0]).read_text(encoding="utf-8")
+    results = tmp_path / "results"
+    assert not list(results.rglob("*.csv"))
+    assert not list((results / "batches").glob("*"))
+    assert any("fewer than the 30" in log.read_text(encoding="utf-8") for log in (results / "logs").iterdir())

@@ -1,7 +1,8 @@
-"""The `fastbench` command: run a benchmark, or list what there is to run."""
+"""The `fastbench` command: run a benchmark, find a capacity, or list what there is to run."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from fastserve.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 from fastserve.options import option_names
 from fastserve.scheduler import list_policies
+from harness.capacity_search import Objective, find_capacity
 from harness.runner import RunConfig
 from harness.runner import run as run_benchmark
 from harness.traces import list_traces
@@ -24,30 +26,47 @@ def fastbench() -> None:
     """Benchmark LLM serving schedulers, in simulation or on a real engine."""
 
 
+Backend = Annotated[str, typer.Option(help="sim: virtual time from a profile; engine: a real model.")]
+Policy = Annotated[str, typer.Option(help="See `fastbench policies`, or package.module:Class.")]
+Trace = Annotated[str, typer.Option(help="Request lengths: see `fastbench traces`.")]
+Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=4, constant or trace.")]
+Profile = Annotated[str | None, typer.Option(help="Latency profile: see `fastbench profiles`, or a .json.")]
+Model = Annotated[str | None, typer.Option(help="Model directory or preset (engine).")]
+Device = Annotated[str, typer.Option(help="cpu or cuda (engine).")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (engine).")]
+LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights (engine).")]
+Tokenizer = Annotated[str | None, typer.Option(help="Directory of a tokenizer, to count a trace's text.")]
+TorchThreads = Annotated[
+    int | None, typer.Option(min=1, help="Threads torch computes with (engine); its own choice if not given.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the engine or the policy.")
+]
+
+
 @app.command()
 def run(
-    backend: Annotated[str, typer.Option(help="sim: virtual time from a profile; engine: a real model.")] = "sim",
-    policy: Annotated[str, typer.Option(help="See `fastbench policies`, or package.module:Class.")] = "fastserve",
-    trace: Annotated[str, typer.Option(help="Request lengths: see `fastbench traces`.")] = "sharegpt",
-    arrivals: Annotated[str, typer.Option(help="poisson, gamma:cv=4, constant or trace.")] = "poisson",
+    backend: Backend = "sim",
+    policy: Policy = "fastserve",
+    trace: Trace = "sharegpt",
+    arrivals: Arrivals = "poisson",
     rate: Annotated[float | None, typer.Option(help="Requests per second; optional with trace arrivals.")] = None,
     num_requests: Annotated[int, typer.Option(help="Requests to serve.")] = 400,
     seed: Annotated[int, typer.Option(help="Same seed, same requests, for every policy.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: results/BACKEND-POLICY-seedSEED]")
+        Path | None, typer.Option(help="Folder for the results.", show_default="results/BACKEND-POLICY-seedSEED")
     ] = None,
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a trace of the run, to open in ui.perfetto.dev.")
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="Latency profile: see `fastbench profiles`, or a .json.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model directory or preset (engine).")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda (engine).")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (engine).")] = "float32",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights (engine).")] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="Directory of a tokenizer, to count a trace's text.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the engine or the policy.")
-    ] = None,
+    profile: Profile = None,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    load_format: LoadFormat = "auto",
+    tokenizer: Tokenizer = None,
+    torch_threads: TorchThreads = None,
+    set_: Settings = None,
 ) -> None:
     """Serve a workload and write requests.parquet, iterations.parquet, summary.json and meta.json."""
     config = RunConfig(
@@ -64,6 +83,7 @@ def run(
         dtype=dtype,
         load_format=load_format,
         tokenizer=tokenizer,
+        torch_threads=torch_threads,
         settings=parse_settings(set_ or []),
     )
     folder = out or Path("results") / f"{backend}-{policy.replace(':', '.')}-seed{seed}"
@@ -80,6 +100,76 @@ def run(
     print(f"wrote {folder}")
     if timeline:
         print(f"wrote {timeline}")
+
+
+@app.command()
+def capacity(
+    slo: Annotated[float, typer.Option(help="Bound on the metric, in its unit: s, or s/token.")],
+    metric: Annotated[
+        str, typer.Option(help="A latency of summary.json: mean_, p50_, p90_, p95_ or p99_ of a quantity.")
+    ] = "mean_normalized_latency_s",
+    backend: Backend = "sim",
+    policy: Policy = "fastserve",
+    trace: Trace = "sharegpt",
+    arrivals: Arrivals = "poisson",
+    num_requests: Annotated[
+        int,
+        typer.Option(
+            help="Requests of every run, at every rate. Few requests are a burst: what they queue up drains after the "
+            "last arrival, so that they meet the SLO at a rate which the system does not sustain."
+        ),
+    ] = 400,
+    seeds: Annotated[str, typer.Option(help="Sets of requests, with commas between; each is run at each rate.")] = (
+        "0,1,2,3,4"
+    ),
+    low: Annotated[float, typer.Option(help="Lowest rate, in requests/s, from which rates are doubled.")] = 0.5,
+    high: Annotated[float, typer.Option(help="Highest rate that is tried.")] = 1000.0,
+    tolerance: Annotated[
+        float,
+        typer.Option(help="How far the rate that meets the SLO and that which breaks it may lie apart, relative."),
+    ] = 0.02,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="results/capacity-BACKEND-POLICY")
+    ] = None,
+    profile: Profile = None,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    load_format: LoadFormat = "auto",
+    tokenizer: Tokenizer = None,
+    torch_threads: TorchThreads = None,
+    set_: Settings = None,
+) -> None:
+    """Find the highest rate that meets an SLO and write capacity.csv and capacity.json.
+
+    Rates are doubled from --low until the mean of the metric over the seeds exceeds the SLO; then the gap is halved
+    until it is within the tolerance. The capacity is where the mean, linear between measured rates, crosses the SLO.
+
+    The interval is of that crossing for seeds drawn with replacement (percentile bootstrap, 95 %): how far the capacity
+    depends on which requests came. The exit status is 1 if no rate from --low to --high breaks the SLO, or if all do.
+    """
+    config = RunConfig(
+        backend=backend,
+        policy=policy,
+        trace=trace,
+        arrivals=arrivals,
+        num_requests=num_requests,
+        profile=profile,
+        model=model,
+        device=device,
+        dtype=dtype,
+        load_format=load_format,
+        tokenizer=tokenizer,
+        torch_threads=torch_threads,
+        settings=parse_settings(set_ or []),
+    )
+    objective = Objective(slo, metric, parse_seeds(seeds), low, high, tolerance)
+    folder = out or Path("results") / f"capacity-{backend}-{policy.replace(':', '.')}"
+    result = find_capacity(config, objective, folder, lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join(result.describe()))
+    print(f"wrote {folder}")
+    if result.capacity.value is None:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -116,6 +206,14 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
             raise ConfigError(f"--set takes key=value, got {setting!r}")
         parsed[key] = value
     return parsed
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers."""
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seeds takes whole numbers with commas between, such as 0,1,2, not {text!r}") from None
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastserve.config import EngineOptions
 from fastserve.console import Progress
-from fastserve.engine import Arrival, Engine
+from fastserve.engine import Arrival, Engine, Observer
 from fastserve.errors import ConfigError
 from fastserve.files import check_writable
 from fastserve.job import Job
@@ -42,18 +42,21 @@ class RunConfig:
     dtype: str = "float32"
     load_format: str = "auto"
     tokenizer: str | None = None
+    torch_threads: int | None = None
+    """Threads torch computes with; None leaves it its own choice."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, out: Path, timeline: Path | None = None) -> dict[str, Any]:
+def run(config: RunConfig, out: Path, timeline: Path | None = None, observer: Observer | None = None) -> dict[str, Any]:
     """Carry out the run, write its four files to the folder `out`, and return the summary.
 
-    With `timeline`, a trace of the run is written to that file too; nothing else changes.
+    With `timeline`, a trace of the run is written to that file too; nothing else changes. Without it, `observer` is
+    told what happens.
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then.
     """
     options, policy_settings = resolve_settings(config.policy, config.settings)
     if config.backend == "sim":
-        _refuse(config, "engine", model=None, device="cpu", dtype="float32", load_format="auto")
+        _refuse(config, "engine", model=None, device="cpu", dtype="float32", load_format="auto", torch_threads=None)
         if config.profile is None:
             raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
     elif config.backend == "engine":
@@ -64,12 +67,12 @@ def run(config: RunConfig, out: Path, timeline: Path | None = None) -> dict[str,
     workload = make_workload(
         config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer
     )
-    observer = None
+    recorder = None
     if timeline is not None:
         check_writable(timeline)
-        observer = Timeline()
+        recorder = Timeline()
     with RunFolder(out) as folder:
-        jobs, engine = _serve(config, options, policy_settings, workload, observer)
+        jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer)
         metrics = [job.metrics for job in jobs]
         summary = {
             "policy": config.policy,
@@ -89,8 +92,8 @@ def run(config: RunConfig, out: Path, timeline: Path | None = None) -> dict[str,
             summary,
             run_meta(resolved, workload, rejected),
         )
-    if timeline is not None and observer is not None:
-        observer.write(timeline)
+    if timeline is not None and recorder is not None:
+        recorder.write(timeline)
     return summary
 
 
@@ -118,7 +121,7 @@ def _serve(
     options: EngineOptions,
     policy_settings: dict[str, Any],
     workload: Workload,
-    observer: Timeline | None,
+    observer: Observer | None,
 ) -> tuple[list[Job], Engine]:
     title = f"{config.policy} on {config.backend}"
     if config.backend == "sim":
@@ -130,9 +133,13 @@ def _serve(
         with Progress(title, len(workload)) as progress:
             return engine.run(_arrivals(workload, None), progress.advance), engine
 
+    import torch
+
     from fastserve.llm import LLM
 
     assert config.model is not None
+    if config.torch_threads is not None:
+        torch.set_num_threads(config.torch_threads)
     with (
         LLM(
             config.model,

@@ -1,4 +1,4 @@
-# What the rules share: the experiments, checked, and the files that belong to each.
+# What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -8,26 +8,75 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from fastserve.errors import FastServeError
-from harness.points import FILES, check_experiment, point_folder, run_config
+from harness.captions import Finding
+from harness.claims import check_claims, claimed_experiments
+from harness.experiments import BOTH, batches_of, check_experiment, linked, points_of, with_defaults
 
-SMOKE = "smoke/"
-SCHEMA = workflow.source_path("../schemas/config.schema.yaml")
+BASE = Path(workflow.basedir)
+SCHEMA = workflow.source_path("../schemas/experiment.schema.yaml")
+CLAIMS_SCHEMA = workflow.source_path("../schemas/claims.schema.yaml")
 REPORTED_POINTS = workflow.source_path("../data/reported_points.csv")
-# Inputs of the cheap steps, which are repeated when these change. A measurement is repeated by --forcerun.
-HARNESS_POINTS = workflow.source_path("../harness/points.py")
-HARNESS_CAPACITY = workflow.source_path("../harness/capacity.py")
-HARNESS_PLOTS = workflow.source_path("../harness/plots.py")
+HARNESS = BASE / "workflows/harness"
 
-smoke_config = yaml.safe_load(Path(workflow.source_path("../config/smoke.yaml")).read_text(encoding="utf-8"))
-validate(config, SCHEMA)
-validate(smoke_config, SCHEMA)
 
-EXPERIMENTS = config["experiments"] | {SMOKE + name: value for name, value in smoke_config["experiments"].items()}
-for _name, _experiment in EXPERIMENTS.items():
+def harness_files(*names):
+    """Code a cheap step repeats for when it changes. A measurement is repeated only when asked (--forcerun)."""
+    return [
+        path
+        for name in names
+        for path in (HARNESS.glob(f"{name}/*.py") if (HARNESS / name).is_dir() else [HARNESS / name])
+    ]
+
+
+def read_yaml(path):
     try:
-        check_experiment(_name, _experiment)
-    except FastServeError as error:
-        raise WorkflowError(str(error)) from None
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise WorkflowError(f"cannot read {path}: {error}") from None
+
+
+def read_experiments(folder, prefix=""):
+    """Every experiment of a folder, validated, by name. The seeds of the configuration, if given, replace theirs."""
+    found = {path.stem: read_yaml(path) for path in sorted(Path(folder).glob("*.yaml"))}
+    if not found:
+        raise WorkflowError(f"there are no experiments (*.yaml) in {folder}; see workflows/config/experiments")
+    experiments = {}
+    for name, raw in linked(found).items():
+        try:
+            validate(raw, SCHEMA)
+            if config["seeds"] is not None:
+                raw["seeds"] = config["seeds"]
+            experiments[prefix + name] = with_defaults(raw)
+            check_experiment(prefix + name, experiments[prefix + name])
+        except WorkflowError as error:
+            raise WorkflowError(f"{folder}/{name}.yaml: {error}") from None
+    return experiments
+
+
+def located(path):
+    """A path of the configuration: of the working directory, or of the project."""
+    return path if Path(path).exists() else BASE / path
+
+
+validate(config, workflow.source_path("../schemas/config.schema.yaml"))
+try:
+    FULL = read_experiments(located(config["experiments"]))
+    SMOKE = read_experiments(BASE / "workflows/config/smoke", "smoke/")
+    EXPERIMENTS = FULL | SMOKE
+    CLAIMS = read_yaml(located(config["claims"])) if config["claims"] else {"claims": []}
+    validate(CLAIMS, CLAIMS_SCHEMA)
+    check_claims(CLAIMS["claims"], FULL)
+    BATCHES = batches_of(EXPERIMENTS.values())
+except FastServeError as error:
+    raise WorkflowError(str(error)) from None
+
+BATCH_OF_RUN = {run: name for name, batch in BATCHES.items() for run in batch.runs}
+GROUPS = {}
+for _name in FULL:
+    GROUPS.setdefault(_name.partition("-")[0], []).append(_name)
+_taken = sorted({"report", "headline", "smoke"} & GROUPS.keys())
+if _taken:
+    raise WorkflowError(f"an experiment's name may not begin with {_taken[0]!r}, which is a target")
 
 
 def results_of(name):
@@ -38,43 +87,27 @@ def results_of(name):
 
 def tables_of(name):
     """Names of an experiment's tables."""
-    return ["points", "capacity"] if has_capacity(EXPERIMENTS[name]) else ["points"]
+    return ["points"] if EXPERIMENTS[name]["slo"] is None else ["points", "capacity"]
 
 
-def has_capacity(experiment):
-    """Whether there is an SLO to find the capacity for; real runs are too short to say."""
-    return experiment["kind"] == "sim" and experiment["slo"] is not None
+def headline_results():
+    """The table of claims, as numbers, as a page and as a figure."""
+    if not CLAIMS["claims"]:
+        return []
+    return ["results/headline/claims.csv", "results/headline/claims.html", "figures/headline.png"]
 
 
-def files_of_sweep(name, file):
-    """One file of every rate; series and seed stay wildcards."""
-    experiment = EXPERIMENTS[name]
-    return [
-        f"results/{name}/{point_folder('{series}', point['rate'], '{seed}')}/{file}" for point in experiment["points"]
-    ]
+def batch_files(name):
+    """The batches that hold the runs of an experiment."""
+    batches = dict.fromkeys(BATCH_OF_RUN[point.run] for point in points_of(EXPERIMENTS[name]))
+    return [f"results/batches/{batch}.json" for batch in batches]
 
 
-def files_of_experiment(file):
-    """An input function: one file of every point."""
-    return lambda wildcards: [
-        path.format(series=series["name"], seed=seed)
-        for path in files_of_sweep(wildcards.experiment, file)
-        for series in EXPERIMENTS[wildcards.experiment]["series"]
-        for seed in EXPERIMENTS[wildcards.experiment]["seeds"]
-    ]
+def definition(wildcards):
+    """A params function: the experiment, so that a step is repeated if it changes."""
+    return EXPERIMENTS[wildcards.experiment]
 
 
-def configs_of_sweep(name):
-    """A params function: what each rate runs, in the order of the files."""
-
-    def configs(wildcards):
-        experiment = EXPERIMENTS[name]
-        series = next(series for series in experiment["series"] if series["name"] == wildcards.series)
-        return [asdict(run_config(experiment, series, point, int(wildcards.seed))) for point in experiment["points"]]
-
-    return configs
-
-
-def definition(*keys):
-    """A params function: the experiment, or what a step uses of it, so that a change elsewhere does not repeat the step."""
-    return lambda wildcards: {key: EXPERIMENTS[wildcards.experiment][key] for key in keys}
+def configs_of_batch(wildcards):
+    """A params function: what the runs of a batch are."""
+    return [asdict(config) for config in BATCHES[wildcards.batch].configs]

@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.points import load_points, write_csv
+from harness.points import points_table, read_json, write_csv
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
-    out = Path(snakemake.output[0])
-    points = load_points(snakemake.wildcards.experiment, snakemake.params.experiment, out.parent)
-    write_csv(points, out)
-    print(f"wrote {out}: {len(points)} points")
+    results = {}
+    for batch in snakemake.input.batches:
+        results |= read_json(Path(batch))
+    points = points_table(snakemake.wildcards.experiment, snakemake.params.experiment, results)
+    write_csv(points, Path(snakemake.output[0]))
+    seconds = sum(results[Path(run).name].get("seconds", 0) for run in points["run"].unique())
+    print(f"wrote {snakemake.output[0]}: {len(points)} points, whose runs took {seconds:.0f} s")

@@ -6,16 +6,26 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from joblog import logged
 
-from harness.plots import draw
-from harness.points import load_reported, provenance
+from harness.captions import provenance_caption
+from harness.experiments import BOTH
+from harness.plots import draw, flags_of
+from harness.points import load_reported, provenance, read_points
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
     experiment = snakemake.params.experiment
-    reported = load_reported(Path(snakemake.input.reported), experiment["paper"])
-    points = pd.read_csv(snakemake.input.points)
-    metas = provenance(Path(path).parent for path in snakemake.input.meta)
-    for path in draw(experiment, points, reported, metas, Path(snakemake.output.png).with_suffix("")):
+    points = read_points(Path(snakemake.input.points))
+    capacity = pd.read_csv(snakemake.input.capacity, keep_default_na=True) if snakemake.input.get("capacity") else None
+    if capacity is not None:
+        capacity["panel"] = capacity["panel"].fillna("")
+    reported = load_reported(Path(snakemake.input.reported), experiment)
+    runs = points["real_run" if experiment["backend"] == BOTH else "run"]
+    metas = provenance(Path(run) for run in runs.unique())
+    caption = provenance_caption(experiment, metas)
+    flags = flags_of(experiment, points, capacity)
+    for path in draw(
+        experiment, points, capacity, reported, caption, flags, Path(snakemake.output.png).with_suffix("")
+    ):
         print(f"wrote {path}")

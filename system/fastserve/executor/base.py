@@ -31,10 +31,27 @@ class FinishedTransfer(NamedTuple):
 
 
 class Executor(ABC):
-    """Carries out iterations in the order submitted, and transfers on their own, beside the computation."""
+    """Carries out iterations in the order submitted, and transfers on their own, beside the computation.
+
+    A pipeline of several stages works on as many iterations at a time. Each stage is busy with one at most and takes
+    them in order; an iteration ends when the last stage ends it. Swaps are decided for the first stage, and every
+    later one repeats them with its part of the cache, as in the paper: a transfer has ended when its last part has.
+    """
 
     max_in_flight: int = 1
     """Iterations that may be submitted and not yet collected: 1, or the depth of the pipeline."""
+
+    @property
+    def can_submit(self) -> bool:
+        """Whether the first stage is free. Asked while fewer than `max_in_flight` iterations are in flight: always so
+        where that is 1."""
+        return True
+
+    @property
+    def can_collect(self) -> bool:
+        """Whether the oldest iteration in flight has ended. Where `max_in_flight` is 1, nobody needs to know: the
+        engine has nothing else to do than to collect it."""
+        return False
 
     def add_request(self, request: Request, params: SamplingParams) -> None:  # noqa: B027 (optional hook)
         """A request enters the system."""
@@ -52,7 +69,8 @@ class Executor(ABC):
 
     @abstractmethod
     def wait(self, until: float) -> None:
-        """Wait until a transfer ends or the clock reaches `until`, whichever is first."""
+        """Wait until a transfer or the oldest iteration ends, the first stage becomes free, or the clock reaches
+        `until`, whichever is first."""
 
     @abstractmethod
     def finished_transfers(self) -> list[FinishedTransfer]:

@@ -2,6 +2,7 @@
 
 from fastserve.latency.base import LatencyModel, decode_times
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.pipelined import PipelinedLatency, StageLink
 from fastserve.latency.profile import HostLink, Profile, list_profiles, load_profile
 
 __all__ = [
@@ -9,8 +10,10 @@ __all__ = [
     "FittedLatency",
     "HostLink",
     "LatencyModel",
+    "PipelinedLatency",
     "PrefillFit",
     "Profile",
+    "StageLink",
     "decode_times",
     "list_profiles",
     "load_profile",

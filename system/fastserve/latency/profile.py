@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.files import written_whole
+from fastserve.latency.base import LatencyModel
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.pipelined import PipelinedLatency, StageLink
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no `stage_link` and one stage only; its files are still read."""
 _SHIPPED = Path(__file__).parent / "profiles"
 
 
@@ -44,17 +47,35 @@ class Profile:
     dtype: str
     tensor_parallel_size: int
     pipeline_parallel_size: int
-    latency: FittedLatency
+    stage: FittedLatency
+    """Time of one pipeline stage; all stages are alike, the layers divide evenly."""
     kv_capacity_tokens: int
-    """Tokens of KV cache that fit beside the weights."""
+    """Tokens of KV cache that fit beside the weights, over all GPUs."""
     kv_bytes_per_token: int
     host_link: HostLink
     provenance: dict[str, Any]
     """Source, date, residuals and assumptions, as in the file."""
+    stage_link: StageLink | None = None
+    """From one stage to the next; None where there is one stage."""
+
+    def __post_init__(self) -> None:
+        require_int("pipeline_parallel_size", self.pipeline_parallel_size, 1)
+        if (self.stage_link is None) != (self.pipeline_parallel_size == 1):
+            raise ConfigError(
+                f"profile {self.name}: stage_link is {'missing' if self.stage_link is None else 'given'} with "
+                f"pipeline_parallel_size {self.pipeline_parallel_size}; give it if there are several stages, only then"
+            )
+
+    @property
+    def latency(self) -> LatencyModel:
+        """Time of an iteration through all stages, with nothing else in flight."""
+        if self.stage_link is None:
+            return self.stage
+        return PipelinedLatency(self.stage, self.pipeline_parallel_size, self.stage_link)
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
-        prefill = self.latency.prefill
+        prefill = self.stage.prefill
         return {
             "format_version": FORMAT_VERSION,
             "model": self.model,
@@ -77,14 +98,12 @@ class Profile:
                         "per_context_token": fit.per_context_token,
                         "per_request": fit.per_request,
                     }
-                    for fit in self.latency.decode
+                    for fit in self.stage.decode
                 ],
             },
             "kv_cache": {"capacity_tokens": self.kv_capacity_tokens, "bytes_per_token": self.kv_bytes_per_token},
-            "host_link": {
-                "bandwidth_bytes_per_s": self.host_link.bandwidth_bytes_per_s,
-                "latency_s": self.host_link.latency_s,
-            },
+            "host_link": asdict(self.host_link),
+            "stage_link": asdict(self.stage_link) if self.stage_link else None,
             "provenance": self.provenance,
         }
 
@@ -114,11 +133,11 @@ def load_profile(name: str) -> Profile:
 
 
 def _parse(name: str, data: dict[str, Any]) -> Profile:
-    if data["format_version"] != FORMAT_VERSION:
-        raise ConfigError(f"profile {name}: format_version {data['format_version']!r}, expected {FORMAT_VERSION}")
+    if data["format_version"] not in (1, FORMAT_VERSION):
+        raise ConfigError(f"profile {name}: format_version {data['format_version']!r}, expected 1 or {FORMAT_VERSION}")
     fits = data["coefficients"]
     prefill, decode = fits["prefill"], fits["decode"]
-    latency = FittedLatency(
+    stage = FittedLatency(
         PrefillFit(float(prefill["constant"]), float(prefill["per_token"]), float(prefill["per_token_squared"])),
         tuple(
             DecodeFit(
@@ -132,7 +151,7 @@ def _parse(name: str, data: dict[str, Any]) -> Profile:
     )
     if not decode or decode[-1]["max_batch_size"] is not None:
         raise ConfigError(f"profile {name}: the last decode fit must have max_batch_size null")
-    require_positive(f"profile {name}: time of a decode step", latency.iteration_time([], [1]))
+    require_positive(f"profile {name}: time of a decode step", stage.iteration_time([], [1]))
     cache = data["kv_cache"]
     for key in ("capacity_tokens", "bytes_per_token"):
         require_int(f"profile {name}: kv_cache.{key}", cache[key], 1)
@@ -144,9 +163,10 @@ def _parse(name: str, data: dict[str, Any]) -> Profile:
         dtype=data["dtype"],
         tensor_parallel_size=data["tensor_parallel_size"],
         pipeline_parallel_size=data["pipeline_parallel_size"],
-        latency=latency,
+        stage=stage,
         kv_capacity_tokens=cache["capacity_tokens"],
         kv_bytes_per_token=cache["bytes_per_token"],
         host_link=HostLink(**data["host_link"]),
         provenance=data["provenance"],
+        stage_link=StageLink(**data["stage_link"]) if data.get("stage_link") else None,
     )

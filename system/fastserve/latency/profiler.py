@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,17 +78,44 @@ def measure(
     ]
 
 
-def fit(measurements: Sequence[Measurement]) -> FittedLatency:
-    """Least squares on relative errors, coefficients of at least 0, prefill and decode apart; mixtures are not used."""
+def fit(measurements: Sequence[Measurement], *, by_batch_size: bool = False) -> FittedLatency:
+    """Least squares on relative errors, coefficients of at least 0, prefill and decode apart; mixtures are not used.
+
+    With `by_batch_size` each batch size that was measured has a decode fit of its own, up to the time of a request
+    more, which is common to all. It serves the sizes since the one before as well, the last one all beyond.
+    """
     prefill = [m for m in measurements if not m.context_lens]
     decode = [m for m in measurements if not m.prefill_lens]
-    a, b, c = _non_negative_fit(
-        [(1, sum(m.prefill_lens), sum(n * n for n in m.prefill_lens)) for m in prefill], [m.seconds for m in prefill]
+    prefill_fit = PrefillFit(
+        *_non_negative_fit(
+            [(1, sum(m.prefill_lens), sum(n * n for n in m.prefill_lens)) for m in prefill],
+            [m.seconds for m in prefill],
+        )
     )
-    d, e, f = _non_negative_fit(
+    constant, per_context_token, per_request = _non_negative_fit(
         [(1, sum(m.context_lens), len(m.context_lens)) for m in decode], [m.seconds for m in decode]
     )
-    return FittedLatency(PrefillFit(a, b, c), (DecodeFit(d, e, f),))
+    if not by_batch_size:
+        return FittedLatency(prefill_fit, (DecodeFit(constant, per_context_token, per_request),))
+    sizes = sorted({len(m.context_lens) for m in decode})
+    return FittedLatency(
+        prefill_fit,
+        tuple(_fit_of_size(size, decode, per_request, None if size == sizes[-1] else size) for size in sizes),
+    )
+
+
+def _fit_of_size(
+    size: int, measurements: Sequence[Measurement], per_request: float, max_batch_size: int | None
+) -> DecodeFit:
+    own = [m for m in measurements if len(m.context_lens) == size]
+    constant, per_context_token = _non_negative_fit([(1, sum(m.context_lens)) for m in own], [m.seconds for m in own])
+    return DecodeFit(constant - per_request * size, per_context_token, per_request, max_batch_size)
+
+
+def with_overhead(latency: FittedLatency, seconds: float) -> FittedLatency:
+    """The same with so many seconds more for every iteration, such as an engine takes from one to the next."""
+    prefill = replace(latency.prefill, constant=latency.prefill.constant + seconds)
+    return FittedLatency(prefill, tuple(replace(fit, constant=fit.constant + seconds) for fit in latency.decode))
 
 
 def residuals(latency: FittedLatency, measurements: Sequence[Measurement]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Scheduler(ABC):
         self.options = self.Options() if options is None else options
         self.queue = MultiLevelQueue()
         self.running: dict[str, Request] = {}
-        """Requests that hold a place in the batch."""
+        """Requests that hold a place in a batch: the last one decided on, and in a pipeline all in flight. Nobody in
+        flight is taken into a plan, loses its cache or is preempted."""
         self.swap: SwapMode = getattr(self.options, "swap", "recompute")
         self.moves_on_demand = self.swap in ("reactive", "recompute")
         self._swapping = self.Swapping(self, self.options) if self.swap == "proactive" else None
@@ -77,6 +78,11 @@ class Scheduler(ABC):
     def num_requests(self) -> int:
         """Unfinished requests in the system."""
         return len(self._requests)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no iteration is in flight."""
+        return not any(request.in_flight for request in self.running.values())
 
     def add(self, request: Request) -> None:
         """A request has arrived."""
@@ -185,7 +191,8 @@ class Scheduler(ABC):
         plan = IterationPlan(self, now)
         self.fill(plan)
         self.is_clear = plan.is_clear
-        if not plan.batch and not self.kv.num_transfers and self._requests:
+        # Those in flight may leave room when they end.
+        if not plan.batch and not self.kv.num_transfers and self._requests and self.is_idle:
             self._force(plan)
         return plan.close()
 
@@ -195,16 +202,18 @@ class Scheduler(ABC):
         offer, take = self.offer, plan.take_if_ready
         plan.counting_away = self.moves_on_demand
         for request in self.queue.candidates(plan):
+            if request.in_flight:
+                continue
             if not take(request):
                 offer(plan, request)
             if len(batch) >= size:
                 break
+        num_chosen = len(batch)
         if self._swapping is not None:
-            num_chosen = len(batch)
             self._swapping.move(plan)
-            # Somebody had to give up a place for one who is due, or a dropped cache left room: others may take it.
-            if len(batch) < size and (len(batch) < num_chosen or plan.drops):
-                self._fill_up(plan, admitting=plan.drops)
+        # Somebody had to give up a place for one who is due, or a dropped cache left room: others may take it.
+        if len(batch) < size and (len(batch) < num_chosen or plan.drops):
+            self._fill_up(plan, admitting=plan.drops)
 
     def on_no_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
         """A request needs more blocks than are free; unless there are enough after this, it is left out of the plan."""
@@ -213,8 +222,6 @@ class Scheduler(ABC):
 
     def _force(self, plan: IterationPlan) -> None:
         """Nothing can run and nothing moves: the first in order gets the room it needs, whoever must give up theirs."""
-        if any(request.in_flight for request in self.running.values()):
-            return
         first = next((request for request in self.queue.in_order() if request.part != AWAY), None)
         if first is not None:
             plan.force(first)

@@ -26,6 +26,10 @@ class ArrivalOrder(Scheduler):
         """Join at the back."""
         self.queue.join(request, 0)
 
+    def is_first(self, plan: IterationPlan) -> bool:
+        """Whether nobody runs that whoever is offered next would have to leave room for."""
+        return not plan.batch and self.is_idle
+
     def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
         """All of them: whoever waits for room waits on while those who run take more of it."""
         if self._swapping is None:
@@ -41,6 +45,6 @@ class FCFS(ArrivalOrder):
 
     def offer(self, plan: IterationPlan, request: Request) -> bool:
         """A running request may take cache from later ones to grow, and the first always may; an admission may not."""
-        if not plan.batch or request.request_id in self.running:
+        if request.request_id in self.running or self.is_first(plan):
             return plan.offer(request)
         return plan.offer(request, may_evict=False, keep_free=self.watermark_blocks)

@@ -112,9 +112,9 @@ class IterationPlan:
     # -- the batch ---------------------------------------------------------------------------------------------
 
     def take_if_ready(self, request: Request) -> bool:
-        """Take a request that needs nothing but a place: one token to decode, and room for it."""
+        """Take a request, not in flight, that needs nothing but a place: one token to decode, and room for it."""
         num_tokens = request.num_tokens
-        if num_tokens > request.cache_capacity or num_tokens - request.num_computed_tokens > 1 or request.in_flight:
+        if num_tokens > request.cache_capacity or num_tokens - request.num_computed_tokens > 1:
             return False
         if not request.num_computed_tokens:  # A prompt of one token.
             return False
@@ -176,8 +176,8 @@ class IterationPlan:
     def close(self, *, others_keep_their_place: bool = False, padded: bool = False) -> Iteration:
         """End the plan, tell the policy who started and who was preempted, and return the decision.
 
-        Those who ran and are not in the batch are preempted, unless `others_keep_their_place` (an iteration for
-        prompts only) and their cache was not taken.
+        Those who ran, are not in flight and not in the batch are preempted, unless `others_keep_their_place` (an
+        iteration for prompts only) and their cache was not taken.
         """
         scheduler = self._scheduler
         running = scheduler.running

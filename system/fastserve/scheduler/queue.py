@@ -7,6 +7,7 @@ to run, to upload or to offload is found at an end, without walking over the oth
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -244,21 +245,27 @@ def _merged(lines: list[Iterator[Request]], gate: Gate | None = None, *, last_fi
     if len(lines) == 1 and gate is None:
         yield from lines[0]
         return
+    sign = -1 if last_first else 1
     heads: list[tuple[int, Request, Iterator[Request]]] = []
     for line in lines:
-        request = next(line, None)
-        if request is not None:
-            heads.append((-request.position if last_first else request.position, request, line))
+        for request in line:
+            heads.append((sign * request.position, request, line))
+            break
     while heads:
         head = min(heads)
-        request, line = head[1], head[2]
-        if gate is not None and (
-            (request.part == FRESH and not gate.admitting) or (request.part == AWAY and not gate.counting_away)
-        ):
-            heads.remove(head)
-            continue
-        yield request
-        following = next(line, None)
         heads.remove(head)
-        if following is not None:
-            heads.append((-following.position if last_first else following.position, following, line))
+        _, request, line = head
+        # As long as nobody of the others comes before.
+        next_of_others = min(heads)[0] if heads else math.inf
+        while gate is None or (
+            gate.admitting if request.part == FRESH else request.part == RESIDENT or gate.counting_away
+        ):
+            yield request
+            following = next(line, None)
+            if following is None:
+                break
+            request = following
+            key = sign * request.position
+            if key > next_of_others:
+                heads.append((key, request, line))
+                break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import math
 from bisect import bisect_left
 from collections import OrderedDict
@@ -69,6 +70,8 @@ class _Standing:
     """Time served since it joined its queue."""
     deadline: float = math.inf
     """When its current wait ends in promotion (s); infinite while it runs and in the highest queue."""
+    ended_s: float = 0.0
+    """When its last iteration ended."""
     is_displaced: bool = False
     """Whether it was preempted within its quantum: it waits at its place with a later deadline than those behind."""
 
@@ -107,6 +110,10 @@ class SkipJoinMLFQ(Scheduler):
         self._tie_sign = 1 if options.enst_ties == "front" else -1
         self._to_front = options.insertion == "front"
         self._decisions_to_check = 1
+        self._decided_s = self._decided_before_s = -math.inf
+        """When the current or last decision was taken, and the one before it."""
+        self._last_since = -math.inf
+        """When the latest wait began that anybody is in or was in."""
         self._waits: list[float] = []
         self._waits_version = -1
         self._waiting: OrderedDict[str, Request] = OrderedDict()
@@ -153,9 +160,12 @@ class SkipJoinMLFQ(Scheduler):
         self._end_wait(request)
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Start to wait, in the same place of the same queue."""
-        self._start_waiting(request, now)
+        """Start to wait, in the same place of the same queue.
+
+        Its iteration ended just now, or, in a pipeline, while the first stage was busy, and it has waited since.
+        """
         standing = request.standing
+        self._start_waiting(request, standing.ended_s if standing.ended_s > self._decided_before_s else now)
         if standing.deadline < math.inf and (standing.service_s or self._to_front):
             standing.is_displaced = True
             self._displaced[request.level][request.request_id] = request
@@ -163,6 +173,7 @@ class SkipJoinMLFQ(Scheduler):
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote when that is used up."""
         standing = request.standing
+        standing.ended_s = end
         service_s = standing.service_s + (end - start)
         if service_s < self._used_up[request.level]:
             standing.service_s = service_s
@@ -172,6 +183,7 @@ class SkipJoinMLFQ(Scheduler):
 
     def prepare(self, now: float) -> None:
         """Look who has waited too long, if it is time to."""
+        self._decided_before_s, self._decided_s = self._decided_s, now
         self._decisions_to_check -= 1
         if not self._decisions_to_check:
             self._decisions_to_check = self.options.starvation_check_every
@@ -197,8 +209,17 @@ class SkipJoinMLFQ(Scheduler):
     def _start_waiting(self, request: Request, since: float) -> None:
         # Promotion would do nothing for one that is in the highest queue already.
         if self._alpha_s is not None and request.level:
-            request.standing.deadline = since + self._alpha_s
-            self._waiting[request.request_id] = request
+            deadline = request.standing.deadline = since + self._alpha_s
+            waiting = self._waiting
+            is_last = since >= self._last_since
+            waiting[request.request_id] = request
+            if is_last:
+                self._last_since = since
+                return
+            # Somebody came while the first stage of a pipeline was busy, after this one's iteration had ended.
+            others = itertools.islice(reversed(waiting.values()), 1, None)
+            for other in reversed(list(itertools.takewhile(lambda r: r.standing.deadline > deadline, others))):
+                waiting.move_to_end(other.request_id)
 
     def _end_wait(self, request: Request) -> None:
         if self._waiting.pop(request.request_id, None) is None:
@@ -214,12 +235,13 @@ class SkipJoinMLFQ(Scheduler):
     def expected_waits(self) -> list[float]:
         """T_execute of each queue in use: seconds until those in the queues above have been brought down to it.
 
-        Every request above costs the quanta from its queue down to, not including, this one; a batch shares them.
+        Every request above costs the quanta from its queue down to, not including, this one; those served at a time
+        share them.
         """
         version = self.queue.version
         if version != self._waits_version:
             self._waits_version = version
-            wait, num_above, per_place = 0.0, 0, 1 / self.config.max_batch_size
+            wait, num_above, per_place = 0.0, 0, 1 / self.config.num_places
             self._waits = waits = [0.0]
             for level, quantum in zip(self.queue.fixed_levels[: self.queue.deepest], self.quanta, strict=False):
                 num_above += level.size

@@ -90,7 +90,7 @@ class ProactiveSwapping:
         self._keeps_history = options.reserve == "history"
         limit = 0.0 if options.reserve == "none" else options.reserve_limit
         self.most_reserved = int(limit * self._kv.config.num_gpu_blocks)
-        self._for_batch = min(scheduler.config.max_batch_size, self.most_reserved)
+        self._for_batch = min(scheduler.config.num_places, self.most_reserved)
         self._arrivals: deque[tuple[float, int]] = deque()
         self._arrived_blocks = 0
         self._version_seen = -1
@@ -216,7 +216,9 @@ class ProactiveSwapping:
             self._victims = itertools.chain(victims, self._victims)
             return False
         # Whoever runs needs little to go on, and gets it. A whole cache is worth another's only if they take no turns.
-        may_drop = is_first and (request.part == RESIDENT or self._queue.fits(request.level, plan.batch_size))
+        may_drop = is_first and (
+            request.part == RESIDENT or self._queue.fits(request.level, self._scheduler.config.num_places)
+        )
         for victim in victims:
             if kv.num_vacating_blocks >= self._budget or coming >= wanted:
                 break

@@ -19,6 +19,7 @@ from harness.traces.lengths import FloatArray, IntArray, LengthFilter, LengthSou
 
 TABLES = Path(__file__).resolve().parents[3] / "traces"
 _LONGEST = 1_000_000
+_WEIGHT_OF_ALL = 10**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,44 @@ class HistogramLengths:
         if self.limits:
             output_high = np.minimum(output_high, self.limits.max_total - prompt)
         return prompt, _uniform(output_low, output_high, draws[:, 2])
+
+    def reweighted(self, **means: float) -> HistogramLengths:
+        """The bins weighted as little otherwise as these means allow: `prompt`, `output`, `inverse_output`.
+
+        Least change is smallest relative entropy, which makes a weight exponential in the bin's own means.
+        Raises ConfigError if no weights have these means.
+        """
+        from scipy.optimize import root
+
+        averages = {
+            "prompt": (self.lowest[:, 0] + self.highest[:, 0]) / 2,
+            "output": (self.lowest[:, 1] + self.highest[:, 1]) / 2,
+            "inverse_output": np.array(
+                [
+                    (1 / np.arange(low, high + 1)).mean()
+                    for low, high in zip(self.lowest[:, 1], self.highest[:, 1], strict=True)
+                ]
+            ),
+        }
+        features = np.stack([averages[name] / mean for name, mean in means.items()], axis=1)
+
+        def weights(multipliers: FloatArray) -> FloatArray:
+            exponents = features @ multipliers
+            weight: FloatArray = self.counts * np.exp(exponents - exponents.max())
+            return weight / weight.sum()
+
+        solution = root(lambda multipliers: weights(multipliers) @ features - 1, np.zeros(len(means)))
+        if not solution.success:
+            wanted = ", ".join(f"{name}={mean:g}" for name, mean in means.items())
+            raise ConfigError(f"no weights of the histogram's bins have the means {wanted}; take others")
+        changed = ", ".join(f"mean {name.replace('_', ' ')} {mean:g}" for name, mean in means.items())
+        return HistogramLengths(
+            description=f"{self.description}; bins reweighted to {changed}",
+            lowest=self.lowest,
+            highest=self.highest,
+            counts=np.rint(weights(solution.x) * _WEIGHT_OF_ALL).astype(np.int64),
+            limits=self.limits,
+        )
 
 
 @dataclass(frozen=True)
@@ -176,6 +215,27 @@ def _histogram(stem: str) -> Callable[[str], LengthSource]:
     return open_table
 
 
+SHAREGPT_FILTERED_MEANS = (228.0, 196.0)
+"""ShareGPT's mean prompt and output under the filter that the artifact shares with vLLM's benchmark client (two turns,
+at least 4 tokens each, prompt up to 1024, both up to 2048), from logs of that client: 229.7 and 203.1 over 1,000
+requests (vllm-project/vllm, pull request 18566), 226.8 and 188.2 over 2,000 (sgl-project/sglang, issue 1639)."""
+
+
+def _sharegpt_filtered(options: str) -> LengthSource:
+    parse_options("trace 'sharegpt-filtered'", options, {})
+    prompt, output = SHAREGPT_FILTERED_MEANS
+    return HistogramLengths.from_table(read_table("sharegpt")).reweighted(prompt=prompt, output=output)
+
+
+def _sharegpt_reweighted(options: str) -> LengthSource:
+    owner = "trace 'sharegpt-reweighted'"
+    values = parse_options(owner, options, {"prompt": 0.0, "output": 0.0, "inverse_output": 0.0})
+    means = {name: mean for name, mean in values.items() if mean}
+    if not means or min(means.values()) < 0:
+        raise ConfigError(f"{owner} needs a mean above 0 for one of {', '.join(values)}, as in output=200")
+    return HistogramLengths.from_table(read_table("sharegpt")).reweighted(**means)
+
+
 SHAREGPT_PUBLISHED_MEANS = (161.0, 338.0)
 """ShareGPT's mean prompt and output in tokens as vLLM's paper gives them (Kwon et al., SOSP'23, figure 11)."""
 
@@ -239,6 +299,16 @@ BUILTIN = {
         "sharegpt-published",
         "the same, scaled to ShareGPT's published means of 161 in and 338 out",
         _sharegpt_published,
+    ),
+    "sharegpt-filtered": Builtin(
+        "sharegpt-filtered",
+        "the same, reweighted to ShareGPT's means under the artifact's filter, 228 in and 196 out",
+        _sharegpt_filtered,
+    ),
+    "sharegpt-reweighted": Builtin(
+        "sharegpt-reweighted:prompt=,output=,inverse_output=",
+        "the same, reweighted as little as possible to the means given",
+        _sharegpt_reweighted,
     ),
     "alpaca": Builtin("alpaca", "Alpaca, geometric lengths with the published means of 19 in and 58 out", _alpaca),
     "azure-conv": Builtin("azure-conv", "Azure 2023 conversations, from a shipped histogram", _histogram("azure_conv")),

@@ -1,0 +1,218 @@
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from fastserve.errors import ConfigError
+from harness.capacity import first_upward_crossing
+from harness.captions import Finding, findings
+from harness.claims import Evidence, check_claims, claims_table, relative_difference
+from harness.claims_page import claims_page
+from harness.experiments import with_defaults
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+CLAIMS = yaml.safe_load((WORKFLOWS / "config" / "claims.yaml").read_text(encoding="utf-8"))["claims"]
+REPORTED = pd.read_csv(WORKFLOWS / "data" / "reported_points.csv", keep_default_na=False)
+EXPERIMENT = with_defaults(
+    {
+        "title": "t",
+        "figure": "load",
+        "backend": "sim",
+        "seeds": [0, 1],
+        "slo": 0.3,
+        "points": [{"rate": 1}, {"rate": 2}],
+        "series": [{"name": name, "label": name, "policy": name} for name in ("fast", "slow")],
+    }
+)
+
+
+def points(fast, slow, **columns):
+    """Values at rates 1 and 2 for seeds 0 and 1."""
+    rows = [
+        {"panel": "", "series": series, "seed": seed, "x": x, "mean_normalized_latency_s": values[x - 1] + 0.001 * seed}
+        for series, values in (("fast", fast), ("slow", slow))
+        for seed in (0, 1)
+        for x in (1, 2)
+    ]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def claim(kind="capacity_ratio", **changes):
+    measure = {"kind": kind, "experiment": "e", "of": "fast", "over": "slow"}
+    measure |= changes.pop("measure", {})
+    return {"id": "c", "group": "paper", "claim": "C", "source": "S", "measure": measure} | changes
+
+
+def evidence(table, reported=None):
+    return {"e": Evidence(EXPERIMENT, table, pd.DataFrame() if reported is None else reported)}
+
+
+def judged(claim_, table):
+    check_claims([claim_], {"e": EXPERIMENT})
+    (row,) = claims_table([claim_], evidence(table)).to_dict("records")
+    return row
+
+
+def test_a_ratio_of_capacities():
+    row = judged(claim(paper=1.5), points(fast=[0.0, 0.4], slow=[0.2, 1.2]))
+    assert row["value"] == pytest.approx(1.75 / 1.1, rel=0.01)
+    assert row["low"] <= row["value"] <= row["high"]
+    assert row["relative_difference"] == pytest.approx(row["value"] / 1.5 - 1)
+    assert row["verdict"] == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("paper", "relation", "verdict"),
+    [
+        (1.6, "equal", "reproduced"),
+        (1.95, "equal", "reproduced"),
+        (2.5, "equal", "partly"),  # a gain, but not that much
+        ([1.5, 1.7], "equal", "reproduced"),
+        ([2.4, 2.7], "equal", "partly"),
+        (9, "at_most", "reproduced"),
+        (9, "at_least", "partly"),
+    ],
+)
+def test_verdicts_on_a_gain(paper, relation, verdict):
+    assert judged(claim(paper=paper, relation=relation), points([0.0, 0.4], [0.2, 1.2]))["verdict"] == verdict
+
+
+def test_a_gain_that_is_a_loss_is_not_reproduced():
+    assert judged(claim(paper=2), points(fast=[0.2, 1.2], slow=[0.0, 0.4]))["verdict"] == "not"
+
+
+def test_a_value_without_a_claim_is_found():
+    row = judged(claim(), points([0.0, 0.4], [0.2, 1.2]))
+    assert (row["verdict"], row["relative_difference"]) == ("found", None)
+
+
+def test_other_measures():
+    table = points([0.1, 0.2], [0.2, 0.8], mean_swapping_s=0.5, mean_jct_s=10.0)
+    assert judged(claim("ratio", measure={"x": 2}), table)["value"] == pytest.approx(4, rel=0.01)
+    assert judged(claim("largest_ratio"), table)["value"] == pytest.approx(4, rel=0.01)
+    assert judged(claim("value", measure={"x": 1}), table)["value"] == pytest.approx(0.1005)
+    assert judged(claim("capacity", measure={"of": "slow"}), table)["value"] == pytest.approx(1.166, abs=0.01)
+    share = claim("largest_share", measure={"metric": "mean_swapping_s", "share_of": "mean_jct_s"}, paper=5)
+    assert judged(share, table)["value"] == pytest.approx(5)
+
+
+def test_ratios_along_one_curve_take_x_as_number_or_text():
+    table = points([0.1, 0.2], [0.2, 0.8])
+    row = claim("x_ratio", measure={"of": "slow", "x": "2", "over_x": 1})
+    assert judged(row, table)["value"] == pytest.approx(4, rel=0.01)
+    never = table.assign(x=table["x"].map({1: "0.3", 2: "never"}))
+    row = claim("x_ratio", measure={"of": "slow", "x": "never", "over_x": 0.3})
+    assert judged(row, never)["value"] == pytest.approx(4, rel=0.01)
+
+
+def test_sorting_the_papers_points_by_latency_gives_another_capacity_than_their_first_crossing():
+    experiment = {
+        **EXPERIMENT,
+        "panels": [{"name": "p"}],
+        "series": [{"name": "fast", "paper_system": "Fast", "policy": "fastserve"}],
+    }
+    reported = pd.DataFrame({"panel": "p", "system": "Fast", "rate": [1, 2, 3, 4], "value": [0.1, 0.5, 0.2, 0.4]})
+    rows = [
+        {**claim(kind, measure={"panel": "p"}), "id": kind, "group": "suspicion"}
+        for kind in ("reported", "reported_sorted")
+    ]
+    table = claims_table(rows, {"e": Evidence(experiment, pd.DataFrame(), reported)})
+    assert table["value"].tolist() == pytest.approx([1.5, 3.5])
+
+
+def test_what_cannot_be_measured_says_why():
+    with pytest.raises(ConfigError, match="give a reason"):
+        check_claims([claim("none")], {})
+    row = judged(claim("none", paper=31.4, reason="No such fits."), points([0, 0.4], [0, 0.4]))
+    assert (row["verdict"], row["reason"]) == ("cannot be", "No such fits.")
+
+
+def test_an_objective_never_reached_is_said():
+    row = judged(claim(paper=2), points(fast=[0.0, 0.1], slow=[0.2, 1.2]))
+    assert row["verdict"] == "not"
+    assert "within the SLO at every rate" in row["reason"]
+
+
+def test_reasons_quote_other_rows():
+    rows = [claim(paper=2, reason="Because of {other}."), {**claim(), "id": "other"}]
+    check_claims(rows, {"e": EXPERIMENT})
+    table = claims_table(rows, evidence(points([0.0, 0.4], [0.2, 1.2])))
+    assert table["reason"][0].startswith("Because of 1.59 (")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"measure": {"experiment": "f"}}, "no experiment 'f'; there are: e"),
+        ({"measure": {"of": "fsat"}}, "of 'fsat' is not in e: fast, slow"),
+        ({"measure": {"panel": "p"}}, "panel 'p'"),
+        ({"reason": "See {that}."}, "claims that are not there: that"),
+    ],
+)
+def test_claims_about_what_is_not_there_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        check_claims([claim(**change)], {"e": EXPERIMENT})
+
+
+def test_relative_difference_to_a_range():
+    assert relative_difference(1.5, (1.4, 1.8), "equal") == 0
+    assert relative_difference(0.7, (1.4, 1.8), "equal") == pytest.approx(-0.5)
+    assert relative_difference(2.7, (1.4, 1.8), "equal") == pytest.approx(0.5)
+    assert relative_difference(3, (5, 5), "at_most") == 0
+    assert relative_difference(10, (5, 5), "at_most") == pytest.approx(1)
+    assert relative_difference(None, (1, 1), "equal") is None
+
+
+def crossing(figure, system, bound, **where):
+    rows = REPORTED[(REPORTED.figure == figure) & (REPORTED.system == system)]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    rows = rows.sort_values("request_rate_per_s")
+    return first_upward_crossing(rows.request_rate_per_s, rows.value, bound)
+
+
+SYSTEMS = {"vllm": "vLLM", "fastserve-fcfs": "FastServe-FCFS", "reactive": "Reactive", "recompute": "Recompute"}
+DATASETS = {"s": "sharegpt", "a": "alpaca"}
+
+
+@pytest.mark.parametrize("name", [row["id"] for row in CLAIMS if row["id"][:3] in ("f11", "f12", "f15", "f17")])
+def test_the_papers_values_are_the_crossings_of_its_own_points(name):
+    row = next(row for row in CLAIMS if row["id"] == name)
+    measure = row["measure"]
+    if measure["kind"] == "largest_share":
+        return
+    figure = measure["experiment"]
+    where = {}
+    if figure in ("fig11", "fig12"):
+        model, dataset = measure["panel"].rpartition("-")[::2]
+        where = {"model": model, "dataset": dataset}
+    elif figure == "fig15":
+        where = {"dataset": measure["panel"]}
+    system = {"fastserve": "Proactive" if figure == "fig17" else "FastServe", "run-to-completion": "FasterTransformer"}
+    of = crossing(figure, (system | SYSTEMS)[measure["of"]], 0.3, **where)
+    value = of if measure["kind"] == "capacity" else of / crossing(figure, SYSTEMS[measure["over"]], 0.3, **where)
+    assert row["paper"] == pytest.approx(value, rel=0.02, abs=0.005)
+
+
+def test_every_claim_on_a_figure_of_the_paper_has_a_value():
+    for row in CLAIMS:
+        assert (row["group"] == "paper") == ("paper" in row), row["id"]
+
+
+def test_the_page_and_the_captions_hold_every_claim(tmp_path):
+    rows = [claim(paper=2, claim="A <gain>"), {**claim(), "id": "d", "group": "beyond"}]
+    table = claims_table(rows, evidence(points([0.0, 0.4], [0.2, 1.2])))
+    page = claims_page(table)
+    assert "A &lt;gain&gt;" in page
+    assert page.count("<tr><td>") == 2
+    assert "http" not in page
+    captions = findings(table)
+    assert captions["e"].count("\n* ") == 1
+    path = tmp_path / "captions.json"
+    finding = Finding("e", str(path))
+    assert (finding.text(), repr(finding)) == ("", "Finding('e')")
+    path.write_text('{"e": "* found"}', encoding="utf-8")
+    assert (finding.text(), repr(finding)) == ("* found", "Finding('e')")
+    assert not math.isnan(table["value"][0])

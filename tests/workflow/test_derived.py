@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from fastserve.latency import load_profile
+from harness.derived import NUM_DECILES, derived_metrics, times_alone
+from harness.runner import RunConfig, run
+
+PROFILE = "a100-80g/opt-13b-tp1"
+
+
+def serve(tmp_path, **changes):
+    defaults = {"profile": PROFILE, "policy": "fastserve-fcfs", "trace": "sharegpt", "num_requests": 30, "rate": 2.0}
+    config = RunConfig(**defaults | changes)
+    summary = run(config, tmp_path)
+    return summary, derived_metrics(tmp_path, load_profile(config.profile).latency)
+
+
+def test_one_request_alone_is_not_slowed_down(tmp_path):
+    for trace in ("fixed:prompt=100,output=1", "fixed:prompt=64,output=33"):
+        _, metrics = serve(tmp_path, trace=trace, num_requests=1, rate=1.0)
+        assert metrics["mean_slowdown"] == pytest.approx(1)
+        assert metrics["max_slowdown"] == pytest.approx(1)
+        assert metrics["mean_queueing_s"] == pytest.approx(0, abs=1e-9)
+
+
+def test_times_alone_are_those_of_a_run(tmp_path):
+    latency = load_profile(PROFILE).latency
+    summary, _ = serve(tmp_path, trace="fixed:prompt=200,output=50", num_requests=1, rate=1.0)
+    (alone,) = times_alone(latency, np.array([200]), np.array([50]))
+    assert summary["mean_jct_s"] == pytest.approx(alone)
+
+
+def test_the_parts_add_up_and_the_deciles_average_to_the_mean(tmp_path):
+    summary, metrics = serve(tmp_path, num_requests=100)
+    parts = sum(metrics[f"mean_{part}_s"] for part in ("queueing", "swapping", "execution"))
+    assert parts == pytest.approx(summary["mean_jct_s"])
+    deciles = [metrics[f"slowdown_decile_{i}"] for i in range(1, NUM_DECILES + 1)]
+    assert sum(deciles) / NUM_DECILES == pytest.approx(metrics["mean_slowdown"])
+    assert 1 <= metrics["p50_slowdown"] <= metrics["p99_slowdown"] <= metrics["max_slowdown"]
+
+
+def test_attainment_counts_failed_requests_as_missed(tmp_path):
+    settings = {"max_model_len": 400}
+    summary, metrics = serve(tmp_path, num_requests=100, rate=0.1, settings=settings)
+    assert summary["failed"]
+    assert metrics["slo_attainment_2"] <= summary["finished"] / 100
+    assert metrics["slo_attainment_0.5"] <= metrics["slo_attainment_1"] <= metrics["slo_attainment_2"]
+
+
+def test_without_a_latency_model_there_is_no_slowdown(tmp_path):
+    run(RunConfig(profile=PROFILE, num_requests=5, rate=1.0), tmp_path)
+    metrics = derived_metrics(tmp_path, None)
+    assert metrics["mean_slowdown"] is None
+    assert metrics["slowdown_decile_1"] is None
+    assert metrics["mean_execution_s"] > 0
+
+
+def test_a_run_in_which_nothing_finished_has_no_times(tmp_path):
+    _, metrics = serve(tmp_path, num_requests=3, settings={"max_model_len": 2})
+    assert metrics["mean_slowdown"] is None
+    assert metrics["slo_attainment_1"] == 0

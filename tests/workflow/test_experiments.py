@@ -1,0 +1,218 @@
+import copy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from fastserve.errors import ConfigError
+from harness.claims import check_claims
+from harness.experiments import batches_of, check_experiment, linked, points_of, run_name, with_defaults
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+CONFIG = WORKFLOWS / "config"
+
+
+def schema(name):
+    return yaml.safe_load((WORKFLOWS / "schemas" / f"{name}.schema.yaml").read_text(encoding="utf-8"))
+
+
+def raw(folder):
+    files = sorted((CONFIG / folder).glob("*.yaml"))
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+
+
+def errors(experiment):
+    return [error.message for error in Draft202012Validator(schema("experiment")).iter_errors(experiment)]
+
+
+def shipped():
+    return {name: with_defaults(each) for name, each in linked(raw("experiments")).items()}
+
+
+def tiny(**changes):
+    return {
+        "title": "Tiny",
+        "figure": "load",
+        "backend": "sim",
+        "seeds": [0, 1],
+        "slo": 0.3,
+        "run": {"trace": "sharegpt", "arrivals": "poisson", "profile": "a100-80g/opt-13b-tp1", "num_requests": 20},
+        "points": [{"rate": 1}, {"rate": 2, "num_requests": 30}],
+        "series": [
+            {"name": "vllm", "label": "vLLM", "policy": "vllm", "run": {"profile_suffix": "-vllm"}},
+            {"name": "fastserve", "label": "FastServe", "policy": "fastserve", "run": {"settings": {"alpha_s": 1}}},
+        ],
+    } | changes
+
+
+@pytest.mark.parametrize("name", ["config", "experiment", "claims"])
+def test_schemas_are_schemas(name):
+    Draft202012Validator.check_schema(schema(name))
+
+
+@pytest.mark.parametrize("folder", ["experiments", "smoke"])
+def test_shipped_experiments_are_valid(folder):
+    for name, experiment in linked(raw(folder)).items():
+        assert errors(experiment) == [], name
+        check_experiment(name, with_defaults(experiment))
+
+
+def test_every_figure_of_the_paper_and_every_group_has_experiments():
+    groups = {name.partition("-")[0] for name in shipped()}
+    assert {f"fig{i}" for i in range(11, 19)} | {"synthetic", "beyond", "fidelity"} <= groups
+
+
+def test_simulated_experiments_have_at_least_five_seeds():
+    for name, experiment in shipped().items():
+        assert experiment["backend"] != "sim" or len(set(experiment["seeds"])) >= 5, name
+
+
+def test_claims_name_what_there_is():
+    claims = yaml.safe_load((CONFIG / "claims.yaml").read_text(encoding="utf-8"))
+    assert list(Draft202012Validator(schema("claims")).iter_errors(claims)) == []
+    check_claims(claims["claims"], shipped())
+
+
+def test_a_run_is_its_four_parts_and_the_later_ones_win():
+    experiment = with_defaults(
+        tiny(
+            run={"trace": "sharegpt", "arrivals": "poisson", "settings": {"max_batch_size": 8}, "num_requests": 5},
+            panels=[
+                {"name": "a", "run": {"profile": "a100-80g/opt-13b-tp1", "settings": {"token_budget": 512}}},
+                {"name": "b", "run": {"profile": "a100-80g/opt-66b-tp4"}, "points": [{"rate": 3, "x": "fast"}]},
+            ],
+        )
+    )
+    points = list(points_of(experiment))
+    assert [(point.panel, point.series, point.x, point.config.seed) for point in points] == [
+        *(("a", series, x, seed) for series in ("vllm", "fastserve") for x in (1, 2) for seed in (0, 1)),
+        *(("b", series, "fast", seed) for series in ("vllm", "fastserve") for seed in (0, 1)),
+    ]
+    first = points[0].config
+    assert (first.profile, first.num_requests, first.rate) == ("a100-80g/opt-13b-tp1-vllm", 5, 1.0)
+    assert first.settings == {"max_batch_size": 8, "token_budget": 512}
+    assert points[2].config.num_requests == 30
+    assert points[4].config.settings == {"max_batch_size": 8, "token_budget": 512, "alpha_s": 1}
+
+
+def test_series_can_be_cut_and_left_out():
+    experiment = tiny(panels=[{"name": "a"}, {"name": "b"}])
+    experiment["series"][0] |= {"up_to": 1}
+    experiment["series"][1] |= {"not_in": ["b"]}
+    points = {(point.panel, point.series, point.x) for point in points_of(with_defaults(experiment))}
+    assert points == {("a", "vllm", 1), ("a", "fastserve", 1), ("a", "fastserve", 2), ("b", "vllm", 1)}
+
+
+def test_the_same_run_is_carried_out_once_for_all_experiments():
+    experiments = linked({"one": tiny(), "two": {"same_points_as": "one", "metric": "p95_jct_s", "slo": 9}})
+    one, two = (with_defaults(experiment) for experiment in experiments.values())
+    assert two["metric"] == "p95_jct_s"
+    batches = batches_of([one, two, with_defaults(tiny(seeds=[1, 2]))])
+    runs = [run for batch in batches.values() for run in batch.runs]
+    assert len(runs) == len(set(runs)) == 2 * 2 * 3
+    assert set(runs) >= {point.run for point in points_of(two)}
+
+
+def test_no_run_of_the_shipped_experiments_is_carried_out_twice():
+    experiments = shipped()
+    runs = [run for batch in batches_of(experiments.values()).values() for run in batch.runs]
+    assert len(runs) == len(set(runs))
+    assert set(runs) == {point.run for experiment in experiments.values() for point in points_of(experiment)}
+    points = sum(len(list(points_of(experiment))) for experiment in experiments.values())
+    assert len(runs) < points  # figures 12, 13 and others share those of figure 11
+
+
+def test_another_series_changes_no_batch():
+    before = batches_of([with_defaults(tiny())])
+    experiment = tiny()
+    experiment["series"].append({"name": "srpt", "label": "SRPT", "policy": "srpt"})
+    assert before.items() <= batches_of([with_defaults(experiment)]).items()
+
+
+def test_everything_that_determines_a_run_is_in_its_name():
+    names = {point.run for point in points_of(with_defaults(tiny()))}
+    assert len(names) == 8
+    (config, *_) = [point.config for point in points_of(with_defaults(tiny()))]
+    assert run_name(config).startswith("vllm-")
+
+
+def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
+    source = tiny(panels=[{"name": "a", "run": {"rate": 3}, "paper": {"figure": "fig11"}}, {"name": "b"}])
+    experiments = linked(
+        {
+            "source": source,
+            "other": {
+                "same_points_as": "source",
+                "panels": [{"name": "a", "paper": None}],
+                "series": [{"name": "fastserve"}],
+            },
+        }
+    )
+    other = experiments["other"]
+    assert other["panels"] == [{"name": "a", "run": {"rate": 3}, "paper": None}]
+    assert other["series"] == [source["series"][1]]
+    with pytest.raises(ConfigError, match="'nobody'"):
+        linked({"x": {"same_points_as": "nobody"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e.update(sedes=[0]), "'sedes' was unexpected"),
+        (lambda e: e["series"][0].update(polisy="vllm"), "'polisy' was unexpected"),
+        (lambda e: e["points"][0].update(requests=3), "'requests' was unexpected"),
+        (lambda e: e["run"].update(modle="opt"), "'modle' was unexpected"),
+        (lambda e: e.update(backend="simulation"), "is not one of"),
+        (lambda e: e.update(figure="pie"), "is not one of"),
+        (lambda e: e.update(seeds=[0, 0]), "non-unique"),
+        (lambda e: e.update(seeds=[]), "non-empty"),
+        (lambda e: e.update(seeds=[-1]), "minimum"),
+        (lambda e: e.update(slo=0), "minimum"),
+        (lambda e: e.update(slo="0.3"), "not of type"),
+        (lambda e: e.update(metric="mean_latency"), "does not match"),
+        (lambda e: e["points"][0].update(rate="fast"), "not of type 'number'"),
+        (lambda e: e["points"][0].update(num_requests=1.5), "not of type 'integer'"),
+        (lambda e: e["series"][0].update(name="Up/down"), "does not match"),
+        (lambda e: e["series"][0].update(variant="yes"), "not of type 'boolean'"),
+        (lambda e: e.pop("series"), "'series' is a required property"),
+    ],
+)
+def test_typos_and_wrong_types_are_refused(change, message):
+    experiment = tiny()
+    change(experiment)
+    assert any(message in error for error in errors(experiment)), errors(experiment)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["series"][1].update(policy="fastsrve"), "unknown policy 'fastsrve'"),
+        (lambda e: e["series"][1].update(run={"settings": {"alfa_s": 1}}), "unknown option 'alfa_s'"),
+        (lambda e: e["series"][1].update(run={"settings": {"alpha_s": "soon"}}), "alpha_s"),
+        (lambda e: e["series"][1].update(run={"profile": "a100-80g/opt-13"}), "a100-80g/opt-13"),
+        (lambda e: e["series"][1].update(run={"trace": "sharegtp"}), "unknown trace 'sharegtp'"),
+        (lambda e: e["series"][1].update(name="vllm"), "series must differ, 'vllm' is there twice"),
+        (lambda e: e["points"].append({"rate": 2}), "must differ, 2 is there twice"),
+        (lambda e: e.update(points=None), "there are no points"),
+        (lambda e: e["run"].pop("profile"), "a simulation needs a profile"),
+    ],
+)
+def test_what_the_schema_cannot_see_is_refused_before_any_work(change, message):
+    experiment = copy.deepcopy(tiny())
+    change(experiment)
+    with pytest.raises(ConfigError, match=r"experiment 'tiny'") as refused:
+        check_experiment("tiny", with_defaults(experiment))
+    assert message in str(refused.value)
+
+
+def test_rates_of_figure_11_are_the_papers():
+    reported = pd.read_csv(WORKFLOWS / "data" / "reported_points.csv", keep_default_na=False)
+    assert len(reported) == 585
+    panel = shipped()["fig11"]["panels"][0]
+    of_fastserve = reported[
+        (reported.figure == "fig11") & (reported.dataset == "sharegpt") & (reported.model == "opt-13b")
+    ]
+    rates = {point["rate"] for point in panel["points"]}
+    assert rates - {8} <= set(of_fastserve.request_rate_per_s)  # 8 is ours, to find a crossing between 6 and 10

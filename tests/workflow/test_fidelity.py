@@ -1,0 +1,175 @@
+import json
+import threading
+import time
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("torch")
+
+from fastserve.clock import WallClock
+from fastserve.config import ModelConfig
+from fastserve.errors import ConfigError
+from fastserve.latency import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.profiler import fit, measure, with_overhead
+from fastserve.models import build_model, shared_models
+from harness.fidelity import METRICS, measure_fidelity, take_turns, verdict
+
+POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
+
+
+def experiment(**run):
+    settings = {"max_batch_size": 2, "block_size": 8, "num_gpu_blocks": 12, "num_host_blocks": 64}
+    trace = "zipf:min=4,max=24"
+    return {
+        "seeds": [0],
+        "run": {"model": "opt-tiny", "load_format": "dummy", "trace": trace, "torch_threads": 1, "settings": settings}
+        | run,
+        "series": [{"name": policy, "label": policy.upper(), "policy": policy} for policy in POLICIES],
+        "points": [{"load": 1.5, "num_requests": 10}],
+    }
+
+
+def test_the_table_is_complete_and_follows_from_the_files(tmp_path):
+    table = measure_fidelity(experiment(), tmp_path)
+    pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "fidelity.csv"))
+    assert list(table["policy"]) == list(POLICIES)
+    assert list(table["label"]) == [policy.upper() for policy in POLICIES]
+    assert set(table["load"]) == {1.5}
+    assert table["rate"].nunique() == 1  # the same workload for all
+    assert not table.isna().any(axis=None)
+    digests = set()
+    for row in table.to_dict("records"):
+        real, sim = (
+            json.loads((tmp_path / row[f"{kind}_run"] / "summary.json").read_text()) for kind in ("real", "sim")
+        )
+        assert (real["backend"], sim["backend"]) == ("engine", "sim")
+        assert real["finished"] == sim["finished"] == 10
+        for metric in METRICS:
+            assert row[f"real_{metric}"] == real[metric]
+            assert row[f"sim_{metric}"] == sim[metric]
+            assert row[f"error_{metric}"] == pytest.approx(sim[metric] / real[metric] - 1)
+        for kind in ("real", "sim"):
+            meta = json.loads((tmp_path / row[f"{kind}_run"] / "meta.json").read_text())
+            digests.add(meta["trace"]["digest"])
+            sizes = meta["configuration"]["engine"]
+            assert (sizes["num_gpu_blocks"], sizes["num_host_blocks"], sizes["block_size"]) == (12, 64, 8)
+        profile = json.loads((tmp_path / "runs" / row["series"] / "load-1.5" / "profile.json").read_text())
+        assert profile["provenance"]["overhead_s"] > 0
+        assert 0 < profile["provenance"]["processor_share"] == row["processor_share"] <= 1
+        assert len(profile["coefficients"]["decode"]) == 2  # one for each batch size
+    assert len(digests) == 1
+
+
+def test_the_verdict_needs_both_the_mean_and_the_tail():
+    table = pd.DataFrame({"error_mean_jct_s": [0.09, -0.11, 0.0], "error_p95_jct_s": [-0.1, 0.0, 0.2]})
+    assert list(verdict(table)) == [True, False, False]
+    assert list(verdict(table, bound=0.2)) == [True, True, True]
+
+
+def test_an_architecture_is_a_model_of_its_own(tmp_path):
+    architecture = {
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "max_position_embeddings": 64,
+    }
+    config = experiment(model=None) | {"architecture": architecture}
+    config["series"] = config["series"][:1]
+    config["points"] = [{"load": 1, "num_requests": 4}]
+    assert measure_fidelity(config, tmp_path)["num_requests"].tolist() == [4]
+    assert json.loads((tmp_path / "model/config.json").read_text()) == architecture
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": [0, 1]}, r"one seed, got \[0, 1\]"),
+        ({"run": {"model": "opt-tiny"}}, "set num_gpu_blocks and num_host_blocks"),
+        ({"points": [{"load": 0, "num_requests": 4}]}, "load must be a finite number above 0, got 0"),
+        ({"run": {}}, "needs run.model or an architecture"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        measure_fidelity(experiment() | change, tmp_path)
+
+
+def test_jobs_take_turns_and_none_runs_beside_another():
+    order, lock = [], threading.Lock()
+
+    def job(name):
+        def work(turn):
+            for _ in range(3):
+                assert lock.acquire(blocking=False)
+                order.append(name)
+                lock.release()
+                turn.pass_on()
+
+        return work
+
+    take_turns([job(name) for name in "abcd"], job("x"), 1.0)
+    assert (
+        "".join(order) == "axbcdx" * 3
+    )  # The companion closes each round, and is cancelled when the others have ended.
+
+
+def test_a_job_that_fails_ends_all():
+    def fails(turn):
+        turn.pass_on()
+        raise ValueError("broken")
+
+    def goes_on(turn):
+        while True:
+            turn.pass_on()
+
+    with pytest.raises(ValueError, match="broken"):
+        take_turns([goes_on, fails], goes_on, 1.0)
+
+
+def test_a_stopped_clock_stands_still_for_every_thread():
+    clock = WallClock()
+    before = clock.now()
+    seen = []
+    with clock.stopped():
+        at = clock.now()
+        thread = threading.Thread(target=lambda: seen.append(clock.now()))
+        thread.start()
+        thread.join()
+        time.sleep(0.05)
+        assert clock.now() == at == seen[0]
+    assert before <= at <= clock.now() < at + 0.04
+
+
+def test_a_machine_whose_batches_differ_is_recovered_batch_by_batch():
+    # A batch of two costs half as much again as one, a batch of three hardly more than two.
+    decode = (DecodeFit(1.0, 0.002, 0.0, 1), DecodeFit(1.5, 0.002, 0.0, 2), DecodeFit(1.6, 0.001, 0.0))
+    truth = FittedLatency(PrefillFit(1.2, 0.02, 0.0), decode)
+    shapes = [((n,), ()) for n in (4, 16, 64)] + [((), (n,) * size) for size in (1, 2, 3) for n in (8, 40, 90)]
+    fitted = fit(measure(truth.iteration_time, shapes, repeats=1), by_batch_size=True)
+    for size in (1, 2, 3):
+        contexts = [20 + size] * size
+        assert fitted.iteration_time([], contexts) == pytest.approx(truth.iteration_time([], contexts))
+    slower = with_overhead(fitted, 0.25)
+    for prompts, contexts in (([10], []), ([], [5, 6]), ([10], [5])):
+        expected = fitted.iteration_time(prompts, contexts) + 0.25
+        assert slower.iteration_time(prompts, contexts) == pytest.approx(expected)
+
+
+def test_models_are_shared_within_and_only_within():
+    import torch
+
+    def build(name, seed):
+        sizes = {"vocab_size": 32, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
+        config = ModelConfig(name=name, architecture="opt", intermediate_size=16, max_model_len=16, **sizes)
+        return build_model(config, torch.float32, "cpu", seed)
+
+    with shared_models():
+        first = build("a", 0)
+        assert build("a", 0) is first
+        assert build("a", 1) is not first
+        assert build("b", 0) is not first
+    assert build("a", 0) is not build("a", 0)

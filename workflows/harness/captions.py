@@ -1,0 +1,94 @@
+"""What is written below a figure: where it comes from; and in the report: what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fastserve.latency import load_profile
+from harness.experiments import Experiment, points_of
+
+
+def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
+    """Workloads, seeds, whose iteration times or which machine, the note, the commit; from the runs' meta.json."""
+    seeds = experiment["seeds"]
+    configs = [point.config for point in points_of(experiment)]
+    counts = sorted(
+        {config.num_requests for config in configs} or {point["num_requests"] for point in experiment["points"]}
+    )
+    requests = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    text = [f"{requests} requests a point, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."]
+    if len(seeds) > 1:
+        text.append("Mean over seeds; bands and bars are 95 % bootstrap intervals.")
+    profiles = list(dict.fromkeys(config.profile for config in configs if config.profile))
+    if profiles:
+        hardware = dict.fromkeys(load_profile(name).hardware for name in profiles)
+        text.append(f"Simulated with the iteration times of {', '.join(profiles)} ({', '.join(hardware)}).")
+    if experiment["backend"] != "sim":
+        text.append(f"Really run on {', '.join(dict.fromkeys(_machine(meta) for meta in metas))}.")
+    text += [experiment["note"]] if experiment["note"] else []
+    commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
+    text.append(f"Commit {', '.join(commits) or 'unknown'}.")
+    return " ".join(text)
+
+
+def findings(claims: pd.DataFrame) -> dict[str, str]:
+    """By experiment, the verdicts on the claims measured on it, as reStructuredText."""
+    texts: dict[str, str] = {}
+    for experiment, rows in claims.dropna(subset=["experiment"]).groupby("experiment", sort=False):
+        lines = []
+        row: Any
+        for row in rows.itertuples():
+            line = f"* {row.claim}: **{_number(row.value)}**{_interval(row)}"
+            if pd.notna(row.paper_low):
+                paper = _number(row.paper_low)
+                if row.paper_high != row.paper_low:
+                    paper += f" to {_number(row.paper_high)}"
+                line += f", the paper {paper}: *{row.verdict}*"
+            lines.append(f"{line}. {row.reason if isinstance(row.reason, str) else ''}".rstrip())
+        texts[str(experiment)] = "\n".join(lines)
+    return texts
+
+
+class Finding:
+    """The finding of an experiment, read when it is printed: a report is made after the claims have been weighed."""
+
+    def __init__(self, experiment: str, captions: str) -> None:
+        self.experiment, self.captions = experiment, captions
+
+    def __repr__(self) -> str:
+        """The same whatever was found, since Snakemake repeats a step whose parameters change."""
+        return f"Finding({self.experiment!r})"
+
+    def text(self) -> str:
+        """reStructuredText; empty if no claim is measured on the experiment."""
+        path = Path(self.captions)
+        return json.loads(path.read_text(encoding="utf-8")).get(self.experiment, "") if path.exists() else ""
+
+
+def _interval(row: Any) -> str:
+    return "" if pd.isna(row.low) else f" ({_number(row.low)} to {_number(row.high)})"
+
+
+def _number(value: float) -> str:
+    return "unknown" if pd.isna(value) else f"{value:.3g}"
+
+
+def _machine(meta: Mapping[str, Any]) -> str:
+    hardware = meta.get("hardware", {})
+    threads = hardware.get("torch_threads")
+    count = f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
+    name = hardware.get("gpu") if "gpu" in hardware else hardware.get("cpu") or "an unknown processor"
+    return f"{name} ({hardware.get('cores', '?')} cores{count})"
+
+
+def _short(commit: str | None) -> str:
+    """A commit's first ten digits, and its -dirty."""
+    if not commit:
+        return "unknown"
+    digits, _, dirty = commit.partition("-")
+    return digits[:10] + (" with changes" if dirty else "")

@@ -1,0 +1,67 @@
+"""What is derived from a run's requests for the tables of experiments, beyond summary.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from fastserve.latency import LatencyModel, decode_times
+
+SLO_TTFT_S, SLO_NORMALIZED_S = 3.1, 0.3
+SLO_SCALES = (0.5, 1, 2)
+"""The paper's bounds on time to first token and normalized latency (figure 13), at half, once and twice."""
+NUM_DECILES = 10
+
+
+def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float | None]:
+    """Parts of the completion time (s), slowdowns and SLO attainment of the run in this folder.
+
+    Slowdown is the completion time over the time the request would take alone; it needs the latency model, and is
+    None without. Deciles are of the output length: the first tenth has the shortest answers. Attainment is a share of
+    all requests: one that failed has missed it.
+    """
+    table = pq.read_table(run / "requests.parquet").to_pydict()
+    columns = {name: np.array(values) for name, values in table.items()}
+    finished = columns["status"] == "finished"
+    total = len(finished)
+    requests = {name: values[finished] for name, values in columns.items()}
+    arrival, first, last = (requests[name].astype(float) for name in ("arrival_s", "first_token_s", "finished_s"))
+    jct, output = last - arrival, requests["output_tokens"]
+    metrics: dict[str, float | None] = {}
+    for part in ("queueing_s", "swapping_s", "execution_s"):
+        metrics[f"mean_{part}"] = _or_none(requests[part].astype(float), np.mean)
+    for scale in SLO_SCALES:
+        within = (first - arrival < scale * SLO_TTFT_S) & (jct / output < scale * SLO_NORMALIZED_S)
+        metrics[f"slo_attainment_{scale:g}"] = float(within.sum() / total)
+    slowdown = np.array([])
+    if latency is not None and len(jct):
+        slowdown = jct / times_alone(latency, requests["prompt_tokens"], output)
+    metrics["mean_slowdown"] = _or_none(slowdown, np.mean)
+    metrics["p50_slowdown"] = _or_none(slowdown, np.median)
+    metrics["p99_slowdown"] = _or_none(slowdown, lambda values: np.percentile(values, 99))
+    metrics["max_slowdown"] = _or_none(slowdown, np.max)
+    by_length = np.argsort(output, kind="stable") if len(slowdown) else np.array([], dtype=int)
+    for i, tenth in enumerate(np.array_split(by_length, NUM_DECILES), 1):
+        metrics[f"slowdown_decile_{i}"] = _or_none(slowdown[tenth], np.mean)
+    return metrics
+
+
+def times_alone(latency: LatencyModel, prompt_tokens: np.ndarray, output_tokens: np.ndarray) -> np.ndarray:
+    """Seconds each request would take on the idle machine: its prompt, then a token at a time."""
+    longest = int((prompt_tokens + output_tokens).max())
+    # decoded[n] is the time of decoding with contexts of 1 to n tokens.
+    decoded = np.concatenate(([0.0], np.cumsum(decode_times(latency, [1], longest))))
+    prefill = {int(length): latency.iteration_time((int(length),), ()) for length in set(prompt_tokens.tolist())}
+    return np.array(
+        [
+            prefill[prompt] + decoded[prompt + output - 1] - decoded[prompt]
+            for prompt, output in zip(prompt_tokens.tolist(), output_tokens.tolist(), strict=True)
+        ]
+    )
+
+
+def _or_none(values: np.ndarray, statistic: Any) -> float | None:
+    return float(statistic(values)) if len(values) else None

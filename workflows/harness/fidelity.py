@@ -1,0 +1,462 @@
+"""Fidelity: the simulator against the real engine of this machine, on the same workloads.
+
+The speed of a shared machine wanders by a tenth and more within a second, and the wait in a queue follows it with a
+multiple. A profile measured before a run would then say more about the machine's neighbours than about the simulator.
+So all real runs and the profiler take turns of a few iterations, and an engine's clock stands still while it is not
+its turn: all of them see the same machine. They also share one model, since copies of the same weights differ in speed
+by where in memory they happen to lie. The profile stays independent of the runs: it is of iterations of other
+shapes, timed on a worker of the profiler's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from threading import Semaphore
+from typing import Any
+
+import pandas as pd
+
+from fastserve.clock import WallClock
+from fastserve.config import require_positive
+from fastserve.engine import Engine, Observer
+from fastserve.errors import ConfigError
+from fastserve.files import written_whole
+from fastserve.latency import HostLink, Profile
+from fastserve.latency.profiler import Measurement, Shape, fit, residuals, with_overhead
+from fastserve.scheduler import Iteration
+from harness.runner import RunConfig, resolve_settings, run
+from harness.workload import make_workload
+
+METRICS = ("mean_jct_s", "p95_jct_s", "mean_normalized_latency_s", "p95_normalized_latency_s", "mean_ttft_s")
+"""What is compared: keys of summary.json."""
+COUNTS = ("preemptions", "iterations")
+"""What is shown beside it."""
+ALONE = 0.97
+"""A `processor_share` below this says that other processes took part of the processor: the errors are theirs, too."""
+JUDGED = ("mean_jct_s", "p95_jct_s")
+"""What must agree."""
+TURN_S = 0.03
+"""Computing time of a turn: short against the machine's wandering, long against the cold caches it begins with."""
+RUNS_PER_PROFILER = 3
+"""Runs after whose turns the profiler has one."""
+DECODES_IN_A_ROW = 4
+"""Decodes that the profiler times before an iteration with a prompt: a decode among prompts is not what engines run."""
+_CALIBRATION_REQUESTS = 24
+_AT_ONCE = 1e6
+"""A rate (requests/s) at which all requests arrive together."""
+
+
+def measure_fidelity(config: Mapping[str, Any], out: Path) -> pd.DataFrame:
+    """Carry out the experiment; write `out`/fidelity.csv and what it comes from, and return the table.
+
+    `config` is an experiment: `run` (a partial RunConfig of the engine, with all sizes of the cache), `series` (name,
+    label, policy, run), `points` (load, num_requests), `seeds` (one), and `architecture`, where the model is no
+    preset: the content of a config.json in Hugging Face format.
+
+    1. Warm up: every number of tokens that an iteration can have runs once. A first profile (`out`/profile.json).
+    2. Each policy serves some requests that arrive at once: its engine's own time between two iterations.
+    3. A load is the share of the service rate: that at which the simulator, under the first policy and the first
+       profile, completes the point's requests when all are there from the start.
+    4. The real runs and the profiler take turns. `out`/runs/NAME/load-L/profile.json is what the profiler measured
+       until that run ended, with the policy's own time added to every iteration; `real` and `sim` are the runs.
+
+    Column `processor_share` of the table is the part of the profiler's time in which it had a processor: 1 on a machine
+    that does nothing else, and then alone the comparison is fair.
+
+    Raises ConfigError for bad input.
+    """
+    # Its default, 1024 kernels, is fewer than one for each matrix and number of tokens. Read when torch first computes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    experiment = _Experiment.of(config, out)
+    from fastserve.models import shared_models
+
+    with shared_models():
+        pairs = _measure(experiment, out)
+    for pair in pairs:
+        run(_simulated(pair.config, pair.folder / "profile.json"), pair.folder / "sim")
+    table = pd.DataFrame([pair.row() for pair in pairs])
+    with written_whole(out / "fidelity.csv") as staging:
+        table.to_csv(staging, index=False, lineterminator="\n", encoding="utf-8")
+    return table
+
+
+def _measure(experiment: _Experiment, out: Path) -> list[_Pair]:
+    """Steps 1 to 4: everything that takes real time."""
+    profiler = Profiler(experiment.config, experiment.shapes)
+    profiler.warm_up(experiment.longest_prompt + experiment.max_batch_size)
+    profiler.measure_all(repeats=3)
+    profiler.profile(0.0).save(out / "profile.json")
+    first = replace(experiment.config, profile=str(out / "profile.json"))
+
+    overhead_s = {}
+    for series in experiment.series:
+        folder = out / "calibration" / series["name"]
+        run(replace(_of_series(first, series), rate=_AT_ONCE, num_requests=_CALIBRATION_REQUESTS), folder)
+        overhead_s[series["name"]] = time_between_iterations(folder)
+
+    pairs = []
+    for point in experiment.points:
+        rate = experiment.service_rate(first, point["num_requests"], out / "calibration" / "service-rate")
+        for series in experiment.series:
+            at_load = replace(
+                _of_series(first, series),
+                rate=float(f"{point['load'] * rate:.3g}"),
+                num_requests=point["num_requests"],
+            )
+            pairs.append(
+                _Pair(series, point["load"], at_load, out / "runs" / series["name"] / f"load-{point['load']:g}")
+            )
+
+    def measure_real(pair: _Pair, turn: Turn) -> None:
+        run(pair.config, pair.folder / "real", observer=turn)
+        profiler.profile(overhead_s[pair.series["name"]]).save(pair.folder / "profile.json")
+
+    profiler.forget()
+    take_turns([partial(measure_real, pair) for pair in pairs], profiler.measure_in_turns, TURN_S)
+    return pairs
+
+
+def verdict(table: pd.DataFrame, bound: float = 0.1) -> pd.Series:
+    """For each row whether simulation and reality agree: mean and P95 of the completion time within `bound`."""
+    return (table[[f"error_{metric}" for metric in JUDGED]].abs() <= bound).all(axis=1)
+
+
+def time_between_iterations(folder: Path) -> float:
+    """Median seconds from the end of an iteration to the start of the next, in a run that never idles."""
+    iterations = pd.read_parquet(folder / "iterations.parquet", columns=["start_s", "end_s"])
+    return float((iterations["start_s"].shift(-1) - iterations["end_s"]).median())
+
+
+# -- what is run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    config: RunConfig
+    series: Sequence[Mapping[str, Any]]
+    points: Sequence[Mapping[str, Any]]
+    max_batch_size: int
+    longest_prompt: int
+    longest_context: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], out: Path) -> _Experiment:
+        fields = dict(config["run"])
+        if "architecture" in config:
+            fields["model"] = str(_write_model(config["architecture"], out / "model"))
+        if len(config["seeds"]) != 1:
+            raise ConfigError(f"the fidelity experiment takes one seed, got {list(config['seeds'])}")
+        run_config = RunConfig(backend="engine", seed=config["seeds"][0], **fields)
+        if run_config.model is None:
+            raise ConfigError("the fidelity experiment needs run.model or an architecture")
+        for point in config["points"]:
+            require_positive("load", point["load"])
+        for series in config["series"]:
+            options, _ = resolve_settings(series["policy"], _of_series(run_config, series).settings)
+            if options.num_gpu_blocks is None or options.num_host_blocks is None:
+                raise ConfigError(
+                    "set num_gpu_blocks and num_host_blocks: the engine and the simulation must have the same cache"
+                )
+        num_requests = max(point["num_requests"] for point in config["points"])
+        workload = make_workload(
+            run_config.trace, run_config.arrivals, 1.0, num_requests, run_config.seed, run_config.tokenizer
+        )
+        return cls(
+            config=run_config,
+            series=config["series"],
+            points=config["points"],
+            max_batch_size=options.max_batch_size,
+            longest_prompt=int(workload.prompt_tokens.max()),
+            longest_context=int((workload.prompt_tokens + workload.output_tokens).max()),
+        )
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """What the profiler measures: prompts up to the longest, decodes of every batch size, and some mixtures."""
+        prompts = sorted({max(1, round(self.longest_prompt * share)) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)})
+        contexts = sorted({max(2, round(self.longest_context * share)) for share in (1 / 8, 3 / 8, 3 / 4)})
+        most = self.max_batch_size
+        shapes: list[Shape] = [((length,), ()) for length in prompts]
+        shapes += [((length,) * count, ()) for length in prompts[:2] for count in (2, most) if count > 1]
+        shapes += [((), (context,) * size) for size in range(1, most + 1) for context in contexts]
+        shapes += [((length,), (contexts[0],) * size) for length in prompts[1:4] for size in {1, most - 1} if size]
+        return shapes
+
+    def service_rate(self, config: RunConfig, num_requests: int, folder: Path) -> float:
+        """Requests/s at which the simulator completes the point's requests under the first policy, all there at 0 s."""
+        assert config.profile is not None
+        first = _of_series(config, self.series[0])
+        summary = run(
+            _simulated(replace(first, rate=_AT_ONCE, num_requests=num_requests), Path(config.profile)), folder
+        )
+        return num_requests / float(summary["duration_s"])
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One row: a real run and the simulation of it."""
+
+    series: Mapping[str, Any]
+    load: float
+    config: RunConfig
+    folder: Path
+
+    def row(self) -> dict[str, Any]:
+        """Both runs and their differences, from their files."""
+        real, sim = (
+            json.loads((self.folder / which / "summary.json").read_text(encoding="utf-8")) for which in ("real", "sim")
+        )
+        row = {
+            "series": self.series["name"],
+            "label": self.series["label"],
+            "policy": self.config.policy,
+            "load": self.load,
+            "rate": self.config.rate,
+            "num_requests": self.config.num_requests,
+            "seed": self.config.seed,
+        }
+        for metric in METRICS:
+            row |= {f"real_{metric}": real[metric], f"sim_{metric}": sim[metric]}
+            row[f"error_{metric}"] = sim[metric] / real[metric] - 1
+        for count in COUNTS:
+            row |= {f"real_{count}": real[count], f"sim_{count}": sim[count]}
+        profile = json.loads((self.folder / "profile.json").read_text(encoding="utf-8"))
+        row["processor_share"] = profile["provenance"]["processor_share"]
+        return row | {"real_run": (self.folder / "real").as_posix(), "sim_run": (self.folder / "sim").as_posix()}
+
+
+def _of_series(config: RunConfig, series: Mapping[str, Any]) -> RunConfig:
+    own = dict(series.get("run", {}))
+    settings = {**config.settings, **own.pop("settings", {})}
+    return replace(config, policy=series["policy"], settings=settings, **own)
+
+
+def _simulated(config: RunConfig, profile: Path) -> RunConfig:
+    return RunConfig(
+        backend="sim",
+        policy=config.policy,
+        trace=config.trace,
+        arrivals=config.arrivals,
+        rate=config.rate,
+        num_requests=config.num_requests,
+        seed=config.seed,
+        profile=str(profile),
+        tokenizer=config.tokenizer,
+        settings=config.settings,
+    )
+
+
+def _write_model(architecture: Mapping[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / "config.json") as staging:
+        staging.write_text(json.dumps(dict(architecture), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+# -- turns -----------------------------------------------------------------------------------------------------------
+
+
+class _Cancelled(Exception):
+    """The job is not needed any more."""
+
+
+class Turn(Observer):
+    """One job's part of the rounds. As an engine's observer it stops the engine's clock until the next turn."""
+
+    def __init__(self, job: Callable[[Turn], object], length_s: float) -> None:
+        self.length_s = length_s
+        self.has_ended = False
+        self._job = job
+        self._left_s = length_s
+        self._is_cancelled = False
+        self._begin, self._end = Semaphore(0), Semaphore(0)
+
+    def play(self) -> None:
+        """Do the job, in turns; called in a thread of its own."""
+        try:
+            self._begin.acquire()
+            if not self._is_cancelled:
+                self._job(self)
+        except _Cancelled:
+            pass
+        finally:
+            self.has_ended = True
+            self._end.release()
+
+    def give(self) -> None:
+        """Let it have a turn, and wait until that is over."""
+        self._begin.release()
+        self._end.acquire()
+
+    def cancel(self) -> None:
+        """Let it end without another turn."""
+        self._is_cancelled = True
+        self._begin.release()
+
+    def pass_on(self) -> None:
+        """Wait for the next turn; called by the job."""
+        self._end.release()
+        self._begin.acquire()
+        if self._is_cancelled:
+            raise _Cancelled
+
+    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+        """Count the computing time; when the turn's is used up, wait for the next turn."""
+        self._left_s -= end_s - start_s
+        if self._left_s <= 0:
+            self._left_s = self.length_s
+            assert isinstance(engine.clock, WallClock)
+            with engine.clock.stopped():
+                self.pass_on()
+
+
+def take_turns(jobs: Sequence[Callable[[Turn], object]], companion: Callable[[Turn], object], length_s: float) -> None:
+    """Do all jobs, one at a time, in rounds in which each has a turn of `length_s` seconds of computing.
+
+    The companion has a turn after every `RUNS_PER_PROFILER` of them, and is cancelled when all have ended. Each turn is
+    taken in a thread of its own, the companion's too: where cores are short, the system favours a thread that has
+    rested, and none may have rested longer. The first job that fails ends all, with its error.
+    """
+    main = [Turn(job, length_s) for job in jobs]
+    circle = list(main)
+    for i in range(len(jobs), 0, -RUNS_PER_PROFILER):
+        circle.insert(i, Turn(companion, length_s))
+    with ThreadPoolExecutor(len(circle)) as pool:
+        futures = {turn: pool.submit(turn.play) for turn in circle}
+        try:
+            while not all(turn.has_ended for turn in main):
+                for turn in circle:
+                    if not turn.has_ended:
+                        turn.give()
+                        if turn.has_ended:
+                            futures[turn].result()
+        finally:
+            for turn in circle:
+                turn.cancel()
+
+
+# -- the profiler ----------------------------------------------------------------------------------------------------
+
+
+class Profiler:
+    """Times a grid of iterations on a worker of its own, of the model and with the cache that `config` says."""
+
+    def __init__(self, config: RunConfig, shapes: Sequence[Shape]) -> None:
+        import torch
+
+        from fastserve.llm import resolve_model
+        from fastserve.worker import Worker
+        from fastserve.worker.probe import WorkerProbe
+
+        self._config = config
+        self._set_threads()
+        options, _ = resolve_settings(config.policy, config.settings)
+        assert config.model is not None
+        assert options.num_gpu_blocks is not None
+        assert options.num_host_blocks is not None
+        self._model, directory = resolve_model(config.model, config.load_format)
+        worker = Worker(
+            self._model,
+            num_gpu_blocks=options.num_gpu_blocks,
+            num_host_blocks=options.num_host_blocks,
+            block_size=options.block_size,
+            device=config.device,
+            dtype=config.dtype,
+            model_dir=directory,
+        )
+        self._probe = WorkerProbe(worker)
+        self._capacity_tokens = options.num_gpu_blocks * options.block_size
+        self._hardware = f"{torch.device(config.device).type}, {torch.get_num_threads()} threads"
+        self._samples: dict[Shape, list[float]] = {shape: [] for shape in shapes}
+        self._wall_s = self._processor_s = 0.0
+        # Without a host pool nothing is copied, and any bandwidth will do.
+        self._bandwidth = self._probe.copy_bandwidth() or 1e9
+        self._shapes = self._in_order()
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run prompts of 1 to `num_tokens` tokens: the first time, oneDNN makes a kernel for each number."""
+        for count in range(1, num_tokens + 1):
+            self._probe.iteration_time([count], [])
+
+    def measure_all(self, repeats: int) -> None:
+        """Go round the whole grid so many times, and once more before to warm up."""
+        for shape in self._samples:
+            self._probe.iteration_time(*shape)
+        for _ in range(repeats):
+            for shape in self._samples:
+                self._sample(shape)
+
+    def measure_in_turns(self, turn: Turn) -> None:
+        """Go on round the grid, for as long as there are turns."""
+        self._set_threads()
+        while True:
+            decode, other = next(self._shapes)
+            left_s = turn.length_s - sum(self._sample(shape) for shape in (*[decode] * DECODES_IN_A_ROW, other))
+            while left_s > 0:
+                left_s -= self._sample(decode)
+            turn.pass_on()
+
+    def forget(self) -> None:
+        """Start anew; of each shape the last sample stays, so that none is without."""
+        for samples in self._samples.values():
+            del samples[:-1]
+        self._wall_s = self._processor_s = 0.0
+
+    def profile(self, overhead_s: float) -> Profile:
+        """What was measured so far, with `overhead_s` added to every iteration.
+
+        Of each shape the mean counts: what a run suffers from a slow spell is in its sums as well.
+        """
+        measurements = [Measurement(*shape, sum(samples) / len(samples)) for shape, samples in self._samples.items()]
+        latency = fit(measurements, by_batch_size=True)
+        config = self._config
+        return Profile(
+            name="fidelity",
+            model=self._model.name,
+            hardware=self._hardware,
+            engine="fastserve",
+            dtype=config.dtype,
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            stage=with_overhead(latency, overhead_s),
+            kv_capacity_tokens=self._capacity_tokens,
+            kv_bytes_per_token=self._model.kv_bytes_per_token(config.dtype),
+            host_link=HostLink(self._bandwidth, 0.0),
+            provenance={
+                "source": "the fidelity experiment",
+                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+                "samples": sum(map(len, self._samples.values())),
+                "overhead_s": overhead_s,
+                "processor_share": min(1.0, self._processor_s / self._wall_s) if self._wall_s else 1.0,
+                "residuals": residuals(latency, measurements),
+            },
+        )
+
+    def _sample(self, shape: Shape) -> float:
+        processor_s = time.thread_time()
+        seconds = self._probe.iteration_time(*shape)
+        self._samples[shape].append(seconds)
+        self._wall_s += seconds
+        self._processor_s += time.thread_time() - processor_s
+        return seconds
+
+    def _in_order(self) -> Iterator[tuple[Shape, Shape]]:
+        """What a turn measures: decodes in a row, as an engine runs them, and among them an iteration with a prompt."""
+        decodes = [shape for shape in self._samples if not shape[0]]
+        others = [shape for shape in self._samples if shape[0]]
+        return zip(itertools.cycle(decodes), itertools.cycle(others), strict=True)
+
+    def _set_threads(self) -> None:
+        import torch
+
+        if self._config.torch_threads is not None:  # torch keeps the number for each of our threads.
+            torch.set_num_threads(self._config.torch_threads)

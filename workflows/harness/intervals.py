@@ -1,0 +1,120 @@
+"""95 % bootstrap intervals over seeds: percentile intervals (Efron and Tibshirani 1993, chapter 13).
+
+A seed is one set of requests, which every policy and every rate gets. Seeds are therefore drawn whole: a draw takes
+the same seeds for every rate of a curve, and for both sides of a comparison (paired). The draws are fixed, so that the
+same measurements give the same interval. Percentiles are order statistics, never interpolated: infinities stay what
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+Statistic = Callable[[NDArray[np.intp]], FloatArray]
+"""From draws of seeds [draws, seeds] to the value of each draw [draws]."""
+LEVEL = 0.95
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value over all seeds and its interval. None is what cannot be told, and `note` then says why.
+
+    An end of -inf or inf is open: it lies beyond what was measured. No interval is given for fewer than two seeds.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+def estimate_of(statistic: Statistic, num_seeds: int) -> Estimate:
+    """The statistic of all seeds, and its interval over draws of them."""
+    value = float(statistic(np.arange(num_seeds)[np.newaxis])[0])
+    if num_seeds < 2:
+        return Estimate(value)
+    drawn = statistic(seed_draws(num_seeds))
+    return Estimate(value, *percentile_interval(drawn, drawn))
+
+
+@cache
+def seed_draws(num_seeds: int) -> NDArray[np.intp]:
+    """Seeds drawn with replacement, [DRAWS, num_seeds]; the same whenever asked."""
+    draws = np.random.default_rng(0).integers(num_seeds, size=(DRAWS, num_seeds), dtype=np.intp)
+    draws.setflags(write=False)
+    return draws
+
+
+def percentile_interval(lows: FloatArray, highs: FloatArray) -> tuple[float | None, float | None]:
+    """The low end of the interval of `lows` and the high end of that of `highs`, one value per draw each.
+
+    The two are the same, or bounds where a draw tells no more than these. None where any draw has no value (NaN).
+    """
+    if np.any(np.isnan(lows)) or np.any(np.isnan(highs)):
+        return None, None
+    beyond = int(DRAWS * (1 - LEVEL) / 2)
+    return float(np.sort(lows)[beyond]), float(np.sort(highs)[-1 - beyond])
+
+
+def mean_of_draws(values: ArrayLike, draws: NDArray[np.intp]) -> FloatArray:
+    """Mean over the seeds of each draw: values [seeds, ...] and draws [draws, seeds] give [draws, ...].
+
+    The mean of equal values is that value: rounding does not carry a curve that touches its bound beyond it.
+    """
+    y = np.asarray(values, dtype=float)
+    offset = y - y[0]
+    total = np.zeros((len(draws), *y.shape[1:]))
+    for seed in draws.T:  # a fraction of the memory of offset[draws]
+        total += offset[seed]
+    mean: FloatArray = y[0] + total / draws.shape[1]
+    return mean
+
+
+def mean_over_seeds(values: ArrayLike) -> FloatArray:
+    """Mean of values [seeds, ...] as `mean_of_draws` takes it, to the last digit."""
+    y = np.asarray(values, dtype=float)
+    mean: FloatArray = mean_of_draws(y, np.arange(len(y))[np.newaxis])[0]
+    return mean
+
+
+def mean_estimate(values: ArrayLike) -> Estimate:
+    """The mean of values [seeds]; unknown if any is missing (NaN)."""
+    y = _by_seed(values)
+    if not np.all(np.isfinite(y)):
+        return Estimate(None, note="not every seed has a value")
+    return estimate_of(lambda draws: mean_of_draws(y, draws), len(y))
+
+
+def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
+    """The mean of one value over that of another, both [seeds] in the same order of seeds: paired.
+
+    Unknown if any value is missing (NaN), or if the denominator's mean is 0. Draws whose denominator is 0 leave no
+    interval. Raises ValueError unless both have the same seeds' number.
+    """
+    over, under = _by_seed(numerator), _by_seed(denominator)
+    if over.shape != under.shape:
+        raise ValueError(f"a paired ratio needs the same seeds on both sides, not {len(over)} and {len(under)}")
+    if not np.all(np.isfinite([over, under])):
+        return Estimate(None, note="not every seed has a value")
+    if under.mean() == 0:
+        return Estimate(None, note="the denominator is 0")
+
+    def ratio(draws: NDArray[np.intp]) -> FloatArray:
+        below = mean_of_draws(under, draws)
+        return mean_of_draws(over, draws) / np.where(below == 0, np.nan, below)
+
+    return estimate_of(ratio, len(over))
+
+
+def _by_seed(values: ArrayLike) -> FloatArray:
+    y = np.asarray(values, dtype=float)
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"one value per seed is needed, not an array of shape {y.shape}")
+    return y

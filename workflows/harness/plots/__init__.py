@@ -1,0 +1,100 @@
+"""Figures of experiments, in one style. Only measured points are drawn: nothing is smoothed, extended or left out.
+
+`draw` makes the figure that an experiment names, and `flags_of` the warnings to write below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from fastserve.errors import ConfigError
+from harness.plots.bars import draw_bars
+from harness.plots.breakdown import draw_breakdown
+from harness.plots.capacity import draw_capacity
+from harness.plots.deciles import draw_deciles
+from harness.plots.fidelity import draw_fidelity
+from harness.plots.flags import flags_of
+from harness.plots.headline import draw_claims
+from harness.plots.load import draw_load
+from harness.plots.page import Page, save
+from harness.plots.slo import draw_slo_attainment
+from harness.plots.style import RC
+from harness.plots.sweep import draw_sweep
+from harness.plots.tables import Tables
+
+__all__ = ["KINDS", "draw", "draw_headline", "figure_of", "flags_of", "headline_of"]
+
+KINDS: Mapping[str, Callable[[Tables], Page]] = {
+    "load": draw_load,
+    "slo": draw_slo_attainment,
+    "capacity": draw_capacity,
+    "sweep": draw_sweep,
+    "breakdown": draw_breakdown,
+    "deciles": draw_deciles,
+    "bars": draw_bars,
+    "fidelity": draw_fidelity,
+}
+"""The kinds of figures, by what an experiment calls them."""
+
+
+def draw(
+    experiment: Mapping[str, Any],
+    points: pd.DataFrame,
+    capacity: pd.DataFrame | None,
+    reported: pd.DataFrame,
+    caption: str,
+    flags: Sequence[str],
+    stem: Path,
+) -> list[Path]:
+    """Draw the experiment's figure to `stem`.png and `stem`.pdf, whole, and return the two paths.
+
+    `points` and `capacity` are the tables of the experiment; a fidelity figure takes the table of comparisons for
+    `points`. `reported` are the paper's points as columns panel, system, rate, value, and quantity for a breakdown:
+    load and breakdown figures show these. `caption` is written below the figure and `flags` above the caption, in
+    red. The same input gives the same bytes.
+
+    Raises ConfigError for an unknown kind of figure and for tables that lack what it draws, OutputError where the files
+    cannot be written.
+    """
+    figure = figure_of(experiment, points, capacity, reported, caption, flags)
+    with matplotlib.rc_context(RC):
+        return save(figure, stem)
+
+
+def figure_of(
+    experiment: Mapping[str, Any],
+    points: pd.DataFrame,
+    capacity: pd.DataFrame | None,
+    reported: pd.DataFrame,
+    caption: str = "",
+    flags: Sequence[str] = (),
+) -> Figure:
+    """The figure that `draw` writes, for a notebook or a test."""
+    kind = experiment["figure"]
+    if kind not in KINDS:
+        raise ConfigError(f"unknown figure {kind!r}; known: {', '.join(KINDS)}")
+    with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
+        return KINDS[kind](Tables(experiment, points, capacity, reported)).finish(flags, caption)
+
+
+def draw_headline(claims: pd.DataFrame, stem: Path) -> list[Path]:
+    """Draw the table of claims to `stem`.png and `stem`.pdf and return the paths: each value over the paper's.
+
+    Raises ConfigError for a table that lacks what is drawn, OutputError where the files cannot be written.
+    """
+    figure = headline_of(claims)
+    with matplotlib.rc_context(RC):
+        return save(figure, stem)
+
+
+def headline_of(claims: pd.DataFrame) -> Figure:
+    """The figure that `draw_headline` writes."""
+    with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
+        return draw_claims(claims).finish([], "")

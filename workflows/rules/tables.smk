@@ -1,0 +1,60 @@
+# From batches to tables: cheap, and repeated when their own code changes.
+ruleorder: measure_fidelity > collect
+
+
+rule collect:
+    input:
+        batches=lambda wildcards: batch_files(wildcards.experiment),
+        code=harness_files("points.py", "experiments.py"),
+    output:
+        "results/{experiment}/points.csv",
+    log:
+        "results/logs/{experiment}-collect.log",
+    conda:
+        "../../environment.yml"
+    params:
+        experiment=definition,
+    script:
+        "../scripts/collect.py"
+
+
+rule capacity:
+    input:
+        points="results/{experiment}/points.csv",
+        reported=REPORTED_POINTS,
+        code=harness_files("points.py", "capacity.py", "intervals.py"),
+    output:
+        "results/{experiment}/capacity.csv",
+    log:
+        "results/logs/{experiment}-capacity.log",
+    conda:
+        "../../environment.yml"
+    params:
+        experiment=definition,
+    script:
+        "../scripts/capacity.py"
+
+
+rule claims:
+    input:
+        points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],
+        reported=REPORTED_POINTS,
+        code=harness_files("points.py", "claims.py", "capacity.py", "intervals.py"),
+    output:
+        table="results/headline/claims.csv",
+        page=report(
+            "results/headline/claims.html",
+            category="Headline",
+            labels={"result": "Verdicts"},
+            caption="../report/claims.rst",
+        ),
+        captions="results/headline/captions.json",
+    log:
+        "results/logs/claims.log",
+    conda:
+        "../../environment.yml"
+    params:
+        claims=CLAIMS["claims"],
+        experiments={name: FULL[name] for name in claimed_experiments(CLAIMS["claims"])},
+    script:
+        "../scripts/claims.py"

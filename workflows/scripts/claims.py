@@ -1,0 +1,32 @@
+"""Snakemake job: the verdict on every claim, as a table, as a page and as captions of the report."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from joblog import logged
+
+from fastserve.files import written_whole
+from harness.captions import findings
+from harness.claims import Evidence, claims_table
+from harness.claims_page import claims_page
+from harness.points import load_reported, read_points, write_csv
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with logged(snakemake.log[0]):
+    reported = Path(snakemake.input.reported)
+    evidence = {}
+    for path in map(Path, snakemake.input.points):
+        experiment = snakemake.params.experiments[path.parent.name]
+        evidence[path.parent.name] = Evidence(experiment, read_points(path), load_reported(reported, experiment))
+    table = claims_table(snakemake.params.claims, evidence)
+    write_csv(table, Path(snakemake.output.table))
+    with written_whole(Path(snakemake.output.page)) as staging:
+        staging.write_text(claims_page(table), encoding="utf-8")
+    with written_whole(Path(snakemake.output.captions)) as staging:
+        staging.write_text(json.dumps(findings(table), indent=1) + "\n", encoding="utf-8")
+    for row in table.itertuples():
+        print(f"{row.verdict:10} {row.claim}")
+    print(f"wrote {snakemake.output.table}")

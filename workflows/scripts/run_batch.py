@@ -1,0 +1,40 @@
+"""Snakemake job: carry out a batch of runs in one process, and write what they measured into one file."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from joblog import logged
+
+from fastserve.files import written_whole
+from fastserve.latency import load_profile
+from harness.derived import derived_metrics
+from harness.experiments import run_name
+from harness.runner import RunConfig, run
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with logged(snakemake.log[0]):
+    configs = [RunConfig(**config) for config in snakemake.params.configs]
+    folder = Path(snakemake.params.folder)
+    results = {}
+    for i, config in enumerate(configs, 1):
+        start = time.monotonic()
+        out = folder / run_name(config)
+        metrics = run(config, out)
+        metrics |= derived_metrics(out, load_profile(config.profile).latency if config.profile else None)
+        seconds = time.monotonic() - start
+        results[out.name] = {"folder": out.as_posix(), "metrics": metrics, "seconds": seconds}
+        latency = metrics["mean_normalized_latency_s"]
+        print(
+            f"{config.policy}, {config.profile or config.model}, {config.trace}, {config.num_requests} requests"
+            + (f" at {config.rate:g}/s" if config.rate is not None else "")
+            + f", seed {config.seed} ({i} of {len(configs)}): "
+            + (f"{latency:.3g} s/token" if latency is not None else "no request finished")
+            + (f", {metrics['failed']} failed" if metrics["failed"] else "")
+            + f", took {seconds:.1f} s"
+        )
+    with written_whole(Path(snakemake.output[0])) as staging:
+        staging.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
