@@ -397,6 +397,17 @@ def test_reweighted_lengths_have_the_means_asked_for_and_keep_the_filter(trace, 
     assert ARTIFACT_FILTER.keeps(prompt, output).all()
 
 
+def test_zipf_lengths_of_a_ratio_are_tied_or_independent_with_the_same_marginals() -> None:
+    spec = "zipf:theta=1.0,min=16,max=2048,ratio=4"
+    tied, free = (load_trace(each).sample(50_000, np.random.default_rng(0)) for each in (spec, f"{spec},independent=1"))
+    assert (tied[0] + tied[1]).max() <= 2048
+    assert np.corrcoef(tied)[0, 1] > 0.99
+    assert abs(np.corrcoef(free)[0, 1]) < 0.02
+    for own, other in zip(tied, free, strict=True):
+        assert own.mean() == pytest.approx(other.mean(), rel=0.02)
+        assert other.min() >= 1
+
+
 def test_reweighting_to_the_means_there_are_changes_nothing() -> None:
     table = load_trace("sharegpt")
     outputs = (table.lowest[:, 1] + table.highest[:, 1]) / 2

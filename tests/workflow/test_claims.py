@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_says_why():
 
 def test_an_objective_never_reached_is_said():
     row = judged(claim(paper=2), points(fast=[0.0, 0.1], slow=[0.2, 1.2]))
-    assert row["verdict"] == "not"
+    assert row["verdict"] == "partly"  # at least a gain of 2 / 1.1
     assert "within the SLO at every rate" in row["reason"]
 
 

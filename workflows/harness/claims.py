@@ -146,14 +146,13 @@ def verdict(claim: Claim, estimate: Estimate, paper: tuple[float, float] | None,
         return CANNOT_BE
     if paper is None:
         return FOUND
-    if estimate.value is None or difference is None:
-        return NOT
-    if abs(difference) <= claim.get("tolerance", TOLERANCE):
+    if difference is not None and abs(difference) <= claim.get("tolerance", TOLERANCE):
         return REPRODUCED
     if claim["measure"]["kind"] in _RATIOS and paper[0] > 1:
-        same_way = (estimate.low if estimate.low is not None else estimate.value) > 1
+        least = estimate.value if estimate.low is None else estimate.low
+        same_way = least is not None and least > 1
     else:
-        same_way = 0.5 <= 1 + difference <= 2
+        same_way = difference is not None and 0.5 <= 1 + difference <= 2
     return PARTLY if same_way else NOT
 
 

@@ -142,17 +142,22 @@ class ZipfLengths:
     """Lengths L in [`minimum`, `maximum`] with probability proportional to L^-theta; theta 0 is uniform.
 
     Prompt and output are drawn independently; with a `ratio`, the sum is drawn and split prompt : output = ratio : 1.
+    Where that is `independent`, the prompt is split from one such sum and the output from another: the same lengths,
+    but a prompt says nothing about its output.
     """
 
     theta: float
     minimum: int
     maximum: int
     ratio: float = 0.0
+    independent: bool = False
 
     @property
     def description(self) -> str:
         """The distribution in words."""
         what = f"their sum split prompt:output = {self.ratio:g}:1" if self.ratio else "prompt and output independent"
+        if self.ratio and self.independent:
+            what += ", each from a sum of its own"
         return f"zipf: lengths L in [{self.minimum}, {self.maximum}] with P(L) ~ L^-{self.theta:g}, {what}"
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
@@ -164,9 +169,9 @@ class ZipfLengths:
         lengths = self.minimum + np.minimum(np.searchsorted(cumulative, draws, side="right"), len(weights) - 1)
         if not self.ratio:
             return lengths[:, 0], lengths[:, 1]
-        total = lengths[:, 0]
-        prompt = np.clip(np.rint(total * self.ratio / (1 + self.ratio)).astype(np.int64), 1, total - 1)
-        return prompt, total - prompt
+        prompts = np.clip(np.rint(lengths * self.ratio / (1 + self.ratio)).astype(np.int64), 1, lengths - 1)
+        sums = lengths[:, 1] if self.independent else lengths[:, 0]
+        return prompts[:, 0], sums - (prompts[:, 1] if self.independent else prompts[:, 0])
 
 
 @dataclass(frozen=True)
@@ -266,14 +271,16 @@ def _alpaca(options: str) -> LengthSource:
 
 
 def _zipf(options: str) -> LengthSource:
-    values = parse_options("trace 'zipf'", options, {"theta": 1.0, "min": 4, "max": 1024, "ratio": 0.0})
+    values = parse_options(
+        "trace 'zipf'", options, {"theta": 1.0, "min": 4, "max": 1024, "ratio": 0.0, "independent": 0}
+    )
     theta, minimum, maximum, ratio = values["theta"], int(values["min"]), int(values["max"]), values["ratio"]
     if theta < 0 or ratio < 0:
         raise ConfigError(f"trace 'zipf': theta and ratio must be at least 0, not theta={theta:g}, ratio={ratio:g}")
     lowest = 2 if ratio else 1
     if not lowest <= minimum <= maximum <= _LONGEST:
         raise ConfigError(f"trace 'zipf': need {lowest} <= min <= max <= {_LONGEST}, not min={minimum}, max={maximum}")
-    return ZipfLengths(theta, minimum, maximum, ratio)
+    return ZipfLengths(theta, minimum, maximum, ratio, bool(values["independent"]))
 
 
 def _fixed(options: str) -> LengthSource:
@@ -313,8 +320,8 @@ BUILTIN = {
     "alpaca": Builtin("alpaca", "Alpaca, geometric lengths with the published means of 19 in and 58 out", _alpaca),
     "azure-conv": Builtin("azure-conv", "Azure 2023 conversations, from a shipped histogram", _histogram("azure_conv")),
     "zipf": Builtin(
-        "zipf[:theta=1.0,min=4,max=1024,ratio=0]",
-        "Zipf lengths; a ratio above 0 draws prompt + output and splits it ratio:1",
+        "zipf[:theta=1.0,min=4,max=1024,ratio=0,independent=0]",
+        "Zipf lengths; a ratio above 0 draws prompt + output and splits it ratio:1; independent=1 splits a sum for each",
         _zipf,
     ),
     "fixed": Builtin("fixed[:prompt=128,output=64]", "every request alike", _fixed),
