@@ -103,6 +103,11 @@ def test_series_can_be_cut_and_left_out():
     experiment["series"][1] |= {"not_in": ["b"]}
     points = {(point.panel, point.series, point.x) for point in points_of(with_defaults(experiment))}
     assert points == {("a", "vllm", 1), ("a", "fastserve", 1), ("a", "fastserve", 2), ("b", "vllm", 1)}
+    experiment["series"][0] |= {"up_to": {"a": 1}}
+    assert errors(experiment) == []
+    points = {(point.panel, point.series, point.x) for point in points_of(with_defaults(experiment))}
+    assert ("a", "vllm", 2) not in points
+    assert ("b", "vllm", 2) in points
 
 
 def test_the_same_run_is_carried_out_once_for_all_experiments():

@@ -112,8 +112,11 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
         for series in experiment["series"]:
             if panel["name"] in series["not_in"]:
                 continue
+            up_to = series["up_to"]
+            if isinstance(up_to, Mapping):
+                up_to = up_to.get(panel["name"])
             for point in panel["points"] or experiment["points"]:
-                if series["up_to"] is not None and _x(point) > series["up_to"]:
+                if up_to is not None and _x(point) > up_to:
                     continue
                 parts = (experiment["run"], panel["run"], {"policy": series["policy"], **series["run"]}, point)
                 for seed in experiment["seeds"]:
