@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -160,20 +160,20 @@ def batches_of(experiments: Iterable[Experiment]) -> dict[str, Batch]:
     batches: dict[str, Batch] = {}
     seen: set[str] = set()
     for experiment in experiments:
-        groups: dict[tuple[str, str], dict[str, RunConfig]] = {}
+        groups: dict[str, dict[str, RunConfig]] = {}
         for point in points_of(experiment):
             if point.run not in seen:
                 seen.add(point.run)
-                groups.setdefault((point.panel, point.series), {})[point.run] = point.config
+                groups.setdefault(point.series, {})[point.run] = point.config
         for group in groups.values():
-            for configs in _cut(sorted(group.values(), key=lambda config: config.seed)):
+            for configs in _cut(group.values()):
                 digest = _digest([run_name(config) for config in configs])
                 name = f"{configs[0].backend}-{_file_name(configs[0].policy)}-{digest}"
                 batches[name] = Batch(name, tuple(configs))
     return batches
 
 
-def _cut(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
+def _cut(configs: Iterable[RunConfig]) -> Iterator[list[RunConfig]]:
     """Cut into pieces of bounded work."""
     piece: list[RunConfig] = []
     tokens = 0.0

@@ -16,5 +16,5 @@ with logged(snakemake.log[0]):
         results |= read_json(Path(batch))
     points = points_table(snakemake.wildcards.experiment, snakemake.params.experiment, results)
     write_csv(points, Path(snakemake.output[0]))
-    seconds = sum(results[Path(run).name].get("seconds", 0) for run in points["run"].unique())
+    seconds = sum(results[Path(run).name]["seconds"] for run in points["run"].unique())
     print(f"wrote {snakemake.output[0]}: {len(points)} points, whose runs took {seconds:.0f} s")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,12 +227,14 @@ at least 4 tokens each, prompt up to 1024, both up to 2048), from logs of that c
 requests (vllm-project/vllm, pull request 18566), 226.8 and 188.2 over 2,000 (sgl-project/sglang, issue 1639)."""
 
 
+@cache
 def _sharegpt_filtered(options: str) -> LengthSource:
     parse_options("trace 'sharegpt-filtered'", options, {})
     prompt, output = SHAREGPT_FILTERED_MEANS
     return HistogramLengths.from_table(read_table("sharegpt")).reweighted(prompt=prompt, output=output)
 
 
+@cache
 def _sharegpt_reweighted(options: str) -> LengthSource:
     owner = "trace 'sharegpt-reweighted'"
     values = parse_options(owner, options, {"prompt": 0.0, "output": 0.0, "inverse_output": 0.0})
@@ -321,7 +324,7 @@ BUILTIN = {
     "azure-conv": Builtin("azure-conv", "Azure 2023 conversations, from a shipped histogram", _histogram("azure_conv")),
     "zipf": Builtin(
         "zipf[:theta=1.0,min=4,max=1024,ratio=0,independent=0]",
-        "Zipf lengths; a ratio above 0 draws prompt + output and splits it ratio:1; independent=1 splits a sum for each",
+        "Zipf lengths; a ratio above 0 draws prompt + output and splits it ratio:1, independent=1 each from its own",
         _zipf,
     ),
     "fixed": Builtin("fixed[:prompt=128,output=64]", "every request alike", _fixed),
