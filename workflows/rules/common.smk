@@ -66,7 +66,10 @@ try:
     CLAIMS = read_yaml(located(config["claims"])) if config["claims"] else {"claims": []}
     validate(CLAIMS, CLAIMS_SCHEMA)
     check_claims(CLAIMS["claims"], FULL)
-    BATCHES = batches_of(EXPERIMENTS.values())
+    # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
+    BATCHES = batches_of(
+        EXPERIMENTS[name] for name in sorted(EXPERIMENTS, key=lambda name: (name.startswith("beyond"), name))
+    )
 except FastServeError as error:
     raise WorkflowError(str(error)) from None
 
