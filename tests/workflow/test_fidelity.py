@@ -32,7 +32,7 @@ def experiment(**run):
 
 def test_the_table_is_complete_and_follows_from_the_files(tmp_path):
     table = measure_fidelity(experiment(), tmp_path)
-    pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "fidelity.csv"))
+    pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "points.csv"))
     assert list(table["policy"]) == list(POLICIES)
     assert list(table["label"]) == [policy.upper() for policy in POLICIES]
     assert set(table["load"]) == {1.5}

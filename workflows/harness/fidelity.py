@@ -33,6 +33,7 @@ from fastserve.files import written_whole
 from fastserve.latency import HostLink, Profile
 from fastserve.latency.profiler import Measurement, Shape, fit, residuals, with_overhead
 from fastserve.scheduler import Iteration
+from harness.points import write_csv
 from harness.runner import RunConfig, resolve_settings, run
 from harness.workload import make_workload
 
@@ -56,7 +57,7 @@ _AT_ONCE = 1e6
 
 
 def measure_fidelity(config: Mapping[str, Any], out: Path) -> pd.DataFrame:
-    """Carry out the experiment; write `out`/fidelity.csv and what it comes from, and return the table.
+    """Carry out the experiment; write `out`/points.csv and what it comes from, and return the table.
 
     `config` is an experiment: `run` (a partial RunConfig of the engine, with all sizes of the cache), `series` (name,
     label, policy, run), `points` (load, num_requests), `seeds` (one), and `architecture`, where the model is no
@@ -84,8 +85,7 @@ def measure_fidelity(config: Mapping[str, Any], out: Path) -> pd.DataFrame:
     for pair in pairs:
         run(_simulated(pair.config, pair.folder / "profile.json"), pair.folder / "sim")
     table = pd.DataFrame([pair.row() for pair in pairs])
-    with written_whole(out / "fidelity.csv") as staging:
-        table.to_csv(staging, index=False, lineterminator="\n", encoding="utf-8")
+    write_csv(table, out / "points.csv")
     return table
 
 

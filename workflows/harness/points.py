@@ -64,8 +64,8 @@ def points_table(name: str, experiment: Experiment, results: Mapping[str, Mappin
     return pd.DataFrame(rows)
 
 
-def read_points(path: Path) -> pd.DataFrame:
-    """A table that `points_table` made; `x` is a number where all of the column are."""
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of an experiment: its points or its capacities; a panel without a name is an empty text."""
     text = {"panel": str, "series": str, "label": str, "policy": str, "run": str}
     table = pd.read_csv(path, dtype=text)
     return table.assign(panel=table["panel"].fillna("") if "panel" in table else "")

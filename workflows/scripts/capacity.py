@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.points import capacity_table, load_reported, read_points, write_csv
+from harness.points import capacity_table, load_reported, read_table, write_csv
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -14,7 +14,7 @@ with logged(snakemake.log[0]):
     experiment = snakemake.params.experiment
     reported = load_reported(Path(snakemake.input.reported), experiment)
     table = capacity_table(
-        snakemake.wildcards.experiment, experiment, read_points(Path(snakemake.input.points)), reported
+        snakemake.wildcards.experiment, experiment, read_table(Path(snakemake.input.points)), reported
     )
     write_csv(table, Path(snakemake.output[0]))
     shown = table[["panel", "label", "capacity", "low", "high", "paper_capacity", "note"]]

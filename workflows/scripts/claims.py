@@ -10,7 +10,7 @@ from fastserve.files import written_whole
 from harness.captions import findings
 from harness.claims import Evidence, claims_table
 from harness.claims_page import claims_page
-from harness.points import load_reported, read_points, write_csv
+from harness.points import load_reported, read_table, write_csv
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -20,7 +20,7 @@ with logged(snakemake.log[0]):
     evidence = {}
     for path in map(Path, snakemake.input.points):
         experiment = snakemake.params.experiments[path.parent.name]
-        evidence[path.parent.name] = Evidence(experiment, read_points(path), load_reported(reported, experiment))
+        evidence[path.parent.name] = Evidence(experiment, read_table(path), load_reported(reported, experiment))
     table = claims_table(snakemake.params.claims, evidence)
     write_csv(table, Path(snakemake.output.table))
     with written_whole(Path(snakemake.output.page)) as staging:

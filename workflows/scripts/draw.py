@@ -3,23 +3,20 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 from joblog import logged
 
 from harness.captions import provenance_caption
 from harness.experiments import BOTH
 from harness.plots import draw, flags_of
-from harness.points import load_reported, provenance, read_points
+from harness.points import load_reported, provenance, read_table
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
     experiment = snakemake.params.experiment
-    points = read_points(Path(snakemake.input.points))
-    capacity = pd.read_csv(snakemake.input.capacity, keep_default_na=True) if snakemake.input.get("capacity") else None
-    if capacity is not None:
-        capacity["panel"] = capacity["panel"].fillna("")
+    points = read_table(Path(snakemake.input.points))
+    capacity = read_table(Path(snakemake.input.capacity)) if snakemake.input.get("capacity") else None
     reported = load_reported(Path(snakemake.input.reported), experiment)
     runs = points["real_run" if experiment["backend"] == BOTH else "run"]
     metas = provenance(Path(run) for run in runs.unique())

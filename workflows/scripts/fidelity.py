@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from fastserve.files import written_whole
 from harness.fidelity import ALONE, JUDGED, measure_fidelity, verdict
 
 if TYPE_CHECKING:
@@ -16,8 +15,6 @@ with logged(snakemake.log[0]):
     start = time.monotonic()
     out = Path(snakemake.output[0])
     table = measure_fidelity(snakemake.params.experiment, out.parent)
-    with written_whole(out) as staging:
-        staging.write_bytes((out.parent / "fidelity.csv").read_bytes())
     agrees = verdict(table)
     shown = table[["label", "load", "rate", *(f"error_{metric}" for metric in JUDGED)]].assign(agrees=agrees)
     print(shown.to_string(index=False, float_format="{:.3f}".format))
