@@ -208,6 +208,7 @@ def test_the_page_and_the_captions_hold_every_claim(tmp_path):
     assert "A &lt;gain&gt;" in page
     assert page.count("<tr><td>") == 2
     assert "http" not in page
+    assert "nan" not in page
     captions = findings(table)
     assert captions["e"].count("\n* ") == 1
     path = tmp_path / "captions.json"

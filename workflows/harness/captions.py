@@ -43,12 +43,9 @@ def findings(claims: pd.DataFrame) -> dict[str, str]:
         lines = []
         row: Any
         for row in rows.itertuples():
-            line = f"* {row.claim}: **{_number(row.value)}**{_interval(row)}"
+            line = f"* {row.claim}: **{three_digits(row.value) or 'unknown'}**{_interval(row)}"
             if pd.notna(row.paper_low):
-                paper = _number(row.paper_low)
-                if row.paper_high != row.paper_low:
-                    paper += f" to {_number(row.paper_high)}"
-                line += f", the paper {paper}: *{row.verdict}*"
+                line += f", the paper {claimed(row)}: *{row.verdict}*"
             lines.append(f"{line}. {row.reason if isinstance(row.reason, str) else ''}".rstrip())
         texts[str(experiment)] = "\n".join(lines)
     return texts
@@ -71,11 +68,19 @@ class Finding:
 
 
 def _interval(row: Any) -> str:
-    return "" if pd.isna(row.low) else f" ({_number(row.low)} to {_number(row.high)})"
+    return "" if pd.isna(row.low) else f" ({three_digits(row.low)} to {three_digits(row.high)})"
 
 
-def _number(value: float) -> str:
-    return "unknown" if pd.isna(value) else f"{value:.3g}"
+def claimed(row: Any) -> str:
+    """What the paper claims, of a row of the table of claims: a value or a range; empty for a finding of our own."""
+    if pd.isna(row.paper_low) or row.paper_low == row.paper_high:
+        return three_digits(row.paper_low)
+    return f"{three_digits(row.paper_low)} to {three_digits(row.paper_high)}"
+
+
+def three_digits(value: float) -> str:
+    """A number of the table of claims; empty where there is none."""
+    return "" if pd.isna(value) else f"{value:.3g}"
 
 
 def _machine(meta: Mapping[str, Any]) -> str:

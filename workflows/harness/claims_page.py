@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from harness.captions import claimed, three_digits
+
 _TITLES = {
     "paper": "Claims of the paper",
     "suspicion": "What the paper's numbers and its released code made us suspect, tested",
@@ -37,19 +39,12 @@ def claims_page(claims: pd.DataFrame) -> str:
 
 
 def _row(row: Any) -> str:
-    paper = (
-        _number(row.paper_low) if row.paper_low == row.paper_high else f"{row.paper_low:.3g} to {row.paper_high:.3g}"
-    )
-    interval = f"<br><small>{_number(row.low)} to {_number(row.high)}</small>" if pd.notna(row.low) else ""
+    interval = f"<br><small>{three_digits(row.low)} to {three_digits(row.high)}</small>" if pd.notna(row.low) else ""
     difference = f"{100 * row.relative_difference:+.0f} %" if pd.notna(row.relative_difference) else ""
     css = row.verdict.partition(" ")[0]
     reason = escape(row.reason) if isinstance(row.reason, str) else ""
     return (
-        f"<tr><td>{escape(row.claim)}<br><small>{escape(row.source)}</small><td class=n>{paper}"
-        f"<td class=n>{_number(row.value)}{interval}<td class=n>{difference}"
+        f"<tr><td>{escape(row.claim)}<br><small>{escape(row.source)}</small><td class=n>{claimed(row)}"
+        f"<td class=n>{three_digits(row.value)}{interval}<td class=n>{difference}"
         f"<td><span class={css}>{escape(row.verdict)}</span><td>{reason}"
     )
-
-
-def _number(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:.3g}"

@@ -39,7 +39,7 @@ rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],
         reported=REPORTED_POINTS,
-        code=harness_files("points.py", "claims.py", "capacity.py", "intervals.py"),
+        code=harness_files("points.py", "claims.py", "captions.py", "claims_page.py", "capacity.py", "intervals.py"),
     output:
         table="results/headline/claims.csv",
         page=report(
