@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from harness.derived import NUM_DECILES
 from harness.plots.elements import drawn_values, hide_unused, series_handles
 from harness.plots.page import Page
 from harness.plots.style import scale_y, series_styles
 from harness.plots.tables import Tables, X
 
-DECILES = tuple(range(1, 11))
+DECILES = tuple(range(1, NUM_DECILES + 1))
 
 
 def draw_deciles(tables: Tables) -> Page:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from harness.capacity import is_monotone, largest_fall
-from harness.plots.slo import SCALES
+from harness.derived import SLO_SCALES
+from harness.plots.deciles import DECILES
 from harness.plots.style import percent
 from harness.plots.tables import Tables, ordered
 
@@ -90,9 +91,9 @@ def _metrics(tables: Tables) -> list[str]:
     """The columns a figure is made of."""
     kind = tables.experiment["figure"]
     if kind == "slo":
-        return [f"slo_attainment_{scale}" for scale in SCALES]
+        return [f"slo_attainment_{scale:g}" for scale in SLO_SCALES]
     if kind == "deciles":
-        return [f"slowdown_decile_{i}" for i in range(1, 11)]
+        return [f"slowdown_decile_{i}" for i in DECILES]
     return tables.metrics if kind in ("load", "capacity", "sweep") else []
 
 
