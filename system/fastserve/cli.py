@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastserve.config import EngineOptions
 from fastserve.console import Progress, run_app
 from fastserve.errors import OutputError
 
@@ -28,67 +28,50 @@ def profile(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     block_size: Annotated[int, typer.Option(help="Tokens per cache block.")] = 16,
-    max_batch_size: Annotated[int, typer.Option(help="Largest decode batch to measure.")] = 16,
+    num_gpu_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cache blocks on the device.  [default: for a full batch of full contexts]"),
+    ] = None,
+    num_host_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Cache blocks in host memory, to time transfers.  [default: 64]")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Largest decode batch to measure.")] = 16,
+    token_budget: Annotated[int, typer.Option(min=1, help="Most prompt tokens of an iteration to measure.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="Times each point is measured; the median counts.")] = 3,
+    dense: Annotated[
+        bool | None,
+        typer.Option(help="Follow a GPU's steps, with many points, or fit lines to few.  [default: dense on a GPU]"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure fewer points.")] = False,
 ) -> None:
     """Measure this machine's iteration times, fit them, and write a profile that simulations and policies take."""
-    import torch
-
-    from fastserve.latency.profile import HostLink, Profile
-    from fastserve.latency.profiler import Grid, fit, measure, residuals
-    from fastserve.llm import default_num_blocks, resolve_model
-    from fastserve.worker import Worker
-    from fastserve.worker.probe import WorkerProbe
+    from fastserve.profiling import ProfileConfig, describe, measure_profile
 
     if out.suffix != ".json" or not out.parent.is_dir():
         raise OutputError(f"--out must be a .json file in an existing folder, got {out}")
-    config, model_dir = resolve_model(model, load_format)
-    options = EngineOptions(max_batch_size=max_batch_size, block_size=block_size)
-    blocks = default_num_blocks(config, options, device, dtype)
-    worker = Worker(
-        config,
-        num_gpu_blocks=blocks,
-        num_host_blocks=min(blocks, 64),
-        block_size=block_size,
-        device=device,
-        dtype=dtype,
-        model_dir=model_dir,
+    config = ProfileConfig(
+        model,
+        load_format,
+        device,
+        dtype,
+        block_size,
+        num_gpu_blocks,
+        num_host_blocks,
+        max_batch_size,
+        token_budget,
+        repeats,
+        dense,
+        quick,
     )
-    probe = WorkerProbe(worker)
-    shapes = Grid.for_model(config.max_model_len, max_batch_size).shapes
-    with Progress("profile", len(shapes) * (1 + repeats)) as progress:
-        measurements = measure(probe.iteration_time, shapes, repeats, progress.advance)
-    latency = fit(measurements)
-    described = residuals(latency, measurements)
-    on_gpu = torch.device(device).type == "cuda"
-    measured = Profile(
-        name=str(out),
-        model=config.name,
-        hardware=torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        engine="fastserve",
-        dtype=dtype,
-        tensor_parallel_size=1,
-        pipeline_parallel_size=1,
-        stage=latency,
-        kv_capacity_tokens=blocks * block_size,
-        kv_bytes_per_token=config.kv_bytes_per_token(dtype),
-        host_link=HostLink(probe.copy_bandwidth(), 0.0),
-        provenance={
-            "source": "fastserve profile",
-            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
-            "repeats": repeats,
-            "residuals": described,
-        },
-    )
+    with ExitStack() as progress:
+
+        def begin(steps: int) -> Callable[[], None]:
+            return progress.enter_context(Progress("profile", steps)).advance
+
+        measured = measure_profile(config, str(out), begin)
     measured.save(out)
-    for kind in ("prefill", "decode", "mixed"):
-        if kind in described:
-            errors = described[kind]
-            print(
-                f"{kind:8} {errors['points']:3} points: relative error {errors['mean_relative_error']:.1%} on average, "
-                f"{errors['max_relative_error']:.1%} at most"
-            )
+    for line in describe(measured):
+        print(line)
     print(f"wrote {out}")
 
 

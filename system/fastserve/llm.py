@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastserve.clock import WallClock
-from fastserve.config import CacheConfig, EngineOptions, ModelConfig
+from fastserve.config import CacheConfig, EngineOptions, ModelConfig, dtype_bytes
 from fastserve.engine import Arrival, Engine
 from fastserve.errors import ConfigError
 from fastserve.executor.local import LocalExecutor
@@ -27,8 +27,8 @@ from fastserve.worker import Worker
 from fastserve.worker.memory import available_bytes
 from fastserve.worker.probe import WorkerProbe
 
-_CACHE_SHARE = {"cpu": 0.2, "cuda": 0.85}
-"""Most of the free memory the cache takes, by kind of device, where its size is not given."""
+_CPU_CACHE_SHARE, _GPU_CACHE_SHARE, _PINNED_SHARE = 0.2, 0.85, 0.5
+"""Most of the free memory a pool takes where its size is not given; the last is of the host's, beside a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,9 @@ class LLM:
         dtype: "float32", "bfloat16" or "float16".
         block_size: tokens per cache block.
         num_gpu_blocks: blocks on the device. None: room for a full batch of full contexts, at most a fifth of the
-            free memory (85 % of it on a GPU).
-        num_host_blocks: blocks in host memory for swapped caches. None: as many as on the device.
+            free memory (on a GPU, 85 % of what the weights leave).
+        num_host_blocks: blocks in host memory for swapped caches. None: as many as on the device (for a GPU at most
+            half the host's free memory).
         max_batch_size: requests per iteration.
         token_budget: prompt tokens per iteration.
         max_model_len: bound on prompt + output, below the model's own.
@@ -67,6 +68,8 @@ class LLM:
         pipeline_parallel_size: 1; larger is not implemented yet.
         seed: of dummy weights.
         profile: a latency profile for policies that need one. None: measured here, in a few seconds.
+        worker: an existing one of the same model, device, dtype and block size, with pools at least as large; `seed`
+            and `load_format` are then its own. Engines may use it one after the other. None: a new one is made.
 
     Raises ConfigError for what is unknown, out of range or too large for memory, CheckpointError for a bad directory.
     """
@@ -91,6 +94,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         seed: int = 0,
         profile: str | None = None,
+        worker: Worker | None = None,
     ) -> None:
         for name, size in (
             ("tensor_parallel_size", tensor_parallel_size),
@@ -109,31 +113,40 @@ class LLM:
         policy_class = find_policy(policy)
         policy_settings = build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
         self.model_config, model_dir = resolve_model(model, load_format)
-        blocks = num_gpu_blocks or default_num_blocks(self.model_config, options, device, dtype)
+        if worker is not None:
+            num_gpu_blocks = num_gpu_blocks or worker.gpu_cache.shape[0]
+            num_host_blocks = worker.host_cache.shape[0] if num_host_blocks is None else num_host_blocks
+        num_gpu_blocks = num_gpu_blocks or default_num_blocks(self.model_config, options, device, dtype)
+        if num_host_blocks is None:
+            num_host_blocks = default_num_host_blocks(self.model_config, num_gpu_blocks, block_size, device, dtype)
         cache = CacheConfig(
-            num_gpu_blocks=blocks,
-            num_host_blocks=blocks if num_host_blocks is None else num_host_blocks,
+            num_gpu_blocks=num_gpu_blocks,
+            num_host_blocks=num_host_blocks,
             block_size=block_size,
             bytes_per_token=self.model_config.kv_bytes_per_token(dtype),
         )
         latency: LatencyModel | None = load_profile(profile).latency if profile else None
-        self.worker = Worker(
-            self.model_config,
-            num_gpu_blocks=cache.num_gpu_blocks,
-            num_host_blocks=cache.num_host_blocks,
-            block_size=block_size,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            model_dir=model_dir,
-        )
         context = min(self.model_config.max_model_len, max_model_len or self.model_config.max_model_len)
-        probe = WorkerProbe(self.worker)
+        if worker is not None:
+            worker.require(self.model_config, cache, device, dtype)
+            self.worker = worker
+        else:
+            self.worker = Worker(
+                self.model_config,
+                num_gpu_blocks=cache.num_gpu_blocks,
+                num_host_blocks=cache.num_host_blocks,
+                block_size=block_size,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                model_dir=model_dir,
+                max_batch_size=max_batch_size,
+                max_model_len=context,
+            )
+            self._warm_up(context, options)
         if latency is None and policy_class.needs_latency:
-            latency = fit(measure(probe.iteration_time, Grid.for_model(context, max_batch_size, quick=True).shapes, 1))
-        else:  # Warm up, which measuring does as well.
-            probe.iteration_time([min(64, context - 1)], [])
-            probe.iteration_time([], [min(64, context - 1)] * max_batch_size)
+            probe, grid = WorkerProbe(self.worker), Grid.for_model(context, max_batch_size, quick=True)
+            latency = fit(measure(probe.iteration_time, grid.shapes, 1))
         clock, kv = WallClock(), KVCacheManager(cache)
         self.engine = Engine(
             policy_class(options.scheduler_config(), kv, latency or NoLatency(), policy_settings),
@@ -173,6 +186,22 @@ class LLM:
     def close(self) -> None:
         """Stop the engine's threads."""
         self.engine.executor.close()
+
+    def _warm_up(self, context: int, options: EngineOptions) -> None:
+        """Run what compiles kernels or loads them, lest the first requests wait for it.
+
+        On a GPU, prompts of many lengths, and among decodes; libraries have kernels of their own for each.
+        """
+        probe, longest = WorkerProbe(self.worker), min(context - 1, options.token_budget)
+        decodes = [min(64, context - 1)] * options.max_batch_size
+        if self.worker.device.type == "cpu":
+            probe.iteration_time([min(64, longest)], [])
+        else:
+            for length in sorted({min(2**i, longest) for i in range(4, 20)}):
+                probe.iteration_time([length], [])
+            probe.iteration_time([min(64, longest)] * 2, decodes[:1])
+            probe.iteration_time([min(64, longest)], decodes)
+        probe.iteration_time([], decodes)
 
     def __enter__(self) -> LLM:
         return self
@@ -227,12 +256,21 @@ def resolve_model(model: str | Path, load_format: str) -> tuple[ModelConfig, Pat
 
 
 def default_num_blocks(model: ModelConfig, options: EngineOptions, device: str, dtype: str) -> int:
-    """Blocks for a full batch of full contexts, or what the share of free memory allows, if that is less."""
-    block_bytes = options.block_size * model.kv_bytes_per_token(dtype)
+    """Blocks for a full batch of full contexts, or what a share of the memory allows that the weights leave."""
     context = min(model.max_model_len, options.max_model_len or model.max_model_len)
     wanted = options.max_batch_size * -(-context // options.block_size)
-    share = _CACHE_SHARE["cuda" if device.startswith("cuda") else "cpu"]
-    return max(1, min(wanted, int(share * available_bytes(torch.device(device)) / block_bytes)))
+    free_bytes, share = available_bytes(torch.device(device)), _CPU_CACHE_SHARE
+    if device.startswith("cuda"):
+        free_bytes, share = free_bytes - model.num_parameters() * dtype_bytes(dtype), _GPU_CACHE_SHARE
+    return max(1, min(wanted, int(share * free_bytes / (options.block_size * model.kv_bytes_per_token(dtype)))))
+
+
+def default_num_host_blocks(model: ModelConfig, num_gpu_blocks: int, block_size: int, device: str, dtype: str) -> int:
+    """As many blocks as on the device; beside a GPU no more than a share of the host's memory, being page-locked."""
+    if not device.startswith("cuda"):
+        return num_gpu_blocks
+    free_bytes = available_bytes(torch.device("cpu"))
+    return min(num_gpu_blocks, int(_PINNED_SHARE * free_bytes / (block_size * model.kv_bytes_per_token(dtype))))
 
 
 class NoLatency:

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 from fastserve import LLM, SamplingParams  # noqa: E402
 from fastserve.options import option_names  # noqa: E402
 from fastserve.scheduler import find_policy, list_policies  # noqa: E402
+from support.devices import NEEDS_GPU  # noqa: E402
 
 NUM_REQUESTS, NUM_TOKENS = 8, 24
 TINY_POOL = 9
@@ -70,14 +71,17 @@ SWAP_MODES = {
 SHORT_OF_CACHE = [(policy, swap) for policy, modes in SWAP_MODES.items() for swap in modes]
 
 
-def generate(directory: Path, policy: str, options: dict, **sizes: int) -> tuple[list[list[int]], dict[str, int]]:
+def generate(
+    directory: Path, policy: str, options: dict, device: str = "cpu", **sizes: int
+) -> tuple[list[list[int]], dict[str, int]]:
     arguments = {"num_gpu_blocks": TINY_POOL, "num_host_blocks": 100, "max_batch_size": 4} | sizes
     known = option_names(find_policy(policy).Options)
     options = {name: value for name, value in IMPATIENT.items() if name in known} | options
     # A profile, so that decisions are those of the same latencies every time.
     with LLM(
-        directory, policy=policy, policy_options=options, profile="a100-80g/opt-13b-tp1", block_size=16, **arguments
-    ) as llm:
+        directory, policy=policy, policy_options=options, profile="a100-80g/opt-13b-tp1", block_size=16, device=device,
+        **arguments,
+    ) as llm:  # fmt: skip
         params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
         outputs = llm.generate(prompt_token_ids=prompts(), sampling_params=params)
         llm.engine.kv.check_invariants()
@@ -99,14 +103,27 @@ def test_i6_undisturbed(reference: tuple[Path, list[list[int]]], policy: str) ->
     assert counts["swap_out_bytes"] == counts["recomputed_tokens"] == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize(("policy", "swap"), SHORT_OF_CACHE)
-def test_i6_short_of_cache(reference: tuple[Path, list[list[int]]], policy: str, swap: str) -> None:
+def test_i6_short_of_cache(reference: tuple[Path, list[list[int]]], policy: str, swap: str, device: str) -> None:
+    check_short_of_cache(reference, policy, swap, device)
+
+
+def test_i6_with_kernels_and_decodes_as_on_a_gpu(
+    reference: tuple[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, by Triton's interpreter: the same but for graphs and streams."""
+    monkeypatch.setenv("FASTSERVE_KERNELS", "triton")
+    check_short_of_cache(reference, "fastserve", "proactive", "cpu")
+
+
+def check_short_of_cache(reference: tuple[Path, list[list[int]]], policy: str, swap: str, device: str) -> None:
     directory, expected = reference
     options = {"chunk_tokens": CHUNK} if policy == "vllm-chunked" else {}
     # With a pool as tiny as the others', the artifact finds hardly anyone to move, and is left to drop.
     blocks = 16 if (policy, swap) == ("fastserve-artifact", "proactive") else TINY_POOL
     tokens, counts = generate(
-        directory, policy, options if swap == "as it is" else {"swap": swap}, num_gpu_blocks=blocks
+        directory, policy, options if swap == "as it is" else {"swap": swap}, device, num_gpu_blocks=blocks
     )
     assert tokens == expected
     assert (counts["swap_out_bytes"] > 0) == (swap in ("proactive", "reactive"))

@@ -24,6 +24,7 @@ ORDER = [
     {"worker"},
     {"executor.local"},
     {"llm"},
+    {"profiling"},
     {"cli"},
 ]
 TORCH_FREE = ["simulation", "engine", "timeline", "scheduler", "kvcache", "latency", "executor.simulated"]

@@ -1,7 +1,9 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,12 +14,23 @@ from fastserve.latency import (
     FittedLatency,
     HostLink,
     PipelinedLatency,
+    PrefillCurve,
     PrefillFit,
     StageLink,
     list_profiles,
     load_profile,
 )
-from fastserve.latency.profiler import Grid, Measurement, fit, measure, residuals
+from fastserve.latency.profiler import (
+    Grid,
+    Measurement,
+    Shape,
+    fit,
+    measure,
+    overhead_by_batch,
+    residuals,
+    times_between,
+    with_overhead,
+)
 
 
 def test_opt_13b_takes_what_the_published_coefficients_say() -> None:
@@ -85,6 +98,104 @@ def test_the_fit_is_never_negative_and_reports_what_it_misses() -> None:
     fitted = fit(measurements)
     assert min(fitted.prefill.constant, fitted.prefill.per_token, fitted.prefill.per_token_squared) >= 0
     assert residuals(fitted, measurements)["prefill"]["max_relative_error"] > 0.05
+
+
+CURVE = PrefillCurve((8, 64, 128, 192, 256), (0.006, 0.006, 0.007, 0.010, 0.013), 1e-9)
+
+
+def test_a_curve_is_linear_between_its_points_and_goes_on_after_them() -> None:
+    for num_tokens, seconds in zip(CURVE.num_tokens, CURVE.seconds, strict=True):
+        assert CURVE.of_tokens(num_tokens) == seconds
+    assert CURVE.of_tokens(1) == 0.006
+    assert CURVE.of_tokens(96) == pytest.approx(0.0065)
+    # After the last point as from 128 to 256.
+    assert CURVE.of_tokens(512) == pytest.approx(0.013 + 256 * 0.006 / 128)
+    assert PrefillCurve((8,), (0.006,), 0.0).of_tokens(9) == 0.006
+
+
+def test_by_a_curve_a_mixed_iteration_is_of_the_tokens_of_both() -> None:
+    latency = FittedLatency(CURVE, (DecodeFit(0.005, 1e-6, 1e-4),))
+    expected = CURVE.of_tokens(60 + 4) + 1e-9 * (20 * 20 + 40 * 40) + 1e-6 * 400
+    assert latency.iteration_time([20, 40], [100] * 4) == pytest.approx(expected)
+    chunk = CURVE.of_tokens(60) + 1e-9 * (60 * 60 + 2 * 60 * 100)
+    assert latency.iteration_time([60], [], [100]) == pytest.approx(chunk)
+    assert latency.iteration_time([], [100] * 4) == pytest.approx(0.005 + 4e-4 + 4e-4)
+
+
+def weights_then_arithmetic(prefill_lens: Sequence[int], context_lens: Sequence[int]) -> float:
+    """A GPU as it is: reading the weights hides the arithmetic of few tokens, and products are cut every 128 tokens."""
+    tokens = sum(prefill_lens) + len(context_lens)
+    pieces = -(-tokens // 128) * 128
+    attention = 3e-9 * sum(n * n for n in prefill_lens) + 2e-7 * sum(context_lens)
+    return max(6e-3, 4.3e-5 * pieces) + attention
+
+
+def test_a_dense_grid_follows_a_gpu_where_a_line_cannot() -> None:
+    grid = Grid.dense(2048, 64, 2048, (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64))
+    measurements = measure(weights_then_arithmetic, grid.shapes, repeats=1)
+    curve, line = fit(measurements, by_batch_size=True, curve=True), fit(measurements)
+    others: list[Shape] = [((length,), ()) for length in range(20, 2040, 37)]
+    others += [((length // 3, length // 2), ()) for length in range(20, 2040, 61)]
+    others += [((), (700,) * size) for size in range(1, 65)]
+    others += [((length,), (300,) * size) for length in (40, 200, 900) for size in (3, 30)]
+    errors = {
+        name: np.array([abs(latency.iteration_time(*s) / weights_then_arithmetic(*s) - 1) for s in others])
+        for name, latency in (("curve", curve), ("line", line))
+    }
+    # Every point of the grid, and most between them: next to a step the curve cuts its corner.
+    assert residuals(curve, measurements)["prefill"]["max_relative_error"] < 1e-6
+    assert np.median(errors["curve"]) < 0.005
+    assert np.mean(errors["curve"]) < 0.02
+    assert np.mean(errors["curve"]) < np.mean(errors["line"]) / 3
+    assert np.max(errors["line"]) > 0.2
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize(
+    ("max_model_len", "max_batch_size", "token_budget"), [(2048, 64, 2048), (40, 3, 2048), (9, 1, 4)]
+)
+def test_a_dense_grid_stays_within_model_budget_and_batch(
+    max_model_len: int, max_batch_size: int, token_budget: int, quick: bool
+) -> None:
+    sizes = (1, 2, 200)
+    shapes = Grid.dense(max_model_len, max_batch_size, token_budget, sizes, quick=quick).shapes
+    assert len(set(shapes)) == len(shapes)
+    for prompts, contexts in shapes:
+        assert all(1 <= n < max_model_len for n in prompts)
+        assert all(2 <= n < max_model_len for n in contexts)
+        assert sum(prompts) <= token_budget
+        assert len(contexts) <= max_batch_size
+    assert max(len(contexts) for _, contexts in shapes) == max_batch_size
+    assert max(sum(prompts) for prompts, _ in shapes) == min(token_budget, max_model_len - 1)
+
+
+def test_an_engines_own_time_is_a_line_over_the_batch_that_no_outlier_moves() -> None:
+    sizes = [size for size in range(1, 33) for _ in range(3)]
+    gaps = [50e-6 + 2e-6 * size for size in sizes]
+    gaps[5] = gaps[40] = 0.1
+    starts = np.cumsum([0.0, *(0.01 + gap for gap in gaps)])
+    between = times_between(starts, starts + 0.01)
+    seconds, per_request = overhead_by_batch(between, sizes)
+    assert (seconds, per_request) == pytest.approx((50e-6, 2e-6))
+    assert overhead_by_batch([3e-6, 5e-6, 4e-6], [8, 8, 8]) == pytest.approx((4e-6, 0.0))
+    latency = with_overhead(FittedLatency(CURVE, (DecodeFit(0.005, 1e-6, 1e-4),)), seconds, per_request)
+    assert latency.iteration_time([64], []) == pytest.approx(0.006 + 64 * 64e-9 + 50e-6)
+    assert latency.iteration_time([], [10] * 4) == pytest.approx(0.005 + 40e-6 + 4e-4 + 50e-6 + 8e-6)
+
+
+def test_a_profile_with_a_curve_is_written_and_read(tmp_path: Path) -> None:
+    plain = load_profile("a100-80g/opt-13b-tp1")
+    curved = replace(plain, stage=replace(plain.stage, prefill=CURVE))
+    curved.save(tmp_path / "curve.json")
+    assert load_profile(str(tmp_path / "curve.json")).stage == curved.stage
+    data = curved.to_json()
+    # Whoever reads version 2 can read what has no curve.
+    assert (plain.to_json()["format_version"], data["format_version"]) == (2, 3)
+    for points in ([], [[8, 0.1], [8, 0.2]]):
+        data["coefficients"]["prefill"]["curve"] = points
+        (tmp_path / "bad.json").write_text(json.dumps(data))
+        with pytest.raises(ConfigError, match=r"prefill\.curve must have points, of ascending numbers"):
+            load_profile(str(tmp_path / "bad.json"))
 
 
 def test_a_transfer_takes_latency_and_bytes_over_bandwidth() -> None:

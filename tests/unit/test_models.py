@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +14,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from fastserve.clock import WallClock
 from fastserve.config import ModelConfig
 from fastserve.errors import ConfigError
+from fastserve.kvcache import Direction
 from fastserve.models import SequenceInput, build_model, load_config
 from fastserve.presets import preset
 from fastserve.worker import Worker
+from fastserve.worker.copier import make_copier
 
 GREEDY = SimpleNamespace(temperature=0.0, top_p=1.0, top_k=0, seed=None)
 PROMPTS = [list(range(5, 5 + n)) for n in (1, 3, 8, 21, 40)]
@@ -97,6 +100,14 @@ def worker_of(directory: Path, **options: Any) -> Worker:
     return Worker(load_config(directory), **fields | options)
 
 
+def move(worker: Worker, direction: Direction, source: Sequence[int], destination: Sequence[int]) -> None:
+    """Copy blocks between the worker's pools, and wait for it."""
+    copier = make_copier(worker.gpu_cache, worker.host_cache, WallClock())
+    copier.start(direction, source, destination, None)
+    copier.close()
+    copier.finished()
+
+
 def generate(worker: Worker, chunk: int = 1000, swap: bool = False) -> list[list[int]]:
     """Run PROMPTS together, prefilled in chunks; with `swap`, each moves by way of the host now and then."""
     free = list(range(len(PROMPTS) * BLOCKS_EACH, 64))
@@ -109,10 +120,10 @@ def generate(worker: Worker, chunk: int = 1000, swap: bool = False) -> list[list
         if swap and running and step % 3 == 0:
             row = running[step % len(running)]
             host = list(range(40, 40 + BLOCKS_EACH))
-            worker.copy_out(tables[row], host)
+            move(worker, Direction.OUT, tables[row], host)
             worker.gpu_cache[tables[row]] = torch.nan
             tables[row], free = free[:BLOCKS_EACH], free[BLOCKS_EACH:] + tables[row]
-            worker.copy_in(host, tables[row])
+            move(worker, Direction.IN, host, tables[row])
         inputs = [SequenceInput(tokens[i][computed[i] : computed[i] + chunk], computed[i], tables[i]) for i in running]
         results = worker.execute(inputs, [GREEDY] * len(inputs)) if inputs else []
         for i, sequence, token in zip(running, inputs, results, strict=True):
@@ -186,10 +197,10 @@ def test_blocks_can_be_copied_while_others_are_computed() -> None:
 
     def shuttle() -> None:
         while not stop.is_set():
-            worker.copy_out(spare, range(16))
-            worker.copy_in(range(16), spare[::-1])
-            worker.copy_out(spare[::-1], range(16))
-            worker.copy_in(range(16), spare)
+            move(worker, Direction.OUT, spare, range(16))
+            move(worker, Direction.IN, range(16), spare[::-1])
+            move(worker, Direction.OUT, spare[::-1], range(16))
+            move(worker, Direction.IN, range(16), spare)
 
     thread = threading.Thread(target=shuttle)
     thread.start()

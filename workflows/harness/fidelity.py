@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fastserve.clock import WallClock
@@ -31,7 +32,7 @@ from fastserve.engine import Engine, Observer
 from fastserve.errors import ConfigError
 from fastserve.files import written_whole
 from fastserve.latency import HostLink, Profile
-from fastserve.latency.profiler import Measurement, Shape, fit, residuals, with_overhead
+from fastserve.latency.profiler import Measurement, Shape, fit, residuals, times_between, with_overhead
 from fastserve.scheduler import Iteration
 from harness.points import write_csv
 from harness.runner import RunConfig, resolve_settings, run
@@ -52,7 +53,7 @@ RUNS_PER_PROFILER = 3
 DECODES_IN_A_ROW = 4
 """Decodes that the profiler times before an iteration with a prompt: a decode among prompts is not what engines run."""
 _CALIBRATION_REQUESTS = 24
-_AT_ONCE = 1e6
+AT_ONCE = 1e6
 """A rate (requests/s) at which all requests arrive together."""
 
 
@@ -83,7 +84,7 @@ def measure_fidelity(config: Mapping[str, Any], out: Path) -> pd.DataFrame:
     with shared_models():
         pairs = _measure(experiment, out)
     for pair in pairs:
-        run(_simulated(pair.config, pair.folder / "profile.json"), pair.folder / "sim")
+        run(simulated(pair.config, pair.folder / "profile.json"), pair.folder / "sim")
     table = pd.DataFrame([pair.row() for pair in pairs])
     write_csv(table, out / "points.csv")
     return table
@@ -100,12 +101,16 @@ def _measure(experiment: _Experiment, out: Path) -> list[_Pair]:
     overhead_s = {}
     for series in experiment.series:
         folder = out / "calibration" / series["name"]
-        run(replace(_of_series(first, series), rate=_AT_ONCE, num_requests=_CALIBRATION_REQUESTS), folder)
+        run(replace(_of_series(first, series), rate=AT_ONCE, num_requests=_CALIBRATION_REQUESTS), folder)
         overhead_s[series["name"]] = time_between_iterations(folder)
 
     pairs = []
     for point in experiment.points:
-        rate = experiment.service_rate(first, point["num_requests"], out / "calibration" / "service-rate")
+        rate = service_rate(
+            simulated(_of_series(first, experiment.series[0]), out / "profile.json"),
+            point["num_requests"],
+            out / "calibration" / "service-rate",
+        )
         for series in experiment.series:
             at_load = replace(
                 _of_series(first, series),
@@ -130,10 +135,46 @@ def verdict(table: pd.DataFrame, bound: float = 0.1) -> pd.Series:
     return (table[[f"error_{metric}" for metric in JUDGED]].abs() <= bound).all(axis=1)
 
 
+def simulated(config: RunConfig, profile: Path) -> RunConfig:
+    """The same run of the simulator, on the iteration times of `profile`."""
+    return RunConfig(
+        backend="sim",
+        policy=config.policy,
+        trace=config.trace,
+        arrivals=config.arrivals,
+        rate=config.rate,
+        num_requests=config.num_requests,
+        seed=config.seed,
+        profile=str(profile),
+        tokenizer=config.tokenizer,
+        settings=config.settings,
+    )
+
+
+def service_rate(simulation: RunConfig, num_requests: int, folder: Path) -> float:
+    """Requests/s at which the simulator completes so many requests that are all there at 0 s; `folder` has the run."""
+    summary = run(replace(simulation, rate=AT_ONCE, num_requests=num_requests), folder)
+    return num_requests / float(summary["duration_s"])
+
+
+def compared(real: Path, sim: Path, metrics: Sequence[str], counts: Sequence[str]) -> dict[str, Any]:
+    """Of two runs' folders, the columns real_, sim_ and error_ = (sim - real) / real of each metric, and the first two
+    of each count. An error is None where a run has no value, since no request finished."""
+    measured, expected = (json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (real, sim))
+    row: dict[str, Any] = {}
+    for metric in metrics:
+        row |= {f"real_{metric}": measured[metric], f"sim_{metric}": expected[metric]}
+        known = measured[metric] and expected[metric] is not None
+        row[f"error_{metric}"] = expected[metric] / measured[metric] - 1 if known else None
+    for count in counts:
+        row |= {f"real_{count}": measured[count], f"sim_{count}": expected[count]}
+    return row
+
+
 def time_between_iterations(folder: Path) -> float:
     """Median seconds from the end of an iteration to the start of the next, in a run that never idles."""
     iterations = pd.read_parquet(folder / "iterations.parquet", columns=["start_s", "end_s"])
-    return float((iterations["start_s"].shift(-1) - iterations["end_s"]).median())
+    return float(np.median(times_between(iterations["start_s"].tolist(), iterations["end_s"].tolist())))
 
 
 # -- what is run -----------------------------------------------------------------------------------------------------
@@ -191,15 +232,6 @@ class _Experiment:
         shapes += [((length,), (contexts[0],) * size) for length in prompts[1:4] for size in {1, most - 1} if size]
         return shapes
 
-    def service_rate(self, config: RunConfig, num_requests: int, folder: Path) -> float:
-        """Requests/s at which the simulator completes the point's requests under the first policy, all there at 0 s."""
-        assert config.profile is not None
-        first = _of_series(config, self.series[0])
-        summary = run(
-            _simulated(replace(first, rate=_AT_ONCE, num_requests=num_requests), Path(config.profile)), folder
-        )
-        return num_requests / float(summary["duration_s"])
-
 
 @dataclass(frozen=True)
 class _Pair:
@@ -212,9 +244,6 @@ class _Pair:
 
     def row(self) -> dict[str, Any]:
         """Both runs and their differences, from their files."""
-        real, sim = (
-            json.loads((self.folder / which / "summary.json").read_text(encoding="utf-8")) for which in ("real", "sim")
-        )
         row = {
             "series": self.series["name"],
             "label": self.series["label"],
@@ -224,11 +253,7 @@ class _Pair:
             "num_requests": self.config.num_requests,
             "seed": self.config.seed,
         }
-        for metric in METRICS:
-            row |= {f"real_{metric}": real[metric], f"sim_{metric}": sim[metric]}
-            row[f"error_{metric}"] = sim[metric] / real[metric] - 1
-        for count in COUNTS:
-            row |= {f"real_{count}": real[count], f"sim_{count}": sim[count]}
+        row |= compared(self.folder / "real", self.folder / "sim", METRICS, COUNTS)
         profile = json.loads((self.folder / "profile.json").read_text(encoding="utf-8"))
         row["processor_share"] = profile["provenance"]["processor_share"]
         return row | {"real_run": (self.folder / "real").as_posix(), "sim_run": (self.folder / "sim").as_posix()}
@@ -238,21 +263,6 @@ def _of_series(config: RunConfig, series: Mapping[str, Any]) -> RunConfig:
     own = dict(series.get("run", {}))
     settings = {**config.settings, **own.pop("settings", {})}
     return replace(config, policy=series["policy"], settings=settings, **own)
-
-
-def _simulated(config: RunConfig, profile: Path) -> RunConfig:
-    return RunConfig(
-        backend="sim",
-        policy=config.policy,
-        trace=config.trace,
-        arrivals=config.arrivals,
-        rate=config.rate,
-        num_requests=config.num_requests,
-        seed=config.seed,
-        profile=str(profile),
-        tokenizer=config.tokenizer,
-        settings=config.settings,
-    )
 
 
 def _write_model(architecture: Mapping[str, Any], folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""meta.json: what a run was, so that anyone can say where a figure comes from."""
+"""meta.json: what a run or a measurement was, so that anyone can say where a figure comes from."""
 
 from __future__ import annotations
 
@@ -16,24 +16,35 @@ from harness.workload import Workload
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "triton")
+COMMIT_VARIABLE = "FASTSERVE_COMMIT"
+"""Environment variable that says the commit where the code is a copy without a checkout; it wins."""
 
 
 def run_meta(config: dict[str, Any], workload: Workload, rejected: list[str]) -> dict[str, Any]:
     """Commit, versions, hardware, resolved configuration, digest of the workload, reasons of the first rejections."""
     return {
-        "commit": _commit(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": _hardware(),
+        **environment_meta(),
         "configuration": config,
         "trace": {"description": workload.description, "digest": workload.digest},
         "rejected": rejected[:20],
     }
 
 
+def environment_meta() -> dict[str, Any]:
+    """Commit, date, versions and hardware: what any measurement on this machine rests on."""
+    return {
+        "commit": _commit(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+    }
+
+
 @cache
 def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` where files differ from it; None outside a checkout."""
+    """The checkout's commit, with `-dirty` where files differ from it; None outside a checkout that nobody named."""
+    if named := os.environ.get(COMMIT_VARIABLE):
+        return named
     try:
         described = subprocess.run(
             ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--match="],

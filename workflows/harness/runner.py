@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastserve.config import EngineOptions
 from fastserve.console import Progress
@@ -21,6 +21,9 @@ from fastserve.timeline import Timeline
 from harness.meta import run_meta
 from harness.results import RunFolder, iteration_table, request_table, summarize
 from harness.workload import Workload, make_workload
+
+if TYPE_CHECKING:
+    from fastserve.worker import Worker
 
 BACKENDS = ("sim", "engine")
 
@@ -47,15 +50,24 @@ class RunConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, out: Path, timeline: Path | None = None, observer: Observer | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    out: Path,
+    timeline: Path | None = None,
+    observer: Observer | None = None,
+    worker: Worker | None = None,
+) -> dict[str, Any]:
     """Carry out the run, write its four files to the folder `out`, and return the summary.
 
     With `timeline`, a trace of the run is written to that file too; nothing else changes. Without it, `observer` is
-    told what happens.
+    told what happens. A real engine takes `worker`, if given, of the same model and with pools at least as large as the
+    run's, in place of one of its own: runs one after the other then load the model once.
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then.
     """
     options, policy_settings = resolve_settings(config.policy, config.settings)
     if config.backend == "sim":
+        if worker is not None:
+            raise ConfigError("a worker was given for --backend sim, which has none; leave it out")
         _refuse(config, "engine", model=None, device="cpu", dtype="float32", load_format="auto", torch_threads=None)
         if config.profile is None:
             raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
@@ -72,7 +84,7 @@ def run(config: RunConfig, out: Path, timeline: Path | None = None, observer: Ob
         check_writable(timeline)
         recorder = Timeline()
     with RunFolder(out) as folder:
-        jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer)
+        jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer, worker)
         metrics = [job.metrics for job in jobs]
         summary = {
             "policy": config.policy,
@@ -122,6 +134,7 @@ def _serve(
     policy_settings: dict[str, Any],
     workload: Workload,
     observer: Observer | None,
+    worker: Worker | None,
 ) -> tuple[list[Job], Engine]:
     title = f"{config.policy} on {config.backend}"
     if config.backend == "sim":
@@ -149,6 +162,7 @@ def _serve(
             device=config.device,
             dtype=config.dtype,
             profile=config.profile,
+            worker=worker,
             **asdict(options),
         ) as llm,
         Progress(title, len(workload)) as progress,

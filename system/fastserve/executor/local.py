@@ -1,23 +1,33 @@
-"""LocalExecutor: one worker in this process computes; copies between the pools run beside it, a thread each way."""
+"""LocalExecutor: one worker in this process computes; copies between the pools run beside it."""
 
 from __future__ import annotations
 
-import math
-import queue
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from fastserve.clock import Clock
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
-from fastserve.kvcache import Direction, KVCacheManager, Transfer
+from fastserve.kvcache import KVCacheManager
 from fastserve.models import SequenceInput
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler.iteration import Iteration
 from fastserve.worker import Worker
+from fastserve.worker.copier import make_copier
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """An iteration on its way."""
+
+    iteration: Iteration
+    start_s: float
+    sequences: list[SequenceInput]
+    wait: Callable[[], list[int]]
 
 
 class LocalExecutor(Executor):
-    """Computes an iteration when it is collected. Reads block tables from `kv` at submission and changes nothing.
+    """Runs iterations on a worker of this process. Reads block tables from `kv` at submission and changes nothing.
 
     Transfers need no order among themselves or with the computation: the manager gives no block away before the copy
     that involves it has been reported as finished.
@@ -28,14 +38,10 @@ class LocalExecutor(Executor):
         self._kv = kv
         self._clock = clock
         self._params: dict[str, SamplingParams] = {}
-        self._submitted: deque[tuple[float, Iteration, list[SequenceInput], list[SamplingParams]]] = deque()
-        self._copiers = {
-            direction: ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-copy-{direction.value}")
-            for direction in Direction
-        }
-        self._copied: queue.SimpleQueue[tuple[FinishedTransfer, BaseException | None]] = queue.SimpleQueue()
-        self._arrived: list[FinishedTransfer] = []
-        self._num_transfers = 0
+        self._submitted: deque[_Launched] = deque()
+        self._foreseen: tuple[tuple[Request, ...], list[SequenceInput]] | None = None
+        """Requests of the last iteration, and what they compute if the next is of the same."""
+        self._copier = make_copier(worker.gpu_cache, worker.host_cache, clock)
 
     def add_request(self, request: Request, params: SamplingParams) -> None:
         """Remember how to sample."""
@@ -46,75 +52,74 @@ class LocalExecutor(Executor):
         del self._params[request.request_id]
 
     def submit(self, iteration: Iteration) -> None:
-        """Start the copies and line up the computation."""
-        for transfer in (*iteration.swap_out, *iteration.swap_in):
-            self._num_transfers += 1
-            self._copiers[transfer.direction].submit(self._copy, transfer)
+        """Start the computation, then the copies: starting them takes time in which the device can already work."""
         if iteration.requests:
             start = self._clock.now()
-            sequences, params = [], []
-            for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
-                if not count:  # Padding takes time and computes nothing; here it does not take time either.
-                    continue
-                first = request.num_computed_tokens
-                sequences.append(
-                    SequenceInput(request.token_ids[first : first + count], first, self._kv.block_table(request))
-                )
-                params.append(self._params[request.request_id])
-            self._submitted.append((start, iteration, sequences, params))
+            sequences = self._foreseen_sequences(iteration) or self._sequences(iteration)
+            params = [
+                self._params[request.request_id]
+                for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
+                if count
+            ]
+            self._submitted.append(_Launched(iteration, start, sequences, self._worker.launch(sequences, params)))
+        self._foreseen = None
+        for transfer in (*iteration.swap_out, *iteration.swap_in):
+            self._copier.start(transfer.direction, transfer.source, transfer.destination, transfer)
 
     def collect(self) -> IterationResult:
-        """Compute the oldest iteration."""
-        start, iteration, sequences, params = self._submitted.popleft()
-        tokens = self._worker.execute(sequences, params)
+        """Wait for the oldest iteration; on a CPU, compute it."""
+        launched = self._submitted.popleft()
+        iteration = launched.iteration
+        if max(iteration.num_scheduled_tokens) == min(iteration.num_scheduled_tokens) == 1:
+            # Most decode batches run again as they are, a token further: while the device works, prepare that.
+            ahead = [SequenceInput([0], one.start + 1, one.block_table) for one in launched.sequences]
+            self._worker.prepare(ahead)
+            self._foreseen = (iteration.requests, ahead)
+        tokens = launched.wait()
         if len(tokens) < len(iteration.requests):
             computed = iter(tokens)
             tokens = [next(computed) if count else 0 for count in iteration.num_scheduled_tokens]
-        return IterationResult(tokens, start, self._clock.now())
+        return IterationResult(tokens, launched.start_s, self._clock.now())
+
+    def _sequences(self, iteration: Iteration) -> list[SequenceInput]:
+        """What the worker is to compute."""
+        sequences = []
+        for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
+            if count:  # Padding takes time and computes nothing; here it does not take time either.
+                first = request.num_computed_tokens
+                tokens = request.token_ids[first : first + count]
+                sequences.append(SequenceInput(tokens, first, self._kv.block_table(request)))
+        return sequences
+
+    def _foreseen_sequences(self, iteration: Iteration) -> list[SequenceInput] | None:
+        """The sequences prepared while the last iteration ran, if they are what this one needs."""
+        if self._foreseen is None or self._foreseen[0] != iteration.requests:
+            return None
+        sequences = self._foreseen[1]
+        for request, count, one in zip(iteration.requests, iteration.num_scheduled_tokens, sequences, strict=True):
+            if count != 1 or one.start != request.num_computed_tokens:
+                return None
+            if one.block_table is not self._kv.block_table(request):  # It was away in between.
+                return None
+            one.token_ids[0] = request.token_ids[one.start]
+        return sequences
 
     def wait(self, until: float) -> None:
         """Wait for the next copy to end; without one, sleep."""
-        if self._arrived:
-            return
-        if not self._num_transfers:
+        if self._copier.num_in_flight:
+            self._copier.wait(until)
+        else:
             self._clock.sleep_until(until)
-            return
-        timeout = None if math.isinf(until) else max(0.0, until - self._clock.now())
-        try:
-            self._take(self._copied.get(timeout=timeout))
-        except queue.Empty:
-            return
 
     def finished_transfers(self) -> list[FinishedTransfer]:
         """Copies that have ended; raises what a failed one raised."""
-        while not self._copied.empty():
-            self._take(self._copied.get())
-        arrived, self._arrived = self._arrived, []
-        self._num_transfers -= len(arrived)
-        return arrived
+        return [FinishedTransfer(*copy) for copy in self._copier.finished()]
 
     @property
     def num_transfers_in_flight(self) -> int:
         """Copies not yet reported as finished."""
-        return self._num_transfers
+        return self._copier.num_in_flight
 
     def close(self) -> None:
-        """Stop the copying threads."""
-        for copier in self._copiers.values():
-            copier.shutdown()
-
-    def _copy(self, transfer: Transfer) -> None:
-        copy = self._worker.copy_out if transfer.direction is Direction.OUT else self._worker.copy_in
-        start = self._clock.now()
-        error: BaseException | None = None
-        try:
-            copy(transfer.source, transfer.destination)
-        except BaseException as caught:
-            error = caught
-        self._copied.put((FinishedTransfer(transfer, start, self._clock.now()), error))
-
-    def _take(self, copied: tuple[FinishedTransfer, BaseException | None]) -> None:
-        finished, error = copied
-        if error is not None:
-            raise error
-        self._arrived.append(finished)
+        """Wait for the copies and give back what they ran on."""
+        self._copier.close()

@@ -1,7 +1,7 @@
 """How long will an iteration take? Fitted models, the profiles that store them, and the profiler that measures them."""
 
 from fastserve.latency.base import LatencyModel, decode_times
-from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 from fastserve.latency.pipelined import PipelinedLatency, StageLink
 from fastserve.latency.profile import HostLink, Profile, list_profiles, load_profile
 
@@ -11,6 +11,7 @@ __all__ = [
     "HostLink",
     "LatencyModel",
     "PipelinedLatency",
+    "PrefillCurve",
     "PrefillFit",
     "Profile",
     "StageLink",

@@ -1,9 +1,10 @@
-"""Iteration time as a linear model of what the iteration computes, fitted to measurements."""
+"""Iteration time as a function of what the iteration computes, fitted to measurements."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +17,44 @@ class PrefillFit:
     per_token: float
     per_token_squared: float
 
+    def plus(self, seconds: float) -> PrefillFit:
+        """The same, with so much more for every iteration."""
+        return replace(self, constant=self.constant + seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCurve:
+    """A measured curve over the number of tokens, `+ per_token_squared * sum(len^2)`, in seconds.
+
+    On a GPU the time of the matrix products is no line: while they wait for the weights it is nearly flat, then it
+    rises in the steps in which they cut their work. The curve is linear between its points, as its first one before
+    them, and goes on after the last as the line from half as many tokens to the last.
+    """
+
+    num_tokens: tuple[int, ...]
+    """Ascending, at least one."""
+    seconds: tuple[float, ...]
+    """At each of them, without the attention that `per_token_squared` prices."""
+    per_token_squared: float
+
+    def plus(self, seconds: float) -> PrefillCurve:
+        """The same, with so much more for every iteration."""
+        return replace(self, seconds=tuple(value + seconds for value in self.seconds))
+
+    def of_tokens(self, num_tokens: int) -> float:
+        """Seconds for so many tokens, without attention."""
+        known, seconds = self.num_tokens, self.seconds
+        right = bisect_left(known, num_tokens)
+        if not right:
+            return seconds[0]
+        left = right - 1
+        if right == len(known):  # A step between the last two points says little about those to come.
+            if not left:
+                return seconds[0]
+            right, left = left, min(bisect_left(known, known[left] / 2), left - 1)
+        slope = (seconds[right] - seconds[left]) / (known[right] - known[left])
+        return seconds[right] + slope * (num_tokens - known[right])
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeFit:
@@ -27,16 +66,21 @@ class DecodeFit:
     max_batch_size: int | None = None
     """Largest batch this fit is for; None is without bound."""
 
+    def plus(self, seconds: float, per_request: float = 0.0) -> DecodeFit:
+        """The same, with so much more for every iteration and for every request of it."""
+        return replace(self, constant=self.constant + seconds, per_request=self.per_request + per_request)
+
 
 @dataclass(frozen=True, slots=True)
 class FittedLatency:
     """LatencyModel from a prefill fit and decode fits by batch size (ascending, the last one unbounded).
 
-    An iteration that mixes prompts and decode tokens reads the weights once, so it pays the larger of the two
-    constants and the sum of everything else. The source fits measured only pure iterations; this is our assumption.
+    An iteration that mixes prompts and decode tokens reads the weights once. By a line (`PrefillFit`) it pays the
+    larger of the two constants and the sum of everything else; by a curve, the time of the tokens of both, and of the
+    attention of both. The source fits measured only pure iterations; this is our assumption.
     """
 
-    prefill: PrefillFit
+    prefill: PrefillFit | PrefillCurve
     decode: tuple[DecodeFit, ...]
 
     def iteration_time(
@@ -55,12 +99,16 @@ class FittedLatency:
             work = fit.per_context_token * sum(decode_context_lens) + fit.per_request * batch
         if prefill_lens:
             prefill = self.prefill
-            if prefill.constant > constant:
-                constant = prefill.constant
             pairs = sum([length * length for length in prefill_lens])
             if prefix_lens:
                 pairs += 2 * sum([length * prefix for length, prefix in zip(prefill_lens, prefix_lens, strict=True)])
-            work += prefill.per_token * sum(prefill_lens)
+            if isinstance(prefill, PrefillCurve):
+                constant = prefill.of_tokens(sum(prefill_lens) + len(decode_context_lens))
+                work = fit.per_context_token * sum(decode_context_lens) if decode_context_lens else 0.0
+            else:
+                if prefill.constant > constant:
+                    constant = prefill.constant
+                work += prefill.per_token * sum(prefill_lens)
             work += prefill.per_token_squared * pairs
         return constant + work
 

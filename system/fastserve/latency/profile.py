@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.files import written_whole
 from fastserve.latency.base import LatencyModel
-from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 from fastserve.latency.pipelined import PipelinedLatency, StageLink
 
-FORMAT_VERSION = 2
-"""Version 1 had no `stage_link` and one stage only; its files are still read."""
+FORMAT_VERSION = 3
+"""Version 1 had no `stage_link` and one stage only, version 2 no `curve`; their files are still read. What has no curve
+is written as version 2."""
 _SHIPPED = Path(__file__).parent / "profiles"
 
 
@@ -77,7 +79,7 @@ class Profile:
         """The file's content."""
         prefill = self.stage.prefill
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if isinstance(prefill, PrefillCurve) else 2,
             "model": self.model,
             "hardware": self.hardware,
             "engine": self.engine,
@@ -86,11 +88,7 @@ class Profile:
             "pipeline_parallel_size": self.pipeline_parallel_size,
             "coefficients": {
                 "unit": "seconds",
-                "prefill": {
-                    "constant": prefill.constant,
-                    "per_token": prefill.per_token,
-                    "per_token_squared": prefill.per_token_squared,
-                },
+                "prefill": _curve_to_json(prefill) if isinstance(prefill, PrefillCurve) else asdict(prefill),
                 "decode": [
                     {
                         "max_batch_size": fit.max_batch_size,
@@ -133,12 +131,12 @@ def load_profile(name: str) -> Profile:
 
 
 def _parse(name: str, data: dict[str, Any]) -> Profile:
-    if data["format_version"] not in (1, FORMAT_VERSION):
-        raise ConfigError(f"profile {name}: format_version {data['format_version']!r}, expected 1 or {FORMAT_VERSION}")
+    if data["format_version"] not in range(1, FORMAT_VERSION + 1):
+        raise ConfigError(f"profile {name}: format_version {data['format_version']!r}, expected 1 to {FORMAT_VERSION}")
     fits = data["coefficients"]
-    prefill, decode = fits["prefill"], fits["decode"]
+    decode = fits["decode"]
     stage = FittedLatency(
-        PrefillFit(float(prefill["constant"]), float(prefill["per_token"]), float(prefill["per_token_squared"])),
+        _parse_prefill(name, fits["prefill"]),
         tuple(
             DecodeFit(
                 float(fit["constant"]),
@@ -170,3 +168,19 @@ def _parse(name: str, data: dict[str, Any]) -> Profile:
         provenance=data["provenance"],
         stage_link=StageLink(**data["stage_link"]) if data.get("stage_link") else None,
     )
+
+
+def _curve_to_json(curve: PrefillCurve) -> dict[str, Any]:
+    points = [list(point) for point in zip(curve.num_tokens, curve.seconds, strict=True)]
+    return {"curve": points, "per_token_squared": curve.per_token_squared}
+
+
+def _parse_prefill(name: str, prefill: dict[str, Any]) -> PrefillFit | PrefillCurve:
+    per_token_squared = float(prefill["per_token_squared"])
+    if "curve" not in prefill:
+        return PrefillFit(float(prefill["constant"]), float(prefill["per_token"]), per_token_squared)
+    points = [(int(num_tokens), float(seconds)) for num_tokens, seconds in prefill["curve"]]
+    num_tokens = tuple(point[0] for point in points)
+    if not points or any(left >= right for left, right in pairwise(num_tokens)):
+        raise ConfigError(f"profile {name}: prefill.curve must have points, of ascending numbers of tokens")
+    return PrefillCurve(num_tokens, tuple(point[1] for point in points), per_token_squared)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 """Prompt lengths and decode context lengths of one iteration."""
@@ -29,8 +29,13 @@ class Grid:
     """What to measure: prompts alone and several at once, decode batches at several contexts, and a few mixtures."""
 
     prefill_lens: tuple[int, ...]
+    """Tokens of an iteration with prompts."""
+    divided_lens: tuple[int, ...]
+    """Those of them that are measured as four equal prompts as well."""
     batch_sizes: tuple[int, ...]
     context_lens: tuple[int, ...]
+    mixed_lens: tuple[int, ...]
+    """Prompts that run together with the largest decode batch."""
 
     @classmethod
     def for_model(cls, max_model_len: int, max_batch_size: int, *, quick: bool = False) -> Grid:
@@ -39,19 +44,62 @@ class Grid:
         lengths = [length for length in (16, 32, 64, 128, 256, 512, 1024, 2048) if length < longest]
         batches = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < max_batch_size]
         step = 2 if quick else 1
+        prefill_lens = (*lengths[::step], longest)
         return cls(
-            (*lengths[::step], longest), (*batches[:: 2 * step], max_batch_size), (*lengths[1 :: 2 * step], longest)
+            prefill_lens,
+            tuple(length for length in prefill_lens if length >= 16),
+            (*batches[:: 2 * step], max_batch_size),
+            (*lengths[1 :: 2 * step], longest),
+            (prefill_lens[len(prefill_lens) // 2],),
+        )
+
+    @classmethod
+    def dense(
+        cls,
+        max_model_len: int,
+        max_batch_size: int,
+        token_budget: int,
+        graph_sizes: Sequence[int] = (),
+        *,
+        quick: bool = False,
+    ) -> Grid:
+        """For fits that follow a GPU's steps (`fit(by_batch_size=True, curve=True)`).
+
+        Matrix products are cut in pieces, so prompts are measured a little below and above every multiple of 64 tokens
+        up to the token budget, at lengths for which a decode batch has no kernels of its own. Decodes up to the model's
+        context, of every batch up to 8, then of every 4, and of `graph_sizes`. `quick` takes steps four times as long.
+        """
+        longest = min(max_model_len - 1, token_budget)
+        step = 256 if quick else 64
+        below = range(step - 1, longest, step)
+        lengths = {5, 13, 21, 37, 51, 95, *below, *(length + 8 for length in below), longest}
+        sizes = {*range(1, min(8, max_batch_size)), *range(8, max_batch_size, 16 if quick else 4), max_batch_size}
+        sizes |= {size for size in graph_sizes if size <= max_batch_size}
+        last = max_model_len - 1
+        return cls(
+            tuple(sorted(length for length in lengths if length <= longest)),
+            tuple(sorted({length for length in (*below[::4], longest) if length >= 16})),
+            tuple(sorted(sizes)),
+            tuple(sorted({max(2, last // 16), max(2, last // 4), max(2, last // 2), last})),
+            tuple(sorted({max(1, longest // share) for share in (16, 8, 4, 2)})),
         )
 
     @property
     def shapes(self) -> list[Shape]:
         """Iterations to time."""
         prefills: list[Shape] = [((length,), ()) for length in self.prefill_lens]
-        prefills += [((length // 4,) * 4, ()) for length in self.prefill_lens if length >= 16]
+        prefills += [(_in_four(length), ()) for length in self.divided_lens]
         decodes: list[Shape] = [((), (length,) * size) for size in self.batch_sizes for length in self.context_lens]
-        middle, batch = self.prefill_lens[len(self.prefill_lens) // 2], self.batch_sizes[-1]
-        mixed: list[Shape] = [((middle,), (context,) * batch) for context in self.context_lens]
+        batch = self.batch_sizes[-1]
+        mixed: list[Shape] = [
+            ((length,), (context,) * batch) for length in self.mixed_lens for context in self.context_lens
+        ]
         return prefills + decodes + mixed
+
+
+def _in_four(length: int) -> tuple[int, ...]:
+    """Four prompts of `length` tokens in all, as equal as can be."""
+    return tuple(length // 4 + (i < length % 4) for i in range(4))
 
 
 def measure(
@@ -78,20 +126,16 @@ def measure(
     ]
 
 
-def fit(measurements: Sequence[Measurement], *, by_batch_size: bool = False) -> FittedLatency:
+def fit(measurements: Sequence[Measurement], *, by_batch_size: bool = False, curve: bool = False) -> FittedLatency:
     """Least squares on relative errors, coefficients of at least 0, prefill and decode apart; mixtures are not used.
 
     With `by_batch_size` each batch size that was measured has a decode fit of its own, up to the time of a request
-    more, which is common to all. It serves the sizes since the one before as well, the last one all beyond.
+    more, which is common to all. It serves the sizes since the one before as well, the last one all beyond. With
+    `curve` prefill is a curve through every number of tokens that was measured.
     """
     prefill = [m for m in measurements if not m.context_lens]
     decode = [m for m in measurements if not m.prefill_lens]
-    prefill_fit = PrefillFit(
-        *_non_negative_fit(
-            [(1, sum(m.prefill_lens), sum(n * n for n in m.prefill_lens)) for m in prefill],
-            [m.seconds for m in prefill],
-        )
-    )
+    prefill_fit = _curve(prefill) if curve else _line(prefill)
     constant, per_context_token, per_request = _non_negative_fit(
         [(1, sum(m.context_lens), len(m.context_lens)) for m in decode], [m.seconds for m in decode]
     )
@@ -104,6 +148,23 @@ def fit(measurements: Sequence[Measurement], *, by_batch_size: bool = False) -> 
     )
 
 
+def _line(prefill: Sequence[Measurement]) -> PrefillFit:
+    rows = [(1, sum(m.prefill_lens), _pairs(m)) for m in prefill]
+    return PrefillFit(*_non_negative_fit(rows, [m.seconds for m in prefill]))
+
+
+def _curve(prefill: Sequence[Measurement]) -> PrefillCurve:
+    """An unknown for each number of tokens, and one for attention, which tells one prompt from several of as many."""
+    numbers = sorted({sum(m.prefill_lens) for m in prefill})
+    rows = [(*(float(sum(m.prefill_lens) == number) for number in numbers), _pairs(m)) for m in prefill]
+    *seconds, per_token_squared = _non_negative_fit(rows, [m.seconds for m in prefill])
+    return PrefillCurve(tuple(numbers), tuple(seconds), per_token_squared)
+
+
+def _pairs(m: Measurement) -> int:
+    return sum(length * length for length in m.prefill_lens)
+
+
 def _fit_of_size(
     size: int, measurements: Sequence[Measurement], per_request: float, max_batch_size: int | None
 ) -> DecodeFit:
@@ -112,10 +173,30 @@ def _fit_of_size(
     return DecodeFit(constant - per_request * size, per_context_token, per_request, max_batch_size)
 
 
-def with_overhead(latency: FittedLatency, seconds: float) -> FittedLatency:
-    """The same with so many seconds more for every iteration, such as an engine takes from one to the next."""
-    prefill = replace(latency.prefill, constant=latency.prefill.constant + seconds)
-    return FittedLatency(prefill, tuple(replace(fit, constant=fit.constant + seconds) for fit in latency.decode))
+def with_overhead(latency: FittedLatency, seconds: float, per_request: float = 0.0) -> FittedLatency:
+    """The same with so many seconds more for every iteration, and for every request of a decode iteration, such as an
+    engine takes from one iteration to the next."""
+    return FittedLatency(latency.prefill.plus(seconds), tuple(fit.plus(seconds, per_request) for fit in latency.decode))
+
+
+def times_between(start_s: Sequence[float], end_s: Sequence[float]) -> np.ndarray:
+    """Seconds from the end of each iteration to the start of the next, of a run that never idles."""
+    return np.asarray(start_s, dtype=float)[1:] - np.asarray(end_s, dtype=float)[:-1]
+
+
+def overhead_by_batch(between_s: Sequence[float] | np.ndarray, batch_sizes: Sequence[int]) -> tuple[float, float]:
+    """Seconds, and seconds a request, of an engine between two iterations: the Theil-Sen line, neither below 0.
+
+    Robust, since a few of the gaps have the operating system in them. `batch_sizes` are of the iterations before.
+    """
+    gaps, sizes = np.asarray(between_s, dtype=float), np.asarray(batch_sizes)
+    if len(set(batch_sizes)) < 2:
+        return max(0.0, float(np.median(gaps))), 0.0
+    from scipy.stats import theilslopes
+
+    per_request = max(0.0, float(theilslopes(gaps, sizes).slope))
+    seconds = float(np.median(gaps - per_request * sizes))
+    return (seconds, per_request) if seconds >= 0 else (0.0, float(np.median(gaps / sizes)))
 
 
 def residuals(latency: FittedLatency, measurements: Sequence[Measurement]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def transfer(
     )
     slowdown = source.bandwidth_bytes_per_s / target.bandwidth_bytes_per_s
     return FittedLatency(
-        replace(measured.prefill, constant=measured.prefill.constant + added),
+        measured.prefill.plus(added),
         tuple(
             replace(fit, constant=fit.constant + added, per_context_token=fit.per_context_token * slowdown)
             for fit in measured.decode

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fastserve.kernels import AttentionMetadata
+from fastserve.kernels import AttentionMetadata, kernels_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class ForwardBatch:
     attention: AttentionMetadata
     order: list[int]
     """`order[row]` is the caller's index of the request in that row of the batch."""
+    on_host: Tensor | None = None
+    """What a GPU may still be reading the inputs from: kept for as long as the batch is."""
 
     @property
     def num_requests(self) -> int:
@@ -58,7 +60,7 @@ class ForwardBatch:
 
     @classmethod
     def build(cls, sequences: Sequence[SequenceInput], block_size: int, device: torch.device | str) -> ForwardBatch:
-        """Lay out `sequences` as a batch, with one transfer to the device.
+        """Lay out `sequences` as a batch, and hand it to the device at once.
 
         Raises:
             ValueError: no sequence, one without tokens, or one with a block table too short for its tokens.
@@ -90,17 +92,22 @@ class ForwardBatch:
         query_starts = [0, *accumulate(query_lens)]
         parts = (token_ids, positions, slots, query_starts, context_lens, tables)
         device = torch.device(device)
-        packed = torch.tensor([x for part in parts for x in part], pin_memory=device.type == "cuda")
-        packed = packed.to(device, non_blocking=True)
+        on_host = packed = torch.tensor([x for part in parts for x in part], pin_memory=device.type == "cuda")
+        if device.type == "cuda":
+            packed = torch.empty(on_host.shape, dtype=on_host.dtype, device=device)
+            kernels_for(device).exchange(on_host, packed)
         ids, places, slot_mapping, starts, contexts, flat_tables = packed.split([len(part) for part in parts])
         block_tables = flat_tables.view(len(rows), width)
         attention = AttentionMetadata(
-            query_lens=query_lens,
-            context_lens=context_lens,
             num_decodes=sum(query_len == 1 for query_len in query_lens),
+            max_query_len=max(query_lens),
             query_starts=starts,
-            context_lens_device=contexts,
+            context_lens=contexts,
             block_tables=block_tables,
-            blocks=[row[: -(-n // block_size)] for row, n in zip(block_tables.unbind(0), context_lens, strict=True)],
+            host_query_lens=query_lens,
+            host_context_lens=context_lens,
+            host_blocks=[
+                row[: -(-n // block_size)] for row, n in zip(block_tables.unbind(0), context_lens, strict=True)
+            ],
         )
-        return cls(ids, places, slot_mapping, attention, order)
+        return cls(ids, places, slot_mapping, attention, order, on_host)

@@ -32,19 +32,23 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
         cache: Tensor,
         layer: int,
         batch: ForwardBatch,
         rotary: Rotary | None,
         keep: Tensor | None = None,
-    ) -> Tensor:
-        """`[num_tokens, hidden_size]` to the same, or to the rows of `keep` alone; stores all keys and values."""
-        attended = self.attention(
-            self.attention_norm(hidden), cache, layer, batch.slot_mapping, batch.attention, rotary, keep
-        )
-        hidden = attended.add_(hidden if keep is None else hidden[keep])
-        return self.mlp(self.mlp_norm(hidden)).add_(hidden)
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer adds to the residual stream, and the stream without it; stores all keys and values.
+
+        Both are `[num_tokens, hidden_size]`, as are `x` and `residual`, the same two of the layer before (the first
+        has only `x`); with `keep` its rows alone. Apart, since adding costs nothing beside the norm that follows.
+        """
+        x, residual = self.attention_norm(x, residual)
+        x = self.attention(x, cache, layer, batch.slot_mapping, batch.attention, rotary, keep)
+        x, residual = self.mlp_norm(x, residual if keep is None else residual[keep])
+        return self.mlp(x), residual
 
 
 class DecoderModel(nn.Module):
@@ -96,10 +100,12 @@ class DecoderModel(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
         """Logits `[num_requests, vocab_size]` of each request's last query token; stores keys and values in `cache`."""
-        hidden = self.embed(batch)
+        x, residual = self.embed(batch), None
         rotary = self.rotary(batch.positions)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             # Beyond the last layer's attention only the last token of a request matters.
-            hidden = layer(hidden, cache, index, batch, rotary, batch.last_tokens() if index == last else None)
-        return self.lm_head(self.final_norm(hidden))
+            keep = batch.last_tokens() if index == last else None
+            x, residual = layer(x, residual, cache, index, batch, rotary, keep)
+        x, _ = self.final_norm(x, residual)
+        return self.lm_head(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastserve.config import ModelConfig
-from fastserve.kernels import AttentionMetadata, paged_attention, store_kv
+from fastserve.kernels import AttentionMetadata, kernels_for
 
 _PACK_ROWS = 16
 """Rows oneDNN lays a packed weight out for: a decode batch. Prefills gain from the same layout, if less."""
@@ -25,7 +25,7 @@ class Weight:
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`, weight `[out_features, in_features]`.
+    """`x @ weight.T + bias`, weight `[out_features, in_features]`, and with `relu` what is left of it above 0.
 
     `parts` name the projections fused in it, with their rows, as `(("q_proj", 64), ("k_proj", 32), …)`.
     """
@@ -39,15 +39,20 @@ class Linear(nn.Module):
         parts: tuple[tuple[str, int], ...],
         *,
         bias: bool,
+        relu: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
         self.parts = parts
+        self.relu = relu
         rows = sum(size for _, size in parts)
         self.register_buffer("weight", torch.empty(rows, in_features, dtype=dtype, device=device))
         self.register_buffer("bias", torch.empty(rows, dtype=dtype, device=device) if bias else None)
         self._packed: Tensor | None = None
+        self.few_rows: dict[int, Callable[[Tensor], Tensor]] = {}
+        """What computes inputs of exactly so many rows instead of the library (`linear_tuning`)."""
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """The checkpoint's tensors under `prefix`, each with the rows it fills."""
@@ -68,17 +73,29 @@ class Linear(nn.Module):
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
             probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype)
-            torch.ops.mkldnn._linear_pointwise(probe, packed, self.bias, "none", [], "")
+            torch.ops.mkldnn._linear_pointwise(probe, packed, self.bias, self._epilogue, [], "")
         except (AttributeError, RuntimeError, NotImplementedError):  # a build or a processor without it
             return
         self._packed, self.weight = packed, None
 
+    @property
+    def _epilogue(self) -> str:
+        """What oneDNN does to the product."""
+        return "relu" if self.relu else "none"
+
     def forward(self, x: Tensor) -> Tensor:
         """`[rows, in_features]` to `[rows, out_features]`."""
         if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, self._epilogue, [], "")
+        if instead := self.few_rows.get(x.shape[0]):
+            return instead(x)
         assert self.weight is not None
-        return F.linear(x, self.weight, self.bias)
+        if not self.relu:
+            return F.linear(x, self.weight, self.bias)
+        if self.bias is None or not x.is_cuda:
+            return F.linear(x, self.weight, self.bias).relu_()
+        # On a GPU bias and ReLU are part of the matrix product, not two more passes over its result.
+        return torch._addmm_activation(self.bias, x, self.weight.t())
 
 
 class Norm(nn.Module):
@@ -90,6 +107,7 @@ class Norm(nn.Module):
     def __init__(self, size: int, eps: float, *, rms: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = kernels_for(device)
         self.register_buffer("weight", torch.empty(size, dtype=dtype, device=device))
         self.register_buffer("bias", None if rms else torch.empty(size, dtype=dtype, device=device))
 
@@ -99,11 +117,9 @@ class Norm(nn.Module):
         if self.bias is not None:
             yield Weight(f"{name}.bias", self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize; the shape stays."""
-        if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of `x + residual`, and that sum; `x` may be overwritten."""
+        return self.kernels.add_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -116,6 +132,7 @@ class Attention(nn.Module):
         hidden_size, head_dim = config.hidden_size, config.head_dim
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.head_dim = head_dim
+        self.kernels = kernels_for(device)
         parts = tuple((f"{n}_proj", h * head_dim) for n, h in zip("qkv", self.heads, strict=True))
         self.qkv = Linear(hidden_size, parts, bias=bias, dtype=dtype, device=device)
         self.out = Linear(
@@ -141,20 +158,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         num_heads, num_kv_heads, _ = self.heads
         if rotary is not None:
-            rotated = rotate(qkv[:, : num_heads + num_kv_heads], *rotary)
+            rotated = self.kernels.rotate(qkv[:, : num_heads + num_kv_heads], *rotary)
             query, key = rotated.split(self.heads[:2], dim=1)
             value = qkv[:, num_heads + num_kv_heads :]
         else:
             query, key, value = qkv.split(self.heads, dim=1)
-        store_kv(cache, layer, key, value, slot_mapping)
-        attended = paged_attention(query, cache, layer, metadata, self.head_dim**-0.5).flatten(1)
+        self.kernels.store_kv(cache, layer, key, value, slot_mapping)
+        attended = self.kernels.paged_attention(query, cache, layer, metadata, self.head_dim**-0.5).flatten(1)
         return self.out(attended if keep is None else attended[keep])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[num_tokens, heads, head_dim]` by `[num_tokens, 1, head_dim]` cosines and sines.
-
-    Dimension i turns together with i + head_dim / 2 (the checkpoints' convention); the first half of `sin` is negated.
-    """
-    half = x.shape[-1] // 2
-    return x * cos + x.roll(half, -1) * sin

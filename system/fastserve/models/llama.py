@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.config import ModelConfig
+from fastserve.kernels import kernels_for
 from fastserve.models.decoder import DecoderLayer, DecoderModel, Rotary
 from fastserve.models.layers import Attention, Linear, Norm, Weight
 
@@ -21,6 +21,7 @@ class LlamaLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
+        self.kernels = kernels_for(device)
         self.attention = Attention(config, out_name="o_proj", bias=False, dtype=dtype, device=device)
         self.attention_norm = Norm(hidden, config.norm_eps, rms=True, dtype=dtype, device=device)
         self.mlp_norm = Norm(hidden, config.norm_eps, rms=True, dtype=dtype, device=device)
@@ -30,8 +31,7 @@ class LlamaLayer(DecoderLayer):
 
     def mlp(self, x: Tensor) -> Tensor:
         """`[rows, hidden_size]` to the same."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+        return self.down(self.kernels.silu_mul(self.gate_up(x)))
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """The checkpoint's tensors under `prefix`."""

@@ -25,12 +25,12 @@ class OPTLayer(DecoderLayer):
         self.attention = Attention(config, out_name="out_proj", bias=True, dtype=dtype, device=device)
         self.attention_norm = Norm(hidden, config.norm_eps, rms=False, dtype=dtype, device=device)
         self.mlp_norm = Norm(hidden, config.norm_eps, rms=False, dtype=dtype, device=device)
-        self.up = Linear(hidden, (("fc1", inner),), bias=True, dtype=dtype, device=device)
+        self.up = Linear(hidden, (("fc1", inner),), bias=True, relu=True, dtype=dtype, device=device)
         self.down = Linear(inner, (("fc2", hidden),), bias=True, dtype=dtype, device=device)
 
     def mlp(self, x: Tensor) -> Tensor:
         """`[rows, hidden_size]` to the same."""
-        return self.down(self.up(x).relu_())
+        return self.down(self.up(x))
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """The checkpoint's tensors under `prefix`."""

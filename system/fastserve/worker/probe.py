@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections.abc import Sequence
 
+from fastserve.clock import WallClock
+from fastserve.kvcache import Direction
 from fastserve.models import SequenceInput
 from fastserve.request import SamplingParams
+from fastserve.worker.copier import make_copier
 from fastserve.worker.worker import Worker
 
 
@@ -16,18 +21,27 @@ class WorkerProbe:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._num_blocks = worker.gpu_cache.shape[0]
+        # Neither zeros nor one token over and over: a GPU computes those faster than what requests are made of.
+        rng = random.Random(0)
+        self._token_ids = [rng.randrange(worker.model.config.vocab_size) for _ in range(4096)]
+        if worker.gpu_cache.is_cuda:
+            worker.gpu_cache.normal_()
 
     def iteration_time(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> float:
         """Seconds for one iteration of these prompts and one decode token at each of these contexts."""
         sequences: list[SequenceInput] = []
-        next_block = 0
+        next_block = next_token = 0
         for length, computed in [(n, 0) for n in prefill_lens] + [(1, n - 1) for n in context_lens]:
             count = -(-(computed + length) // self._worker.block_size)
             # A pool too small for the shape is reused from the start: only time is measured here.
             table = [block % self._num_blocks for block in range(next_block, next_block + count)]
             next_block += count
-            sequences.append(SequenceInput([7] * length, computed, table))
+            first, next_token = next_token % len(self._token_ids), next_token + length
+            tokens = (self._token_ids[first:] + self._token_ids * (length // len(self._token_ids) + 1))[:length]
+            sequences.append(SequenceInput(tokens, computed, table))
         params = [SamplingParams()] * len(sequences)
+        if not prefill_lens:  # As an engine does while the last iteration runs.
+            self._worker.prepare(sequences)
         start = time.perf_counter()
         self._worker.execute(sequences, params)
         return time.perf_counter() - start
@@ -37,10 +51,13 @@ class WorkerProbe:
         count = min(self._num_blocks, self._worker.host_cache.shape[0], 64)
         if not count:
             return 0.0
-        blocks = list(range(count))
-        best = float("inf")
+        blocks = range(count)
+        copier = make_copier(self._worker.gpu_cache, self._worker.host_cache, WallClock())
+        best = math.inf
         for _ in range(repeats):
-            start = time.perf_counter()
-            self._worker.copy_out(blocks, blocks)
-            best = min(best, time.perf_counter() - start)
+            copier.start(Direction.OUT, blocks, blocks, None)
+            copier.wait(math.inf)
+            (copy,) = copier.finished()
+            best = min(best, copy.end_s - copy.start_s)
+        copier.close()
         return count * self._worker.gpu_cache[0].nbytes / best

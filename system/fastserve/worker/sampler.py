@@ -41,10 +41,13 @@ def sample(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence
         sampling: parameters, one per request.
         positions: where the new token will stand in each request.
     """
-    tokens = logits.float().argmax(-1)  # on a CPU, thrice as fast as in bfloat16
+    # On a CPU, a float32 argmax is thrice as fast as one in bfloat16.
+    tokens = (logits if logits.is_cuda else logits.float()).argmax(-1)
     rows = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if rows:
-        tokens[rows] = _draw(logits[rows], [sampling[row] for row in rows], [positions[row] for row in rows])
+        index = _on_device(torch.tensor(rows), logits.device)
+        drawn = _draw(logits[index], [sampling[row] for row in rows], [positions[row] for row in rows])
+        tokens.index_copy_(0, index, drawn)
     return tokens
 
 
@@ -54,7 +57,8 @@ def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[
     top_k = [params.top_k if params.top_k and params.top_k > 0 else vocab_size for params in sampling]
     uniform = [_uniform(params.seed, position) for params, position in zip(sampling, positions, strict=True)]
     settings = [(p.temperature, p.top_p, k, u) for p, k, u in zip(sampling, top_k, uniform, strict=True)]
-    temperature, top_p, limit, draw = torch.tensor(settings, dtype=torch.float64).to(device).unsqueeze(2).unbind(1)
+    numbers = _on_device(torch.tensor(settings, dtype=torch.float64), device)
+    temperature, top_p, limit, draw = numbers.unsqueeze(2).unbind(1)
     # A stable sort gives equal logits one order; the largest is subtracted lest a tiny temperature overflow.
     scores, order = logits.double().sort(stable=True, dim=-1, descending=True)
     probabilities = ((scores - scores[:, :1]) / temperature).softmax(-1)
@@ -68,6 +72,11 @@ def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[
     chosen = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
     chosen = chosen.minimum(kept.sum(-1, keepdim=True) - 1)
     return order.gather(1, chosen).squeeze(1)
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; from page-locked memory, so that the host need not wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _uniform(seed: int | None, position: int) -> float:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastserve.config import ModelConfig, dtype_bytes, require_int
+from fastserve.config import CacheConfig, ModelConfig, dtype_bytes, require_int
 from fastserve.errors import ConfigError
+from fastserve.kernels import kernels_for
 from fastserve.models import ForwardBatch, SequenceInput, build_model
-from fastserve.worker.memory import require_room
+from fastserve.models.linear_tuning import LinearChoice, tune_linears
+from fastserve.worker.decode_runner import DecodeRunner, graph_sizes
+from fastserve.worker.memory import pinned_zeros, require_room
 from fastserve.worker.sampler import SamplingLike, sample
 
 
 class Worker:
-    """Runs iterations and moves blocks. `copy_out` and `copy_in` may run in other threads during `execute`, on blocks
-    it does not touch.
+    """Runs iterations, on blocks of `gpu_cache`. Others may be copied meanwhile (`fastserve.worker.copier`).
 
     Args:
         model_config: the architecture.
@@ -28,6 +31,8 @@ class Worker:
         dtype: "float32", "bfloat16" or "float16", of weights and cache.
         seed: of the dummy weights, where `model_dir` is None.
         model_dir: directory in Hugging Face format with the weights.
+        max_batch_size: decode batches of up to so many requests, on a GPU, run as CUDA graphs; None: none does.
+        max_model_len: tokens of the longest request in those; None: the model's own limit.
 
     Raises:
         ConfigError: an option out of range, or weights or pools that do not fit the memory available.
@@ -45,6 +50,8 @@ class Worker:
         dtype: str = "float32",
         seed: int = 0,
         model_dir: str | Path | None = None,
+        max_batch_size: int | None = None,
+        max_model_len: int | None = None,
     ) -> None:
         for name, value, least in (
             ("num_gpu_blocks", num_gpu_blocks, 1),
@@ -58,10 +65,22 @@ class Worker:
         torch_dtype: torch.dtype = getattr(torch, dtype)
         self.model = build_model(model_config, torch_dtype, self.device, seed if model_dir is None else model_dir)
         layout = (model_config.num_layers, 2, block_size, model_config.num_kv_heads, model_config.head_dim)
-        self.gpu_cache = torch.zeros(num_gpu_blocks, *layout, dtype=torch_dtype, device=self.device)
+        self._kernels = kernels_for(self.device)
+        graphs = max_batch_size is not None and not self._kernels.loops_on_host
+        self._cache = torch.zeros(num_gpu_blocks + graphs, *layout, dtype=torch_dtype, device=self.device)
+        self.gpu_cache = self._cache[:num_gpu_blocks]
         # Page-locked, or a copy to or from the GPU would neither reach link speed nor run beside the compute.
-        pinned = self.device.type == "cuda" and num_host_blocks > 0
-        self.host_cache = torch.zeros(num_host_blocks, *layout, dtype=torch_dtype, pin_memory=pinned)
+        host_zeros = pinned_zeros if self.device.type == "cuda" else torch.zeros
+        self.host_cache = host_zeros(num_host_blocks, *layout, dtype=torch_dtype)
+
+        self._decodes: DecodeRunner | None = None
+        self.linear_choices: list[LinearChoice] = []
+        """Which kernels compute the linear layers of decode batches, where that was measured."""
+        if graphs:
+            assert max_batch_size is not None
+            self.linear_choices = tune_linears(self.model, graph_sizes(max_batch_size))
+            context = min(max_model_len or model_config.max_model_len, model_config.max_model_len)
+            self._decodes = DecodeRunner(self.model, self._kernels, self._cache, block_size, max_batch_size, context)
 
     def _check_room(self, model: ModelConfig, num_gpu_blocks: int, num_host_blocks: int, dtype: str) -> None:
         block_bytes = self.block_size * model.kv_bytes_per_token(dtype)
@@ -76,38 +95,69 @@ class Worker:
             require_room(device_part, device_bytes, self.device)
             require_room(host_part, host_bytes, torch.device("cpu"))
 
-    @torch.inference_mode()
+    def require(self, model_config: ModelConfig, cache: CacheConfig, device: str, dtype: str) -> None:
+        """Raise ConfigError unless this worker can serve an engine of that model, with a cache of that size."""
+        for what, own, asked in (
+            ("model", self.model.config, model_config),
+            ("device", str(self.device), str(_device(device))),
+            ("dtype", str(self._cache.dtype).removeprefix("torch."), dtype),
+            ("block_size", self.block_size, cache.block_size),
+        ):
+            if own != asked:
+                raise ConfigError(f"the worker given has {what} {own!r}, not {asked!r}; make another")
+        for what, most, wanted in (
+            ("num_gpu_blocks", self.gpu_cache.shape[0], cache.num_gpu_blocks),
+            ("num_host_blocks", self.host_cache.shape[0], cache.num_host_blocks),
+        ):
+            if wanted > most:
+                raise ConfigError(f"{what}={wanted}: the worker given has {most}; ask for fewer")
+
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
-        """Compute the tokens of `sequences`, storing their keys and values, and sample each request's next token.
+        """`launch`, and wait for it."""
+        return self.launch(sequences, sampling)()
 
-        The results are in the order of `sequences`. That of a chunk which is not a prompt's last is of no use. When
-        this returns, the blocks are written and may be copied.
+    @torch.inference_mode()
+    def launch(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> Callable[[], list[int]]:
+        """Start an iteration: compute the tokens of `sequences`, store their keys and values, sample each next token.
+
+        Returns a function, to be called before the next launch, that waits for it (a CPU computes only then) and gives
+        the next tokens in the order of `sequences`. That of a chunk which is not a prompt's last is of no use. When it
+        returns, the blocks are written and may be copied.
         """
-        batch = ForwardBatch.build(sequences, self.block_size, self.device)
-        logits = self.model(batch, self.gpu_cache)
-        tokens = sample(logits, [sampling[i] for i in batch.order], batch.attention.context_lens)
-        return batch.in_callers_order(tokens.tolist())
-
-    def copy_out(self, gpu_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
-        """Copy whole blocks from the device's pool to the host's, pair by pair; returns when they have arrived."""
-        self._copy(self.gpu_cache, gpu_blocks, self.host_cache, host_blocks)
-
-    def copy_in(self, host_blocks: Sequence[int], gpu_blocks: Sequence[int]) -> None:
-        """Copy whole blocks from the host's pool to the device's, pair by pair; returns when they have arrived."""
-        self._copy(self.host_cache, host_blocks, self.gpu_cache, gpu_blocks)
-
-    def _copy(self, source: Tensor, source_blocks: Sequence[int], target: Tensor, target_blocks: Sequence[int]) -> None:
-        pairs = zip(source_blocks, target_blocks, strict=True)
+        if self._decodes is not None and self._decodes.takes(sequences):
+            return self._decodes.launch(sequences, sampling)
         if self.device.type == "cpu":
-            for origin, destination in pairs:
-                target[destination].copy_(source[origin])
-            return
-        # A stream per call: threads that copy in opposite directions use both directions of the link.
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            for origin, destination in pairs:
-                target[destination].copy_(source[origin], non_blocking=True)
-        stream.synchronize()
+            return partial(self._compute, sequences, sampling)
+        batch = ForwardBatch.build(sequences, self.block_size, self.device)
+        tokens = torch.empty(batch.num_requests, dtype=torch.int64, pin_memory=True)
+        self._kernels.exchange(self._next_tokens(batch, sampling), tokens)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[int]:
+            done.synchronize()
+            return batch.in_callers_order(tokens.tolist())
+
+        return wait
+
+    def prepare(self, sequences: Sequence[SequenceInput]) -> None:
+        """Use the time until the tokens of one launch are there for the next, which will probably be of these.
+
+        Their token ids are not read yet, and their block tables may still grow. If the next launch is given this very
+        list, less is left to do; if it is given another, nothing is lost.
+        """
+        if self._decodes is not None and self._decodes.takes(sequences):
+            self._decodes.prepare(sequences)
+
+    @torch.inference_mode()
+    def _compute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
+        batch = ForwardBatch.build(sequences, self.block_size, self.device)
+        return batch.in_callers_order(self._next_tokens(batch, sampling).tolist())
+
+    def _next_tokens(self, batch: ForwardBatch, sampling: Sequence[SamplingLike]) -> Tensor:
+        """`[num_requests]`, in the batch's order."""
+        logits = self.model(batch, self._cache)
+        return sample(logits, [sampling[i] for i in batch.order], batch.attention.host_context_lens)
 
 
 def _device(name: str) -> torch.device:
@@ -119,4 +169,11 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is not supported; supported: cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} asked for, but torch finds no CUDA device; use cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        elif device.index >= count:
+            raise ConfigError(f"device {name!r} asked for, but there are {count}: cuda:0 to cuda:{count - 1}")
+        torch.cuda.set_device(device)  # Triton launches on the current device, wherever its arguments are.
     return device
