@@ -53,7 +53,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
     if setting not in ("measured", "library"):
         raise ConfigError(f"FASTSERVE_LINEARS={setting!r}; known: measured, library")
     from fastserve.kernels.triton_kernels import skinny_linear as skinny
-    from fastserve.kernels.triton_kernels.primitives import num_multiprocessors
+    from fastserve.kernels.triton_kernels.primitives import chip
 
     if setting == "library" or model.embedding.dtype not in skinny.DTYPES:
         return []
@@ -63,7 +63,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
             key = (*module.weight.shape, module.bias is not None, module.relu)
             groups.setdefault(key, []).append(module)
     device = model.embedding.device
-    tilings = {key: skinny.tilings(key[0], key[1], num_multiprocessors(device)) for key in groups}
+    tilings = {key: skinny.tilings(key[0], key[1], chip(device).multiprocessors) for key in groups}
     workspace = skinny.Workspace(
         device,
         max(columns for columns, _, _, _ in groups),
