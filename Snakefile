@@ -1,6 +1,7 @@
 # Every experiment: its runs, its tables, its figure, and the verdict on each claim of the paper.
 #   snakemake -c all              everything of workflows/config: the target `report`
 #   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, fidelity, headline
+#   snakemake -c all recorded     what was measured on GPUs (results/recorded), simulated again, compared and drawn
 #   snakemake -c all smoke        a small one of each kind, in under two minutes
 #   snakemake --report FILE.html  the report, after any of these
 from snakemake.utils import min_version
@@ -20,6 +21,8 @@ include: "workflows/rules/common.smk"
 wildcard_constraints:
     experiment="|".join(map(re.escape, EXPERIMENTS)),
     batch="[a-zA-Z0-9._-]+",
+    gpu="|".join(map(re.escape, RECORDED)) or "-",
+    view="|".join(RECORDED_VIEWS),
 
 
 rule report:
@@ -27,11 +30,25 @@ rule report:
     input:
         [result for name in FULL for result in results_of(name)],
         headline_results(),
+        recorded_results(),
 
 
 rule headline:
     input:
         headline_results(),
+
+
+rule recorded:
+    input:
+        recorded_results(),
+    log:
+        "results/logs/recorded.log",
+    conda:
+        "environment.yml"
+    params:
+        said=f"recorded on: {', '.join(RECORDED)}" if RECORDED else NOTHING_RECORDED,
+    shell:
+        "echo {params.said:q} | tee {log} >&2"
 
 
 rule smoke:
@@ -52,9 +69,11 @@ for _group, _names in GROUPS.items():
 localrules:
     report,
     headline,
+    recorded,
     smoke,
 
 
 include: "workflows/rules/runs.smk"
 include: "workflows/rules/tables.smk"
 include: "workflows/rules/figures.smk"
+include: "workflows/rules/recorded.smk"

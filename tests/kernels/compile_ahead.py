@@ -29,6 +29,9 @@ from fastserve.presets import PRESETS, preset
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+)")
+"""With the bytes that each thread copies to shared memory while it goes on."""
+
 
 class AbsentGPU:
     """What Triton asks of a driver until it launches."""
@@ -101,6 +104,7 @@ class Compiler:
         for case, kernel in self.kernels.values():
             row = {"case": case, "kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
             row |= resources(kernel.asm["cubin"])
+            row["async_copy_bytes"] = sorted({int(size, 16) for size in ASYNC_COPY.findall(kernel.asm["ptx"])})
             if sass:
                 row["sass"], row["ptx"] = disassemble(kernel.asm["cubin"]), kernel.asm["ptx"]
             rows.append(row)

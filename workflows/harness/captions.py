@@ -36,6 +36,22 @@ def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]
     return " ".join(text)
 
 
+def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) -> str:
+    """What recorded runs are and which machine and code made them, from their table and their meta.json."""
+    counts, run = table["num_requests"], metas[0]["configuration"]
+    machines = dict.fromkeys(_machine(meta) for meta in metas)
+    commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
+    dates = sorted(meta["created_at"][:10] for meta in metas)
+    return " ".join(
+        [
+            f"{run['model']} in {run['dtype']}, {len(table)} runs of {counts.min()} to {counts.max()} requests.",
+            f"Measured on {', '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))},",
+            f"at commit {', '.join(commits)}.",
+            "Simulated: the same requests, with the iteration times measured beside the runs.",
+        ]
+    )
+
+
 def findings(claims: pd.DataFrame) -> dict[str, str]:
     """By experiment, the verdicts on the claims measured on it, as reStructuredText."""
     texts: dict[str, str] = {}

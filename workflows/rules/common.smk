@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from fastserve.errors import FastServeError
+from harness.agreement import recorded_folders
 from harness.captions import Finding
 from harness.claims import check_claims, claimed_experiments
 from harness.experiments import BOTH, batches_of, check_experiment, linked, points_of, with_defaults
@@ -77,9 +78,15 @@ BATCH_OF_RUN = {run: name for name, batch in BATCHES.items() for run in batch.ru
 GROUPS = {}
 for _name in FULL:
     GROUPS.setdefault(_name.partition("-")[0], []).append(_name)
-_taken = sorted({"report", "headline", "smoke"} & GROUPS.keys())
+_taken = sorted({"report", "headline", "smoke", "recorded"} & GROUPS.keys())
 if _taken:
     raise WorkflowError(f"an experiment's name may not begin with {_taken[0]!r}, which is a target")
+
+
+# What was measured on GPUs, by the name of its folder below results/recorded.
+RECORDED = {folder.name: folder for folder in recorded_folders(Path("results"))}
+RECORDED_VIEWS = ("latency", "agreement")
+NOTHING_RECORDED = "nothing is recorded: make gpu, on a machine with a GPU, writes results/recorded"
 
 
 def results_of(name):
@@ -98,6 +105,23 @@ def headline_results():
     if not CLAIMS["claims"]:
         return []
     return ["results/headline/claims.csv", "results/headline/claims.html", "figures/headline.png"]
+
+
+def recorded_results():
+    """The table and the figures of every folder of recorded runs."""
+    figures = [
+        f"figures/recorded-{gpu}-{view}.{kind}"
+        for gpu in RECORDED
+        for view in RECORDED_VIEWS
+        for kind in ("png", "pdf")
+    ]
+    return figures + [f"results/recorded-{gpu}/points.csv" for gpu in RECORDED]
+
+
+def files_of_recorded(wildcards):
+    """What the runs of a folder, and what they rest on, are read from."""
+    folder = RECORDED[wildcards.gpu]
+    return [folder / "plan.json", folder / "profile.json", *sorted(folder.glob("runs/*/summary.json"))]
 
 
 def batch_files(name):

@@ -62,6 +62,8 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
         if isinstance(module, Linear) and module.weight is not None:
             key = (*module.weight.shape, module.bias is not None, module.relu)
             groups.setdefault(key, []).append(module)
+    if not groups:  # A CPU's weights are packed for its library.
+        return []
     device = model.embedding.device
     tilings = {key: skinny.tilings(key[0], key[1], chip(device).multiprocessors) for key in groups}
     workspace = skinny.Workspace(
@@ -80,16 +82,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
             if tiling is None:
                 continue
             for linear in linears:
-                assert linear.weight is not None
-                own = partial(
-                    skinny.skinny_linear,
-                    weight=linear.weight,
-                    bias=linear.bias,
-                    relu=linear.relu,
-                    tiling=tiling,
-                    workspace=workspace,
-                )
-                linear.few_rows |= dict.fromkeys(sizes, own)
+                linear.few_rows |= dict.fromkeys(sizes, _ours(linear, tiling, workspace))
     return choices
 
 
@@ -99,8 +92,6 @@ def _choose(
 ) -> tuple[LinearChoice, Tiling | None]:
     """Measure the candidates for one shape; the tiling is None where the library is the fastest."""
     from triton.runtime.errors import OutOfResources
-
-    from fastserve.kernels.triton_kernels.skinny_linear import skinny_linear
 
     weight = linears[0].weight
     assert weight is not None
@@ -115,21 +106,34 @@ def _choose(
     for tiling in tilings:
         name = f"{tiling.block_n}x{tiling.block_k}, {tiling.num_splits} splits"
 
-        def candidate(linear: Linear, x: Tensor, tiling: Tiling = tiling) -> Tensor:
-            assert linear.weight is not None
-            return skinny_linear(x, linear.weight, linear.bias, linear.relu, tiling, workspace)
-
+        ours = [_ours(linear, tiling, workspace) for linear in linears]
         other = random_input()  # Another each time: freed memory holds right results for those before.
         expected = [linear(other) for linear in linears]
         try:
-            agrees = all(_agree(candidate(linear, other), one) for linear, one in zip(linears, expected, strict=True))
+            agrees = all(_agree(compute(other), wanted) for compute, wanted in zip(ours, expected, strict=True))
         except OutOfResources:  # It needs more shared memory or registers than this device has.
             agrees = False
-        seconds[name] = _seconds_a_call([partial(candidate, one, x) for one in linears]) if agrees else math.inf
+        seconds[name] = _seconds_a_call([partial(compute, x) for compute in ours]) if agrees else math.inf
         candidates[name] = tiling
     chosen = min(seconds, key=seconds.__getitem__)
     num_columns, num_inner = weight.shape
     return LinearChoice(num_columns, num_inner, rows, chosen, seconds), candidates.get(chosen)
+
+
+def _ours(linear: Linear, tiling: Tiling, workspace: Workspace) -> Callable[[Tensor], Tensor]:
+    """A layer by our kernel."""
+    from fastserve.kernels.triton_kernels.skinny_linear import skinny_linear
+
+    weight, bias = linear.weight, linear.bias
+    assert weight is not None
+    return partial(
+        skinny_linear,
+        weight=weight,
+        bias=weight.new_zeros(weight.shape[0]) if bias is None else bias,
+        floor=0.0 if linear.relu else -math.inf,
+        tiling=tiling,
+        workspace=workspace,
+    )
 
 
 def _agree(result: Tensor, expected: Tensor) -> bool:

@@ -24,12 +24,23 @@ from harness.plots.flags import flags_of
 from harness.plots.headline import draw_claims
 from harness.plots.load import draw_load
 from harness.plots.page import Page, save
+from harness.plots.recorded import draw_agreement, draw_latency, flags_of_recorded
 from harness.plots.slo import draw_slo_attainment
 from harness.plots.style import RC
 from harness.plots.sweep import draw_sweep
 from harness.plots.tables import Tables
 
-__all__ = ["KINDS", "draw", "draw_headline", "figure_of", "flags_of", "headline_of"]
+__all__ = [
+    "KINDS",
+    "RECORDED_VIEWS",
+    "draw",
+    "draw_headline",
+    "draw_recorded",
+    "figure_of",
+    "flags_of",
+    "headline_of",
+    "recorded_of",
+]
 
 KINDS: Mapping[str, Callable[[Tables], Page]] = {
     "load": draw_load,
@@ -42,6 +53,11 @@ KINDS: Mapping[str, Callable[[Tables], Page]] = {
     "fidelity": draw_fidelity,
 }
 """The kinds of figures, by what an experiment calls them."""
+RECORDED_VIEWS: Mapping[str, Callable[[pd.DataFrame, str], Page]] = {
+    "latency": draw_latency,
+    "agreement": draw_agreement,
+}
+"""The figures of recorded runs."""
 
 
 def draw(
@@ -98,3 +114,22 @@ def headline_of(claims: pd.DataFrame) -> Figure:
     """The figure that `draw_headline` writes."""
     with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
         return draw_claims(claims).finish([], "")
+
+
+def draw_recorded(view: str, table: pd.DataFrame, title: str, caption: str, stem: Path) -> list[Path]:
+    """Draw one of `RECORDED_VIEWS` of recorded runs to `stem`.png and `stem`.pdf and return the paths.
+
+    `table` is that of `harness.agreement`. Raises ConfigError for an unknown view, OutputError where the files cannot
+    be written.
+    """
+    figure = recorded_of(view, table, title, caption)
+    with matplotlib.rc_context(RC):
+        return save(figure, stem)
+
+
+def recorded_of(view: str, table: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """The figure that `draw_recorded` writes."""
+    if view not in RECORDED_VIEWS:
+        raise ConfigError(f"unknown figure {view!r} of recorded runs; known: {', '.join(RECORDED_VIEWS)}")
+    with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
+        return RECORDED_VIEWS[view](table, title).finish(flags_of_recorded(table), caption)

@@ -34,7 +34,7 @@ class PrefillTiling:
 def prefill_tiling(dtype: torch.dtype, head_dim: int, major: int) -> PrefillTiling:
     """The tiling for heads of `head_dim` on a GPU of compute capability `major`: as large as the registers allow."""
     if dtype == torch.float32:
-        return PrefillTiling(32, 32, 4, 1)
+        return PrefillTiling(32, 32, 8, 1)
     if major < 9:
         return PrefillTiling(128, 64, 8, 2)
     return PrefillTiling(128, 64, 8 if head_dim > 64 else 4, 3)

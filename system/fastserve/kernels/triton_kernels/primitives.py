@@ -37,7 +37,7 @@ def power_of_two(number: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What choosing tiles and splits needs to know of a GPU."""
+    """What the choice of tiles and splits needs to know of a GPU."""
 
     multiprocessors: int
     major: int

@@ -63,15 +63,15 @@ def row_tile(rows: int) -> int:
 
 
 def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, tiling: Tiling, workspace: Workspace
+    x: Tensor, weight: Tensor, bias: Tensor, floor: float, tiling: Tiling, workspace: Workspace
 ) -> Tensor:
-    """`x @ weight.T + bias`, and with `relu` what is left of it above 0.
+    """`x @ weight.T + bias`, and where that is less, `floor`. (One kernel for all, since compiling takes seconds.)
 
     Args:
         x: `[rows, num_inner]`, contiguous, at most `ROW_TILES[-1]` rows; float16 or bfloat16, as all others.
         weight: `[num_columns, num_inner]`, contiguous; `num_inner` is a multiple of the tiling's `block_k`.
-        bias: `[num_columns]`, or None.
-        relu: whether to cut off below 0.
+        bias: `[num_columns]`.
+        floor: 0 for a ReLU, minus infinity for none.
         tiling: one of `tilings`.
         workspace: for at least so many columns and splits.
 
@@ -84,7 +84,7 @@ def skinny_linear(
     _skinny_linear[(triton.cdiv(num_columns, tiling.block_n), tiling.num_splits)](
         x,
         weight,
-        x if bias is None else bias,
+        bias,
         out,
         workspace.partial,
         workspace.arrived,
@@ -92,8 +92,7 @@ def skinny_linear(
         num_columns,
         num_inner // tiling.block_k,
         num_inner,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
+        floor,
         SPLIT=tiling.num_splits > 1,
         BLOCK_M=row_tile(rows),
         BLOCK_N=tiling.block_n,
@@ -104,7 +103,7 @@ def skinny_linear(
     return out
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_steps", "floor"])
 def _skinny_linear(
     x,
     weight,
@@ -116,8 +115,7 @@ def _skinny_linear(
     num_columns,
     num_steps,
     num_inner,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    floor,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,8 +149,6 @@ def _skinny_linear(
                 sums += tl.load(partial + other * size + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrived + tile, 0)
     if is_last:
-        if HAS_BIAS:
-            sums += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[:, None]
-        if RELU:
-            sums = tl.maximum(sums, 0.0)
+        sums += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[:, None]
+        sums = tl.maximum(sums, floor)
         tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)

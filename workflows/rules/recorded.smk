@@ -1,0 +1,39 @@
+# Runs that `make gpu` recorded (results/recorded/GPU): simulated again, compared, and drawn.
+rule compare_recorded:
+    input:
+        recorded=files_of_recorded,
+        code=harness_files("agreement.py", "recorded.py", "fidelity.py"),
+    output:
+        points="results/recorded-{gpu}/points.csv",
+        captions="results/recorded-{gpu}/captions.json",
+    log:
+        "results/logs/recorded-{gpu}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    script:
+        "../scripts/compare_recorded.py"
+
+
+rule draw_recorded:
+    input:
+        points="results/recorded-{gpu}/points.csv",
+        code=harness_files("plots", "captions.py"),
+    output:
+        png=report(
+            "figures/recorded-{gpu}-{view}.png",
+            category="Recorded on a GPU",
+            labels={"machine": "{gpu}", "figure": "{view}"},
+            caption="../report/recorded.rst",
+        ),
+        pdf="figures/recorded-{gpu}-{view}.pdf",
+    log:
+        "results/logs/recorded-{gpu}-{view}-draw.log",
+    conda:
+        "../../environment.yml"
+    params:
+        finding=lambda wildcards: Finding(wildcards.gpu, f"results/recorded-{wildcards.gpu}/captions.json"),
+    script:
+        "../scripts/draw_recorded.py"
