@@ -103,9 +103,25 @@ def test_i6_undisturbed(reference: tuple[Path, list[list[int]]], policy: str) ->
     assert counts["swap_out_bytes"] == counts["recomputed_tokens"] == 0
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize(("policy", "swap"), SHORT_OF_CACHE)
-def test_i6_short_of_cache(reference: tuple[Path, list[list[int]]], policy: str, swap: str, device: str) -> None:
+def test_i6_short_of_cache(reference: tuple[Path, list[list[int]]], policy: str, swap: str) -> None:
+    check_short_of_cache(reference, policy, swap, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("policy", "swap"),
+    [
+        ("fastserve", "proactive"),
+        ("fastserve", "reactive"),
+        ("fastserve", "recompute"),
+        ("fastserve-fcfs", "none"),
+        ("vllm", "reactive"),
+        ("vllm-chunked", "as it is"),
+    ],
+)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
+def test_i6_on_a_gpu(reference: tuple[Path, list[list[int]]], policy: str, swap: str, device: str) -> None:
+    """Every way of moving caches and of filling a batch; not every policy, for a GPU's time is short."""
     check_short_of_cache(reference, policy, swap, device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -23,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from fastserve.config import ModelConfig
 from fastserve.kernels import AttentionMetadata, triton_kernels
-from fastserve.kernels.triton_kernels import decode_attention, prefill_attention
+from fastserve.kernels.triton_kernels import decode_attention, prefill_attention, skinny_linear
 from fastserve.kernels.triton_kernels.primitives import Chip
 from fastserve.presets import PRESETS, preset
 
@@ -164,6 +165,19 @@ def compile_preset(config: ModelConfig, dtype: torch.dtype) -> None:
     triton_kernels.exchange(empty(rows), empty(64))
 
 
+def compile_linears(config: ModelConfig, dtype: torch.dtype, multiprocessors: int) -> None:
+    """Every way that a decode batch's linear layers may be computed by our kernel."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    for num_columns, num_inner in ((3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)):
+        weight, bias = empty(num_columns, num_inner, dtype=dtype), empty(num_columns, dtype=dtype)
+        for tiling in skinny_linear.tilings(num_columns, num_inner, multiprocessors):
+            workspace = skinny_linear.Workspace(weight.device, num_columns, tiling.num_splits)
+            for rows in (1, 16, 17, 64):
+                for floor in (0.0, -math.inf):
+                    x = empty(rows, num_inner, dtype=dtype)
+                    skinny_linear.skinny_linear(x, weight, bias, floor, tiling, workspace)
+
+
 def compile_odd_batches(config: ModelConfig, dtype: torch.dtype) -> None:
     """Batches of all sorts for one model, as serving meets them: other sizes, widths, layers and alignments."""
     cache = empty(2000, config.num_layers, 2, 16, config.num_kv_heads, config.head_dim, dtype=dtype)
@@ -204,6 +218,8 @@ def main() -> None:
         for name in arguments.presets:
             for dtype in arguments.dtypes:
                 compiler.case = f"{name} {dtype}"
+                if DTYPES[dtype] in skinny_linear.DTYPES and not arguments.odd_batches:
+                    compile_linears(preset(name), DTYPES[dtype], compiler.chip.multiprocessors)
                 (compile_odd_batches if arguments.odd_batches else compile_preset)(preset(name), DTYPES[dtype])
     print(json.dumps(compiler.report(arguments.sass)))
 

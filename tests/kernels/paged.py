@@ -71,7 +71,8 @@ def make_batch(
     query_lens = [1] * len(decodes) + [new for _, new in prefills]
     contexts = decodes + [before + new for before, new in prefills]
     needed = [-(-context // block_size) for context in contexts]
-    *free, never_stored = torch.randperm(sum(needed) + 3).tolist()
+    # Nothing is stored in block 0, with which tables are padded: who reads beyond a context finds NaN.
+    free = (torch.randperm(sum(needed) + 2) + 1).tolist()
     shape = (len(free) + 1, LAYERS, 2, block_size, num_kv_heads, head_dim)
     cache = permuted(shape, order, dtype, device)
     tables = [[free.pop() for _ in range(count)] for count in needed]
@@ -84,7 +85,7 @@ def make_batch(
         blocks, offsets = torch.tensor(table, device=device)[position // block_size], position % block_size
         cache[blocks, LAYER, 0, offsets], cache[blocks, LAYER, 1, offsets] = key, value
     width = max(needed) + 2
-    block_tables = torch.tensor([table + [never_stored] * (width - len(table)) for table in tables], device=device)
+    block_tables = torch.tensor([table + [0] * (width - len(table)) for table in tables], device=device)
     metadata = AttentionMetadata(
         num_decodes=len(decodes),
         max_query_len=max(query_lens),

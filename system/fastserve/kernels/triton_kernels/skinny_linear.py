@@ -46,7 +46,7 @@ def tilings(num_columns: int, num_inner: int, num_processors: int) -> list[Tilin
     """Ways that may be the fastest for a weight `[num_columns, num_inner]`: programs for about two, four and eight
     rounds of every multiprocessor, in two sizes of tile. None where no tile divides the inner dimension."""
     found = []
-    for block_n, block_k, num_stages in ((64, 128, 4), (128, 64, 4)):
+    for block_n, block_k, num_stages in ((64, 128, 3), (128, 64, 4)):
         if num_inner % block_k:
             continue
         tiles = -(-num_columns // block_n)
