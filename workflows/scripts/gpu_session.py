@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import importlib.util
 import json
 import math
 import os
@@ -53,6 +54,8 @@ DRY_RUN: dict[str, Any] = {
     "host_gib": 0.05,
 }
 """Options with which everything runs on a CPU in a minute or two, to see that it does."""
+MOST_TEST_PROCESSES = 8
+"""Each has some GiB of the GPU's memory."""
 NO_GPU_TESTS = "tests/workflow"
 """Tests of the pipeline: some cannot even be collected without Snakemake and its libraries."""
 _FOR_THE_END_S = 10.0
@@ -101,6 +104,8 @@ def steps(design: Design, out: Path, limits: Sequence[str] = ()) -> list[Step]:
     folder = _shown(out)
     machine = ("--device", design.device, "--model", design.model, "--dtype", design.dtype)
     tests = ("-m", "pytest", "-m", "gpu", "-q", "tests", f"--ignore={NO_GPU_TESTS}")
+    if importlib.util.find_spec("xdist"):  # Most of their time is compiling kernels, on one core each.
+        tests += ("-n", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)))
     found = [Step("kernel-tests", tests, 60, 300, nothing_to_do=NO_TESTS_COLLECTED)]
     for benchmark in sorted((ROOT / "benchmarks").glob("gpu_*.py")):
         name = benchmark.stem.removeprefix("gpu_")
