@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from fastserve import LLM, SamplingParams  # noqa: E402
 from fastserve.options import option_names  # noqa: E402
 from fastserve.scheduler import find_policy, list_policies  # noqa: E402
-from support.devices import NEEDS_GPU  # noqa: E402
+from support.devices import NEEDS_GPU, NEEDS_INTERPRETER  # noqa: E402
 
 NUM_REQUESTS, NUM_TOKENS = 8, 24
 TINY_POOL = 9
@@ -125,6 +125,7 @@ def test_i6_on_a_gpu(reference: tuple[Path, list[list[int]]], policy: str, swap:
     check_short_of_cache(reference, policy, swap, device)
 
 
+@NEEDS_INTERPRETER
 def test_i6_with_kernels_and_decodes_as_on_a_gpu(
     reference: tuple[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from fastserve.presets import preset  # noqa: E402
 from fastserve.request import SamplingParams  # noqa: E402
 from fastserve.worker import Worker  # noqa: E402
 from fastserve.worker.decode_runner import DecodeRows, graph_sizes  # noqa: E402
-from support.devices import DEVICES  # noqa: E402
+from support.devices import TRITON_DEVICES  # noqa: E402
 
 SPARE, MAX_ROWS, MAX_BLOCKS, BLOCK_SIZE = 99, 6, 5, 4
 GREEDY = SamplingParams()
@@ -86,7 +86,7 @@ def triton_worker(monkeypatch: pytest.MonkeyPatch, device: str):
     return make
 
 
-@DEVICES
+@TRITON_DEVICES
 @pytest.mark.parametrize("name", ["opt-tiny", "llama-tiny"])
 def test_a_decode_in_place_is_a_decode(triton_worker, name: str, device: str) -> None:
     """Prompts, then some iterations of changing batches, in place and not, give the same tokens and the same cache."""
@@ -113,7 +113,7 @@ def test_a_decode_in_place_is_a_decode(triton_worker, name: str, device: str) ->
     assert workers[0].gpu_cache.shape[0] == 20, "the spare block is nobody's"
 
 
-@DEVICES
+@TRITON_DEVICES
 def test_drawn_tokens_are_those_of_any_other_batch(triton_worker, device: str) -> None:
     """Some rows greedy, some drawn; each as if it were alone."""
     workers = [triton_worker("opt-tiny", max_batch_size=4), triton_worker("opt-tiny")]
@@ -122,7 +122,7 @@ def test_drawn_tokens_are_those_of_any_other_batch(triton_worker, device: str) -
     assert workers[0].execute(sequences, params) == workers[1].execute(sequences, params)
 
 
-@DEVICES
+@TRITON_DEVICES
 def test_what_does_not_fit_in_place_runs_all_the_same(triton_worker, device: str) -> None:
     """A context beyond the bound, and a batch beyond the largest."""
     workers = [triton_worker("opt-tiny", max_batch_size=2), triton_worker("opt-tiny")]
@@ -133,7 +133,7 @@ def test_what_does_not_fit_in_place_runs_all_the_same(triton_worker, device: str
         assert tokens[0] == tokens[1]
 
 
-@DEVICES
+@TRITON_DEVICES
 @pytest.mark.parametrize("setting", ["measured", "library"])
 def test_linear_layers_take_the_fastest_kernel(monkeypatch: pytest.MonkeyPatch, device: str, setting: str) -> None:
     """And compute the same with any; in float32, which ours do not do, the library's stay."""

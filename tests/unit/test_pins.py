@@ -14,7 +14,7 @@ def pins(lines: list[str]) -> dict[str, str]:
     for line in lines:
         text = line.split("#")[0].strip()
         if text:
-            match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+-]+)", text)
+            match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+-]+(; sys_platform == \"linux\")?)", text)
             assert match, f"not an exact pin: {line!r}"
             found[match[1].lower()] = match[2]
     return found
