@@ -23,7 +23,8 @@ class WorkerProbe:
         self._num_blocks = worker.gpu_cache.shape[0]
         # Neither zeros nor one token over and over: a GPU computes those faster than what requests are made of.
         rng = random.Random(0)
-        self._token_ids = [rng.randrange(worker.model.config.vocab_size) for _ in range(4096)]
+        config = worker.model.config
+        self._token_ids = [rng.randrange(config.vocab_size) for _ in range(2 * config.max_model_len)]
         if worker.gpu_cache.is_cuda:
             worker.gpu_cache.normal_()
 
@@ -36,9 +37,10 @@ class WorkerProbe:
             # A pool too small for the shape is reused from the start: only time is measured here.
             table = [block % self._num_blocks for block in range(next_block, next_block + count)]
             next_block += count
-            first, next_token = next_token % len(self._token_ids), next_token + length
-            tokens = (self._token_ids[first:] + self._token_ids * (length // len(self._token_ids) + 1))[:length]
-            sequences.append(SequenceInput(tokens, computed, table))
+            # No more than a slice: what touches much memory here leaves the iteration with cold caches.
+            first = next_token % (len(self._token_ids) - length)
+            next_token += length
+            sequences.append(SequenceInput(self._token_ids[first : first + length], computed, table))
         params = [SamplingParams()] * len(sequences)
         if not prefill_lens:  # As an engine does while the last iteration runs.
             self._worker.prepare(sequences)
