@@ -17,7 +17,6 @@ copies are made by threads, and the numbers only show that this runs.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -25,20 +24,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
+from _gpu import parser, run_benchmark, verdict
 from torch import Tensor
 
 from fastserve.clock import WallClock
 from fastserve.config import ModelConfig
-from fastserve.files import check_writable, written_whole
 from fastserve.kvcache import Direction
 from fastserve.presets import preset
 from fastserve.worker.copier import BlockCopier, make_copier
 from fastserve.worker.memory import pinned_zeros
-from harness.meta import environment_meta
 
 TARGET, BLOCK_SIZE = 0.85, 16
 NUM_MOVED = 64
@@ -242,7 +239,6 @@ def measure(bench: Swapping) -> dict[str, Any]:
         "block_bytes": bench.block_bytes,
         "num_blocks_moved": NUM_MOVED,
         "pinning": {"bytes": bench.host.nbytes, "seconds": bench.pinning_s},
-        "target_share": TARGET,
     }
     print(
         f"{bench.model.name} {str(bench.dtype).removeprefix('torch.')}: blocks of {bench.block_bytes / 1e6:.3f} MB; "
@@ -283,36 +279,21 @@ def measure(bench: Swapping) -> dict[str, Any]:
         )
     if bench.cuda:
         least = min(entry["share_of_ceiling"]["both"] for entry in found["copier"])
-        print(
-            f"\nboth ways at a time, at least {least:.0%} of the ceiling: target of {TARGET:.0%} "
-            f"{'met' if least >= TARGET else 'missed'}"
-        )
+        found["targets"] = [verdict("both ways at a time, least share of the ceiling", least, TARGET, at_most=False)]
     return found
 
 
-def main() -> None:
-    """Print a table, and write what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda or cpu")
-    parser.add_argument("--model", default="opt-13b", help="a preset, for the shape of its blocks")
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="a .json file for what was measured")
-    arguments = parser.parse_args()
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device; --device cpu shows on a small model that this runs")
-    if arguments.out:
-        check_writable(arguments.out)
+def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and print the table."""
     device = torch.device(arguments.device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         bench = Swapping(preset(arguments.model), device, arguments.dtype, arguments.repeats)
         found = measure(bench)
         bench.copier.close()
-    if arguments.out:
-        named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-        with written_whole(arguments.out) as path:
-            path.write_text(json.dumps({"meta": {**environment_meta(), "arguments": named}, **found}, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=7, help="times each is measured (default: %(default)s)")
+    run_benchmark(options, benchmark)

@@ -60,6 +60,16 @@ def test_an_engines_iteration_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     ))  # fmt: skip
 
 
+def test_swapping_is_held_against_one_large_copy(tmp_path: Path) -> None:
+    content = results("gpu_swap", tmp_path / "swap.json", "--repeats", "1")
+    ceiling = content["ceiling_bytes_per_s"]
+    assert [one["blocks"] for one in content["copier"]] == [1, 4, 16, 64]
+    for one in (*content["copier"], content["layer_major"]):
+        for way in ("out", "in", "both"):
+            assert one["share_of_ceiling"][way] == pytest.approx(one["bytes_per_s"][way] / ceiling[way])
+    assert content["block_bytes"] == 16 * 2 * 2 * 64 * 4
+
+
 def test_the_peer_serves_the_same_requests_to_the_same_tokens(tmp_path: Path) -> None:
     content = results("gpu_peer", tmp_path / "peer.json", "--num-requests", "6", "--repeats", "1")
     peer = content["transformers"]
