@@ -6,7 +6,6 @@ Everything runs on a CPU too, on tiny sizes, to show that it works; the numbers 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -16,10 +15,14 @@ from typing import Any
 
 import torch
 
+from fastserve import LLM
 from fastserve.config import ModelConfig, dtype_bytes
 from fastserve.errors import ConfigError, FastServeError
-from fastserve.files import check_writable, written_whole
+from fastserve.files import check_writable
+from fastserve.kernels.cuda_graph import capture
+from fastserve.worker import Worker
 from harness.meta import environment_meta
+from harness.points import write_json
 
 _WARM_UP = 3
 _SPIN_CYCLES_PER_S = 2e9
@@ -57,8 +60,7 @@ def run_benchmark(options: argparse.ArgumentParser, benchmark: Callable[[argpars
         if arguments.out is not None:
             named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
             content = {"meta": {**environment_meta(), "arguments": named}, **results}
-            with written_whole(arguments.out) as staging:
-                staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(content, arguments.out)
             print(f"wrote {arguments.out}")
     except FastServeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -100,13 +102,8 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], No
     """`run` as a CUDA graph to be replayed; on a CPU as it is."""
     if device.type != "cuda":
         return lambda: drop(run())
-    with torch.inference_mode():
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-    return lambda: graph.replay()
+    graph, _ = capture(run)
+    return graph.replay
 
 
 def drop(_: object) -> None:
@@ -155,6 +152,24 @@ def layer_parameters(config: ModelConfig) -> int:
 def read_weights_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of weights that every iteration must read: the layers and the LM head."""
     return (layer_parameters(config) + config.vocab_size * config.hidden_size) * dtype_bytes(dtype)
+
+
+def engine_on(worker: Worker, arguments: argparse.Namespace, policy: str, max_batch_size: int) -> LLM:
+    """An engine of the model that the options name, on an existing worker of it.
+
+    The profile is for the policy that needs one; how fast our iterations are does not depend on it.
+    """
+    return LLM(
+        arguments.model,
+        load_format="dummy",
+        policy=policy,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        block_size=worker.block_size,
+        max_batch_size=max_batch_size,
+        profile="a100-80g/opt-13b-tp1",
+        worker=worker,
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _gpu import device_seconds, parser, run_benchmark, table, verdict
+from _gpu import device_seconds, engine_on, parser, run_benchmark, table, verdict
 
-from fastserve import LLM, SamplingParams
+from fastserve import SamplingParams
 from fastserve.engine import Engine, Observer
 from fastserve.models import SequenceInput
 from fastserve.presets import preset
@@ -36,8 +36,6 @@ POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
 BLOCK_SIZE, PROMPT, TARGET = 16, 256, 0.03
 BATCHES, OUTPUTS = {"cuda": (16, 64), "cpu": (4,)}, {"cuda": 128, "cpu": 24}
 PARTS = ("schedule", "submit", "collect", "update")
-FORECASTS = "a100-80g/opt-13b-tp1"
-"""A profile for the policy that needs one: requests that fit one batch are scheduled alike by any."""
 
 Row = tuple[float, float, dict[str, float]]
 """Seconds from the start before, the mean context before, and the seconds of each part."""
@@ -90,17 +88,7 @@ def serve(arguments: argparse.Namespace, worker: Worker, policy: str, batch: int
     rng = random.Random(0)
     vocab_size = worker.model.config.vocab_size
     prompts = [[rng.randrange(vocab_size) for _ in range(PROMPT)] for _ in range(batch)]
-    with LLM(
-        arguments.model,
-        load_format="dummy",
-        policy=policy,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        block_size=BLOCK_SIZE,
-        max_batch_size=batch,
-        profile=FORECASTS,
-        worker=worker,
-    ) as llm:
+    with engine_on(worker, arguments, policy, batch) as llm:
         decodes = llm.engine.observer = Decodes(llm.engine)
         params = SamplingParams(max_tokens=OUTPUTS[worker.device.type], ignore_eos=True)
         llm.generate(prompt_token_ids=prompts, sampling_params=params)

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import transformers
-from _gpu import parser, run_benchmark, table, verdict
+from _gpu import engine_on, parser, run_benchmark, table, verdict
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from fastserve import LLM, SamplingParams
+from fastserve import SamplingParams
 from fastserve.config import ModelConfig
 from fastserve.errors import ConfigError
 from fastserve.models.loader import dummy_weights
@@ -49,8 +49,6 @@ TARGET = 2.0
 BLOCK_SIZE, PAGE_SIZE, MAX_BATCH_TOKENS = 16, 256, {"cuda": 8192, "cpu": 512}
 """The peer's page, and the tokens of its batch, are its defaults on a GPU."""
 REQUESTS, BATCHES, MAX_OUTPUT = {"cuda": 128, "cpu": 8}, {"cuda": (64, 128), "cpu": (4, 8)}, {"cuda": 128, "cpu": 12}
-FORECASTS = "a100-80g/opt-13b-tp1"
-"""For the policy that needs a profile; how fast our iterations are does not depend on it."""
 
 Tokens = list[list[int]]
 
@@ -92,17 +90,7 @@ def serve(
 ) -> tuple[float, Tokens]:
     """Seconds and tokens of our engine."""
     params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in requests.output_lens]
-    with LLM(
-        arguments.model,
-        load_format="dummy",
-        policy=policy,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        block_size=BLOCK_SIZE,
-        max_batch_size=batch,
-        profile=FORECASTS,
-        worker=worker,
-    ) as llm:
+    with engine_on(worker, arguments, policy, batch) as llm:
         began = time.perf_counter()
         outputs = llm.generate(prompt_token_ids=requests.prompts, sampling_params=params)
         return time.perf_counter() - began, [output.token_ids for output in outputs]

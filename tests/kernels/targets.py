@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,7 @@ import pytest
 import torch
 
 from fastserve.kernels import Kernels
-from support.devices import NEEDS_GPU
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by tests/conftest.py
+from support.devices import INTERPRETED, NEEDS_GPU, NO_INTERPRETER
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def on_gpu(*values: Any) -> Any:
 def make_target(name: str) -> Target:
     kernels, device = name.split("-")
     if kernels == "triton" and device == "cpu" and not INTERPRETED:
-        pytest.skip("Triton's interpreter is off where there is a GPU's driver: set TRITON_INTERPRET=1 for it")
+        pytest.skip(NO_INTERPRETER)
     if kernels == "triton" and device == "cuda" and INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 would test the interpreter and not the GPU")
     return Target(importlib.import_module(f"fastserve.kernels.{kernels}_kernels"), torch.device(device))

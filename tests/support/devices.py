@@ -10,10 +10,9 @@ NEEDS_GPU = (
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
 )
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-NEEDS_INTERPRETER = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",  # tests/conftest.py sets it
-    reason="Triton's interpreter is off where there is a GPU's driver: set TRITON_INTERPRET=1 for it",
-)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by tests/conftest.py
+NO_INTERPRETER = "Triton's interpreter is off where there is a GPU's driver: set TRITON_INTERPRET=1 for it"
+NEEDS_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason=NO_INTERPRETER)
 TRITON_DEVICES = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=NEEDS_INTERPRETER), pytest.param("cuda", marks=NEEDS_GPU)]
 )

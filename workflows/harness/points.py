@@ -161,6 +161,12 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(staging, index=False, lineterminator="\n", encoding="utf-8")
 
 
+def write_json(content: Any, path: Path) -> None:
+    """Write `content` as JSON, whole."""
+    with written_whole(path) as staging:
+        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """The file's content; ConfigError, with what to do, if it is not there or not JSON."""
     try:

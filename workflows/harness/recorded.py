@@ -30,9 +30,10 @@ from fastserve.config import CacheConfig, EngineOptions, ModelConfig, dtype_byte
 from fastserve.engine import Observer
 from fastserve.errors import ConfigError, FastServeError
 from fastserve.executor.base import FinishedTransfer
-from fastserve.files import check_writable, written_whole
+from fastserve.files import check_writable
 from fastserve.latency import load_profile
 from harness.fidelity import AT_ONCE, service_rate, simulated
+from harness.points import write_json
 from harness.runner import RunConfig, resolve_settings, run
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole."""
-        with written_whole(path) as staging:
-            staging.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(asdict(self), path)
 
 
 def read_plan(recorded: Path) -> Plan:

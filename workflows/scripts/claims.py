@@ -1,6 +1,5 @@
 """Snakemake job: the verdict on every claim, as a table, as a page and as captions of the report."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from fastserve.files import written_whole
 from harness.captions import findings
 from harness.claims import Evidence, claims_table
 from harness.claims_page import claims_page
-from harness.points import load_reported, read_table, write_csv
+from harness.points import load_reported, read_table, write_csv, write_json
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -25,8 +24,7 @@ with logged(snakemake.log[0]):
     write_csv(table, Path(snakemake.output.table))
     with written_whole(Path(snakemake.output.page)) as staging:
         staging.write_text(claims_page(table), encoding="utf-8")
-    with written_whole(Path(snakemake.output.captions)) as staging:
-        staging.write_text(json.dumps(findings(table), indent=1) + "\n", encoding="utf-8")
+    write_json(findings(table), Path(snakemake.output.captions))
     for row in table.itertuples():
         print(f"{row.verdict:10} {row.claim}")
     print(f"wrote {snakemake.output.table}")

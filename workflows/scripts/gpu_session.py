@@ -33,7 +33,7 @@ from typing import Any
 from fastserve.errors import ConfigError, FastServeError
 from fastserve.files import check_writable, written_whole
 from harness.meta import COMMIT_VARIABLE
-from harness.points import read_json
+from harness.points import read_json, write_json
 from harness.recorded import MORE_TO_DO, Design, add_design_options, design_arguments, design_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,9 +285,7 @@ class CallNote:
     def _write(self) -> None:
         steps = {o.step: {"outcome": _told(o), "seconds": round(o.seconds, 1)} for o in self.outcomes}
         seconds = round(time.monotonic() - self._began, 1)
-        with written_whole(self._path) as staging:
-            calls = [*self._calls, self._own | {"steps": steps, "seconds": seconds}]
-            staging.write_text(json.dumps({"calls": calls}, indent=1) + "\n", encoding="utf-8")
+        write_json({"calls": [*self._calls, self._own | {"steps": steps, "seconds": seconds}]}, self._path)
 
 
 _ASK_THE_MACHINE = """

@@ -1,16 +1,15 @@
 """Snakemake job: carry out a batch of runs in one process, and write what they measured into one file."""
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from fastserve.files import written_whole
 from fastserve.latency import load_profile
 from harness.derived import derived_metrics
 from harness.experiments import run_name
+from harness.points import write_json
 from harness.runner import RunConfig, run
 
 if TYPE_CHECKING:
@@ -36,5 +35,4 @@ with logged(snakemake.log[0]):
             + (f", {metrics['failed']} failed" if metrics["failed"] else "")
             + f", took {seconds:.1f} s"
         )
-    with written_whole(Path(snakemake.output[0])) as staging:
-        staging.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(results, Path(snakemake.output[0]))

@@ -85,10 +85,13 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[rows, in_features]` to `[rows, out_features]`."""
+        compute = self.few_rows.get(x.shape[0], self.library)
+        return compute(x)
+
+    def library(self, x: Tensor) -> Tensor:
+        """The same by the library's kernel, whatever the number of rows."""
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, self._epilogue, [], "")
-        if instead := self.few_rows.get(x.shape[0]):
-            return instead(x)
         assert self.weight is not None
         if not self.relu:
             return F.linear(x, self.weight, self.bias)

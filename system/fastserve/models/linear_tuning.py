@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastserve.errors import ConfigError
+from fastserve.kernels.cuda_graph import capture
 from fastserve.models.decoder import DecoderModel
 from fastserve.models.layers import Linear
 
@@ -101,14 +102,13 @@ def _choose(
         return torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
 
     x = random_input()
-    seconds = {"library": _seconds_a_call([partial(linear, x) for linear in linears])}
+    seconds = {"library": _seconds_a_call([partial(linear.library, x) for linear in linears])}
     candidates: dict[str, Tiling] = {}
     for tiling in tilings:
         name = f"{tiling.block_n}x{tiling.block_k}, {tiling.num_splits} splits"
-
         ours = [_ours(linear, tiling, workspace) for linear in linears]
         other = random_input()  # Another each time: freed memory holds right results for those before.
-        expected = [linear(other) for linear in linears]
+        expected = [linear.library(other) for linear in linears]
         try:
             agrees = all(_agree(compute(other), wanted) for compute, wanted in zip(ours, expected, strict=True))
         except OutOfResources:  # It needs more shared memory or registers than this device has.
@@ -143,18 +143,17 @@ def _agree(result: Tensor, expected: Tensor) -> bool:
 
 def _seconds_a_call(calls: Sequence[Callable[[], Tensor]]) -> float:
     """Median time of one of these calls, all made in turn; on a GPU replayed as a CUDA graph, as in a decode step."""
-    for call in calls:
-        call()
+
+    def run() -> None:
+        for call in calls:
+            call()
+
     if not torch.cuda.is_available():
+        run()
         begun = time.perf_counter()
-        for call in calls:
-            call()
+        run()
         return (time.perf_counter() - begun) / len(calls)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph, _ = capture(run)
     graph.replay()
     times = []
     for _ in range(_REPEATS):

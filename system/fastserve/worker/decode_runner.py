@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastserve.kernels import AttentionMetadata, Kernels
+from fastserve.kernels.cuda_graph import capture
 from fastserve.models import DecoderModel, ForwardBatch, SequenceInput
 from fastserve.worker.sampler import SamplingLike, sample
 
@@ -114,7 +115,6 @@ class DecodeRunner:
         self._context_lens = on_device(max_batch_size)
         self._block_tables = on_device(max_batch_size, self._max_blocks)
         self._query_starts = torch.arange(max_batch_size + 1, device=cache.device)
-        self._rows.write((), max_batch_size)
         self._packed_array[:] = self._rows.array
         self._steps: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None
@@ -181,13 +181,7 @@ class DecodeRunner:
 
     def _captured(self, size: int) -> Callable[[], Tensor]:
         """The same step as a CUDA graph."""
-        step = self._step_of(size)
-        with torch.inference_mode():
-            step()  # Compiles kernels, and lets libraries allocate what they need: neither can be captured.
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                logits = step()
+        graph, logits = capture(self._step_of(size), self._pool)
         self._pool = graph.pool()
 
         def replay() -> Tensor:

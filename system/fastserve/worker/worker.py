@@ -66,8 +66,9 @@ class Worker:
         self.model = build_model(model_config, torch_dtype, self.device, seed if model_dir is None else model_dir)
         layout = (model_config.num_layers, 2, block_size, model_config.num_kv_heads, model_config.head_dim)
         self._kernels = kernels_for(self.device)
-        graphs = max_batch_size is not None and not self._kernels.loops_on_host
-        self._cache = torch.zeros(num_gpu_blocks + graphs, *layout, dtype=torch_dtype, device=self.device)
+        most_in_place = None if self._kernels.loops_on_host else max_batch_size
+        spare_blocks = 0 if most_in_place is None else 1
+        self._cache = torch.zeros(num_gpu_blocks + spare_blocks, *layout, dtype=torch_dtype, device=self.device)
         self.gpu_cache = self._cache[:num_gpu_blocks]
         # Page-locked, or a copy to or from the GPU would neither reach link speed nor run beside the compute.
         host_zeros = pinned_zeros if self.device.type == "cuda" else torch.zeros
@@ -76,11 +77,10 @@ class Worker:
         self._decodes: DecodeRunner | None = None
         self.linear_choices: list[LinearChoice] = []
         """Which kernels compute the linear layers of decode batches, where that was measured."""
-        if graphs:
-            assert max_batch_size is not None
-            self.linear_choices = tune_linears(self.model, graph_sizes(max_batch_size))
+        if most_in_place is not None:
+            self.linear_choices = tune_linears(self.model, graph_sizes(most_in_place))
             context = min(max_model_len or model_config.max_model_len, model_config.max_model_len)
-            self._decodes = DecodeRunner(self.model, self._kernels, self._cache, block_size, max_batch_size, context)
+            self._decodes = DecodeRunner(self.model, self._kernels, self._cache, block_size, most_in_place, context)
 
     def _check_room(self, model: ModelConfig, num_gpu_blocks: int, num_host_blocks: int, dtype: str) -> None:
         block_bytes = self.block_size * model.kv_bytes_per_token(dtype)
