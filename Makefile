@@ -36,7 +36,7 @@ test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto
 
 soak: setup  ## the invariants on 100,000 generated scenarios, for an hour or so
-	$(BIN)/python -m pytest -n auto tests/invariants --hypothesis-profile=soak
+	$(BIN)/python -m pytest -n auto tests/invariants tests/distributed --hypothesis-profile=soak
 
 lint: setup  ## ruff, mypy, snakemake --lint, snakefmt
 	$(BIN)/ruff check .

@@ -156,8 +156,8 @@ def matrix_products(bench: Bench, batch: int) -> list[dict[str, Any]]:
     kinds = [*zip(*layers, strict=True), (bench.worker.model.lm_head,)]
     measured = []
     for modules in kinds:
-        hidden_size, parts = modules[0].in_features, modules[0].parts
-        rows = sum(size for _, size in parts)
+        hidden_size, parts = len(modules[0].columns.held), modules[0].rows
+        rows = sum(len(share.held) for _, share in parts)
         x = torch.randn(batch, hidden_size, dtype=getattr(torch, bench.dtype), device=bench.device)
 
         def run(modules: Sequence[Linear] = modules, x: torch.Tensor = x) -> None:

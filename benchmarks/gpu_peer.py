@@ -32,8 +32,8 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from fastserve import SamplingParams
 from fastserve.config import ModelConfig
 from fastserve.errors import ConfigError
+from fastserve.models import Part, empty_model
 from fastserve.models.loader import dummy_weights
-from fastserve.models.opt import OPTModel
 from fastserve.presets import preset
 from fastserve.worker import Worker
 from harness.fidelity import AT_ONCE
@@ -117,7 +117,7 @@ def peer_model(worker: Worker) -> OPTForCausalLM:
         )
     source = worker.model
     if worker.device.type == "cpu":  # Ours may be packed there, and cannot be read: the same once more.
-        source = OPTModel(config, dtype, worker.device)
+        source = empty_model(Part.whole(config, dtype, worker.device))
         dummy_weights(source, 0)
     tensors = {weight.name: weight.target for weight in source.weights()}
     tensors["lm_head.weight"] = source.embedding

@@ -91,6 +91,10 @@ class Engine:
         self.jobs: dict[str, Job] = {}
         """Unfinished requests by id."""
         self.iterations: list[IterationRecord] = []
+        self.last_run: list[Job] = []
+        """What `run` returned, or would have returned, had not an error ended it."""
+        self.error: Exception | None = None
+        """What ended the engine: it takes no more requests."""
         self.observer: Observer | None = None
         self.jumps = True
         """Whether iterations that can only be alike are computed at once where the executor can tell their times."""
@@ -109,7 +113,10 @@ class Engine:
         """Take a request into the system.
 
         One that could never be served is marked REJECTED, with the reason in `job.error`, and not taken.
+        Raises what ended the engine, if something has.
         """
+        if self.error is not None:
+            raise self.error
         job = Job(request, params, self.eos_token_ids)
         job.error = self._why_never(request, params)
         if job.error:
@@ -153,10 +160,10 @@ class Engine:
     def run(self, arrivals: Iterable[Arrival], on_done: Callable[[Job], None] | None = None) -> list[Job]:
         """Serve requests that arrive at known times, in that order; returns their jobs when all are done.
 
-        `on_done` is called as each job leaves the system.
+        `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then.
         """
         pending = deque(sorted(arrivals, key=lambda arrival: arrival.request.arrival_s))
-        jobs: list[Job] = []
+        jobs = self.last_run = []
         while pending or self.has_unfinished:
             now = self.clock.now()
             while pending and pending[0].request.arrival_s <= now:
@@ -185,7 +192,17 @@ class Engine:
         With the pipeline full after that, collects the oldest iteration; otherwise waits until something ends: the work
         of the first stage, an iteration or a transfer, at the longest until `until` (seconds on the engine's clock, the
         next arrival). Returns the jobs that finished.
+
+        Raises RankError if what executes has failed. That, or any other error, ends the engine, and every request in
+        the system is FAILED, with the reason in `job.error`.
         """
+        try:
+            return self._turn(until)
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _turn(self, until: float) -> list[Job]:
         self._complete_transfers()
         executor, in_flight = self.executor, self._in_flight
         if in_flight:
@@ -407,6 +424,19 @@ class Engine:
             )
             stalled_s = 0.0
         self._stalled_s = 0.0
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        now = self.clock.now()
+        for job in self.jobs.values():
+            job.request.status = RequestStatus.FAILED
+            job.error = str(error)
+            job.finished_s = now
+            if self.observer:
+                self.observer.on_done(job)
+        self.jobs.clear()
+        self._in_flight.clear()
+        self._num_jobs_in_flight = 0
 
     def _complete_transfers(self) -> None:
         if self.executor.num_transfers_in_flight:

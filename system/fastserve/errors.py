@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class FastServeError(Exception):
     """Base of every error that reports bad input or a resource that ran out, never a bug of ours."""
@@ -21,3 +24,10 @@ class TraceError(FastServeError):
 
 class OutputError(FastServeError):
     """A result that could not be written."""
+
+
+class RankError(FastServeError):
+    """A rank of a distributed engine died, hangs or failed, and the engine has ended with it."""
+
+    outputs: Sequence[Any] = ()
+    """Of the requests of the call it ended, where there was one: the finished ones, and the others as failed."""

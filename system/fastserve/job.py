@@ -32,7 +32,7 @@ class Job:
     swap_in_bytes: int = 0
     recomputed_tokens: int = 0
     error: str = ""
-    """Why it was rejected; empty otherwise."""
+    """Why it was rejected or failed; empty otherwise."""
 
     def __post_init__(self) -> None:
         self.max_tokens = self.request.num_prompt_tokens + self.params.max_tokens

@@ -10,25 +10,27 @@ from typing import Any
 import torch
 
 from fastserve.clock import WallClock
-from fastserve.config import CacheConfig, EngineOptions, ModelConfig, dtype_bytes
+from fastserve.config import CacheConfig, EngineOptions
 from fastserve.engine import Arrival, Engine
-from fastserve.errors import ConfigError
+from fastserve.errors import ConfigError, RankError
+from fastserve.executor.base import Executor
+from fastserve.executor.distributed import DistributedExecutor
 from fastserve.executor.local import LocalExecutor
+from fastserve.executor.ranks import RankGroup
 from fastserve.job import Job, RequestMetrics
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel, load_profile
 from fastserve.latency.profiler import Grid, fit, measure
-from fastserve.models import load_config
+from fastserve.models.source import resolve_model
 from fastserve.options import build_options
-from fastserve.presets import PRESETS, preset
+from fastserve.parallel.layout import ParallelConfig
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import find_policy
 from fastserve.worker import Worker
-from fastserve.worker.memory import available_bytes
-from fastserve.worker.probe import WorkerProbe
-
-_CPU_CACHE_SHARE, _GPU_CACHE_SHARE, _PINNED_SHARE = 0.2, 0.85, 0.5
-"""Most of the free memory a pool takes where its size is not given; the last is of the host's, beside a GPU."""
+from fastserve.worker.probe import Probe
+from fastserve.worker.protocol import RankConfig
+from fastserve.worker.runner import Runner
+from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class RequestOutput:
     text: str | None
     """Decoded by the model directory's tokenizer; None without one."""
     error: str
-    """Why the request was rejected; empty otherwise."""
+    """Why the request was rejected or failed; empty otherwise."""
     metrics: RequestMetrics
 
 
@@ -64,14 +66,20 @@ class LLM:
         token_budget: prompt tokens per iteration.
         max_model_len: bound on prompt + output, below the model's own.
         host_link_gb_per_s: None; a simulation can be told the speed of its link to host memory, a machine cannot.
-        tensor_parallel_size: 1; larger is not implemented yet.
-        pipeline_parallel_size: 1; larger is not implemented yet.
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: stages that the layers are divided into; as many batches are in flight at a time. With
+            more than one rank in all, each is a process of its own, with a GPU of its own on "cuda".
+        stage_layers: layers of each stage, from the first. None: as even as can be.
+        ranks: HOST:PORT at which this engine waits for its ranks, which `torchrun ... -m fastserve.worker` starts on
+            one machine or several. None: they are started here. Or an existing RankGroup, as with `worker`; it stays.
+        rank_timeout_s: how long a rank that should work may be silent, or stand still, before the engine ends.
         seed: of dummy weights.
         profile: a latency profile for policies that need one. None: measured here, in a few seconds.
         worker: an existing one of the same model, device, dtype and block size, with pools at least as large; `seed`
             and `load_format` are then its own. Engines may use it one after the other. None: a new one is made.
 
-    Raises ConfigError for what is unknown, out of range or too large for memory, CheckpointError for a bad directory.
+    Raises ConfigError for what is unknown, out of range or too large for memory, CheckpointError for a bad directory,
+    RankError for a rank that fails, dies or hangs.
     """
 
     def __init__(
@@ -92,16 +100,13 @@ class LLM:
         host_link_gb_per_s: float | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        stage_layers: Sequence[int] | None = None,
+        ranks: str | RankGroup | None = None,
+        rank_timeout_s: float = 8.0,
         seed: int = 0,
         profile: str | None = None,
         worker: Worker | None = None,
     ) -> None:
-        for name, size in (
-            ("tensor_parallel_size", tensor_parallel_size),
-            ("pipeline_parallel_size", pipeline_parallel_size),
-        ):
-            if size != 1:
-                raise ConfigError(f"{name}={size!r}: only 1 is implemented so far")
         if host_link_gb_per_s is not None:
             raise ConfigError(
                 f"host_link_gb_per_s={host_link_gb_per_s!r}: for simulations only, here the machine's link is what it "
@@ -113,44 +118,79 @@ class LLM:
         policy_class = find_policy(policy)
         policy_settings = build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
         self.model_config, model_dir = resolve_model(model, load_format)
-        if worker is not None:
-            num_gpu_blocks = num_gpu_blocks or worker.gpu_cache.shape[0]
-            num_host_blocks = worker.host_cache.shape[0] if num_host_blocks is None else num_host_blocks
-        num_gpu_blocks = num_gpu_blocks or default_num_blocks(self.model_config, options, device, dtype)
-        if num_host_blocks is None:
-            num_host_blocks = default_num_host_blocks(self.model_config, num_gpu_blocks, block_size, device, dtype)
-        cache = CacheConfig(
-            num_gpu_blocks=num_gpu_blocks,
-            num_host_blocks=num_host_blocks,
-            block_size=block_size,
-            bytes_per_token=self.model_config.kv_bytes_per_token(dtype),
+        parallel = ParallelConfig(
+            tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
         )
-        latency: LatencyModel | None = load_profile(profile).latency if profile else None
+        parallel.layers_by_stage(self.model_config)
         context = min(self.model_config.max_model_len, max_model_len or self.model_config.max_model_len)
-        if worker is not None:
-            worker.require(self.model_config, cache, device, dtype)
-            self.worker = worker
+        latency: LatencyModel | None = load_profile(profile).latency if profile else None
+        self.worker: Worker | None = None
+        """What computes, unless that is done by several ranks."""
+        self.ranks: RankGroup | None = None
+        """Those, if so."""
+        self._own_ranks: RankGroup | None = None
+        runner: Runner
+        if parallel.world_size == 1 and ranks is None:
+            runner = self.worker = worker or self._new_worker(options, context, device, dtype, seed, model_dir)
+        elif worker is not None:
+            raise ConfigError("a worker was given for an engine of several ranks, which have their own; leave it out")
+        elif isinstance(ranks, RankGroup):
+            runner = self.ranks = ranks
+            if ranks.config.parallel != parallel:
+                raise ConfigError(
+                    f"the group of ranks given has {ranks.config.parallel}, not {parallel}; start another"
+                )
         else:
-            self.worker = Worker(
-                self.model_config,
-                num_gpu_blocks=cache.num_gpu_blocks,
-                num_host_blocks=cache.num_host_blocks,
-                block_size=block_size,
+            config = RankConfig(
+                model=str(model),
+                load_format=load_format,
                 device=device,
                 dtype=dtype,
                 seed=seed,
-                model_dir=model_dir,
+                block_size=block_size,
                 max_batch_size=max_batch_size,
-                max_model_len=context,
+                token_budget=token_budget,
+                max_model_len=max_model_len,
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                stage_layers=parallel.stage_layers,
+                ranks_on_host=parallel.world_size,
+                torch_threads=max(1, torch.get_num_threads() // parallel.world_size) if ranks is None else None,
+                timeout_s=rank_timeout_s,
             )
-            self._warm_up(context, options)
-        if latency is None and policy_class.needs_latency:
-            probe, grid = WorkerProbe(self.worker), Grid.for_model(context, max_batch_size, quick=True)
-            latency = fit(measure(probe.iteration_time, grid.shapes, 1))
+            self._own_ranks = RankGroup(
+                config, address=ranks, num_gpu_blocks=num_gpu_blocks, num_host_blocks=num_host_blocks
+            )
+            runner = self.ranks = self._own_ranks
+        try:
+            cache = CacheConfig(
+                num_gpu_blocks=num_gpu_blocks or runner.num_gpu_blocks,
+                num_host_blocks=runner.num_host_blocks if num_host_blocks is None else num_host_blocks,
+                block_size=block_size,
+                bytes_per_token=self.model_config.kv_bytes_per_token(dtype),
+            )
+            runner.require(self.model_config, cache, device, dtype)
+            probe = Probe(runner)
+            if worker is None and not isinstance(ranks, RankGroup):
+                _warm_up(probe, device, context, options)
+            if latency is None and policy_class.needs_latency:
+                grid = Grid.for_model(context, max_batch_size, quick=True)
+                latency = fit(measure(probe.iteration_time, grid.shapes, 1))
+        except BaseException:
+            self._close_ranks()
+            raise
         clock, kv = WallClock(), KVCacheManager(cache)
+        executor: Executor
+        if self.ranks is not None:
+            executor = DistributedExecutor(self.ranks, kv, clock)
+        else:
+            assert self.worker is not None
+            executor = LocalExecutor(self.worker, kv, clock)
         self.engine = Engine(
-            policy_class(options.scheduler_config(), kv, latency or NoLatency(), policy_settings),
-            LocalExecutor(self.worker, kv, clock),
+            policy_class(
+                options.scheduler_config(parallel.pipeline_parallel_size), kv, latency or NoLatency(), policy_settings
+            ),
+            executor,
             kv,
             clock,
             max_model_len=context,
@@ -170,6 +210,7 @@ class LLM:
 
         Give `prompts` as text (needs a tokenizer in the model directory) or `prompt_token_ids`. One SamplingParams
         serves all. A prompt that could never be served has its reason in `error`; the others are served.
+        If a rank is lost, RankError; its `outputs` are what was finished until then, and the others as failed.
         """
         token_ids = self._token_ids(prompts, prompt_token_ids)
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -181,27 +222,44 @@ class LLM:
         for ids, one in zip(token_ids, every, strict=True):
             arrivals.append(Arrival(Request.from_tokens(str(self._num_requests), now, ids), one))
             self._num_requests += 1
-        return [self._output(job) for job in self.engine.run(arrivals)]
+        try:
+            jobs = self.engine.run(arrivals)
+        except RankError as error:
+            error.outputs = [self._output(job) for job in self.engine.last_run]
+            raise
+        return [self._output(job) for job in jobs]
 
     def close(self) -> None:
-        """Stop the engine's threads."""
+        """Stop the engine's threads, or its ranks."""
         self.engine.executor.close()
+        self._close_ranks()
 
-    def _warm_up(self, context: int, options: EngineOptions) -> None:
-        """Run what compiles kernels or loads them, lest the first requests wait for it.
+    def _close_ranks(self) -> None:
+        if self._own_ranks is not None:
+            self._own_ranks.close()
 
-        On a GPU, prompts of many lengths, and among decodes; libraries have kernels of their own for each.
-        """
-        probe, longest = WorkerProbe(self.worker), min(context - 1, options.token_budget)
-        decodes = [min(64, context - 1)] * options.max_batch_size
-        if self.worker.device.type == "cpu":
-            probe.iteration_time([min(64, longest)], [])
-        else:
-            for length in sorted({min(2**i, longest) for i in range(4, 20)}):
-                probe.iteration_time([length], [])
-            probe.iteration_time([min(64, longest)] * 2, decodes[:1])
-            probe.iteration_time([min(64, longest)], decodes)
-        probe.iteration_time([], decodes)
+    def _new_worker(
+        self, options: EngineOptions, context: int, device: str, dtype: str, seed: int, model_dir: Path | None
+    ) -> Worker:
+        """A worker for the whole model, with pools as large as asked for, or as fit."""
+        num_gpu_blocks = options.num_gpu_blocks or default_num_blocks(self.model_config, options, device, dtype)
+        num_host_blocks = options.num_host_blocks
+        if num_host_blocks is None:
+            num_host_blocks = default_num_host_blocks(
+                self.model_config, num_gpu_blocks, options.block_size, device, dtype
+            )
+        return Worker(
+            self.model_config,
+            num_gpu_blocks=num_gpu_blocks,
+            num_host_blocks=num_host_blocks,
+            block_size=options.block_size,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            model_dir=model_dir,
+            max_batch_size=options.max_batch_size,
+            max_model_len=context,
+        )
 
     def __enter__(self) -> LLM:
         return self
@@ -241,36 +299,21 @@ class LLM:
         )
 
 
-def resolve_model(model: str | Path, load_format: str) -> tuple[ModelConfig, Path | None]:
-    """Architecture, and the directory to read weights from, or None for dummy ones. ConfigError if there are none."""
-    if load_format not in ("auto", "dummy"):
-        raise ConfigError(f"load_format must be auto or dummy, got {load_format!r}")
-    if Path(model).is_dir():
-        return load_config(Path(model)), Path(model) if load_format == "auto" else None
-    if str(model) not in PRESETS and ("/" in str(model) or "\\" in str(model)):
-        raise ConfigError(f"model directory {str(model)!r} does not exist")
-    config = preset(str(model))
-    if load_format != "dummy":
-        raise ConfigError(f"preset {model!r} has no weights: use load_format dummy, or give a model directory")
-    return config, None
+def _warm_up(probe: Probe, device: str, context: int, options: EngineOptions) -> None:
+    """Run what compiles kernels or loads them, lest the first requests wait for it.
 
-
-def default_num_blocks(model: ModelConfig, options: EngineOptions, device: str, dtype: str) -> int:
-    """Blocks for a full batch of full contexts, or what a share of the memory allows that the weights leave."""
-    context = min(model.max_model_len, options.max_model_len or model.max_model_len)
-    wanted = options.max_batch_size * -(-context // options.block_size)
-    free_bytes, share = available_bytes(torch.device(device)), _CPU_CACHE_SHARE
-    if device.startswith("cuda"):
-        free_bytes, share = free_bytes - model.num_parameters() * dtype_bytes(dtype), _GPU_CACHE_SHARE
-    return max(1, min(wanted, int(share * free_bytes / (options.block_size * model.kv_bytes_per_token(dtype)))))
-
-
-def default_num_host_blocks(model: ModelConfig, num_gpu_blocks: int, block_size: int, device: str, dtype: str) -> int:
-    """As many blocks as on the device; beside a GPU no more than a share of the host's memory, being page-locked."""
-    if not device.startswith("cuda"):
-        return num_gpu_blocks
-    free_bytes = available_bytes(torch.device("cpu"))
-    return min(num_gpu_blocks, int(_PINNED_SHARE * free_bytes / (block_size * model.kv_bytes_per_token(dtype))))
+    On a GPU, prompts of many lengths, and among decodes; libraries have kernels of their own for each.
+    """
+    longest = min(context - 1, options.token_budget)
+    decodes = [min(64, context - 1)] * options.max_batch_size
+    if device == "cpu":
+        probe.iteration_time([min(64, longest)], [])
+    else:
+        for length in sorted({min(2**i, longest) for i in range(4, 20)}):
+            probe.iteration_time([length], [])
+        probe.iteration_time([min(64, longest)] * 2, decodes[:1])
+        probe.iteration_time([min(64, longest)], decodes)
+    probe.iteration_time([], decodes)
 
 
 class NoLatency:

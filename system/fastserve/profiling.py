@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +17,7 @@ from fastserve.config import EngineOptions, require_int
 from fastserve.engine import Arrival, Engine, Observer
 from fastserve.errors import ConfigError
 from fastserve.kvcache import Direction
-from fastserve.latency import HostLink, LatencyModel, Profile
+from fastserve.latency import HostLink, LatencyModel, Profile, fit_link
 from fastserve.latency.profiler import (
     Grid,
     Shape,
@@ -28,13 +28,14 @@ from fastserve.latency.profiler import (
     times_between,
     with_overhead,
 )
-from fastserve.llm import LLM, default_num_blocks, resolve_model
+from fastserve.llm import LLM, resolve_model
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import Iteration
 from fastserve.worker import Worker
 from fastserve.worker.copier import make_copier
 from fastserve.worker.decode_runner import graph_sizes
-from fastserve.worker.probe import WorkerProbe
+from fastserve.worker.probe import Probe
+from fastserve.worker.sizing import default_num_blocks
 
 POLICY = "fastserve-fcfs"
 """Whose engine's time is measured: of the policies with iteration-level batches it decides the least."""
@@ -99,7 +100,7 @@ def measure_profile(config: ProfileConfig, name: str, begin: Callable[[int], Cal
         grid = Grid.for_model(model.max_model_len, config.max_batch_size, quick=config.quick)
     shapes = grid.shapes
     measurements = measure(
-        WorkerProbe(worker).iteration_time, shapes, config.repeats, begin(len(shapes) * (1 + config.repeats))
+        Probe(worker).iteration_time, shapes, config.repeats, begin(len(shapes) * (1 + config.repeats))
     )
     latency = fit(measurements, by_batch_size=dense, curve=dense)
     own = engine_time(config, worker, latency)
@@ -220,7 +221,7 @@ def host_link(worker: Worker, repeats: int = 5) -> tuple[HostLink, list[dict[str
     copier = make_copier(worker.gpu_cache, worker.host_cache, clock)
     block_bytes = worker.gpu_cache[0].nbytes
     order = random.Random(0).sample(range(pools), min(pools, _HOST_BLOCKS))
-    points = []
+    points: list[dict[str, Any]] = []
     for direction in Direction:
         for count in sorted({1, min(4, len(order)), min(16, len(order)), len(order)}):
             seconds = []
@@ -234,19 +235,8 @@ def host_link(worker: Worker, repeats: int = 5) -> tuple[HostLink, list[dict[str
                 {"direction": direction.value, "bytes": count * block_bytes, "seconds": float(np.median(seconds[1:]))}
             )
     copier.close()
-    return _link(points), points
-
-
-def _link(points: Sequence[dict[str, Any]]) -> HostLink:
-    """Least squares on relative errors of `latency + bytes / bandwidth`, neither negative."""
-    from scipy.optimize import nnls
-
-    rows = np.array([[1.0 / point["seconds"], point["bytes"] / point["seconds"]] for point in points])
-    scale = rows.max(axis=0)
-    latency_s, per_byte = nnls(rows / scale, np.ones(len(rows)))[0] / scale
-    if not per_byte:  # One size of transfer, or noise: all of its time is bandwidth.
-        latency_s, per_byte = 0.0, float(np.median([point["seconds"] / point["bytes"] for point in points]))
-    return HostLink(float(1 / per_byte), float(latency_s))
+    latency_s, bandwidth = fit_link([(point["bytes"], point["seconds"]) for point in points])
+    return HostLink(bandwidth, latency_s), points
 
 
 def describe(profile: Profile) -> list[str]:

@@ -28,6 +28,8 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
     ABORTED = "aborted"
     REJECTED = "rejected"
+    FAILED = "failed"
+    """What served it failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,12 @@ def simulated_engine(
     )
     kv = KVCacheManager(cache)
     clock = VirtualClock()
-    num_stages, host_link = profile.pipeline_parallel_size, profile.host_link
+    host_link = profile.host_link
     if options.host_link_gb_per_s is not None:
         host_link = dataclasses.replace(host_link, bandwidth_bytes_per_s=options.host_link_gb_per_s * 1e9)
-    limits = options.scheduler_config(num_stages)
+    limits = options.scheduler_config(profile.pipeline_parallel_size)
     scheduler = make_scheduler(policy, policy_options or {}, limits, kv, profile.latency)
-    executor = SimulatedExecutor(profile.stage, host_link, clock, num_stages=num_stages, stage_link=profile.stage_link)
+    executor = SimulatedExecutor(profile.stages, host_link, clock, stage_link=profile.stage_link)
     return Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
 
 

@@ -1,5 +1,7 @@
 """A small latency model with round numbers, and engines in virtual time built on it."""
 
+from collections.abc import Sequence
+
 from fastserve.clock import VirtualClock
 from fastserve.config import CacheConfig, SchedulerConfig
 from fastserve.engine import Arrival, Engine
@@ -38,15 +40,17 @@ def make_engine(
     engine_class: type[Engine] = Engine,
     latency: LatencyModel = LATENCY,
     num_stages: int = 1,
+    later_stages: Sequence[LatencyModel] | None = None,
     stage_link: StageLink = STAGE_LINK,
 ) -> Engine:
-    """`latency` is that of one stage."""
+    """`latency` is that of each of `num_stages`, or of the first if `later_stages` says the others'."""
+    stages = (latency, *later_stages) if later_stages else (latency,) * num_stages
     kv = KVCacheManager(CacheConfig(num_gpu_blocks, num_host_blocks, 4, BYTES_PER_TOKEN))
     clock = VirtualClock()
-    config = SchedulerConfig(max_batch_size, token_budget, num_stages)
-    whole = latency if num_stages == 1 else PipelinedLatency(latency, num_stages, stage_link)
+    config = SchedulerConfig(max_batch_size, token_budget, len(stages))
+    whole = latency if len(stages) == 1 else PipelinedLatency(stages, stage_link)
     scheduler = make_scheduler(policy, policy_options or {}, config, kv, whole)
-    executor = SimulatedExecutor(latency, LINK, clock, num_stages=num_stages, stage_link=stage_link)
+    executor = SimulatedExecutor(stages, LINK, clock, stage_link=stage_link)
     return engine_class(scheduler, executor, kv, clock, max_model_len=max_model_len)
 
 

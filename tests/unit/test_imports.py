@@ -12,17 +12,17 @@ PACKAGE = ROOT / "system/fastserve"
 ORDER = [
     {"errors"},
     {"config", "options", "clock", "console", "files"},
-    {"request", "presets"},
+    {"request", "presets", "parallel.layout", "parallel"},
     {"latency", "kvcache"},
     {"scheduler"},
     {"executor.base", "executor.simulated", "executor"},
     {"job"},
     {"engine", "timeline"},
     {"simulation"},
-    {"kernels"},
+    {"kernels", "parallel.groups", "parallel.channel"},
     {"models"},
     {"worker"},
-    {"executor.local"},
+    {"executor.local", "executor.distributed", "executor.inputs", "executor.ranks"},
     {"llm"},
     {"profiling"},
     {"cli"},
@@ -32,7 +32,7 @@ TORCH_FREE = ["simulation", "engine", "timeline", "scheduler", "kvcache", "laten
 
 def room_of(module: str) -> str:
     name = module.removeprefix("fastserve.")
-    return name if name.startswith("executor.") else name.split(".")[0]
+    return name if name.startswith(("executor.", "parallel.")) else name.split(".")[0]
 
 
 def runtime_imports(path: Path) -> set[str]:

@@ -211,13 +211,13 @@ STAGE = FittedLatency(PrefillFit(0.011, 1.3e-4, 7e-9), (DecodeFit(0.009, 3e-7, 4
     num_stages=st.integers(2, 5),
 )
 def test_a_pipeline_foresees_its_decode_steps_to_the_bit(contexts: list[int], count: int, num_stages: int) -> None:
-    latency = PipelinedLatency(STAGE, num_stages, StageLink(17e-6, 8e9, 24_576))
+    latency = PipelinedLatency((STAGE,) * num_stages, StageLink(17e-6, 8e9, 24_576))
     one_by_one = [latency.iteration_time((), [length + step for length in contexts]) for step in range(count)]
     assert latency.decode_times(contexts, count).tolist() == one_by_one
 
 
 def test_an_iteration_alone_passes_every_stage_and_every_link() -> None:
-    latency = PipelinedLatency(STAGE, 3, StageLink(0.5, 100.0, 10))
+    latency = PipelinedLatency((STAGE,) * 3, StageLink(0.5, 100.0, 10))
     # 3 stages, and 2 sends of 4 + 1 tokens: 0.5 s + 50 B / 100 B/s each.
     assert latency.iteration_time([4], [7], [2]) == pytest.approx(3 * STAGE.iteration_time([4], [7], [2]) + 2.0)
     assert latency.iteration_time([], []) == 0
@@ -232,7 +232,7 @@ def test_a_profile_of_several_stages_is_of_one_stage_and_a_link(tmp_path: Path) 
     one = load_profile("a100-80g/opt-13b-tp1")
     link = StageLink(24e-6, 8e9, 10_240)
     two = replace(one, pipeline_parallel_size=2, stage_link=link)
-    assert two.latency == PipelinedLatency(one.stage, 2, link)
+    assert two.latency == PipelinedLatency((one.stage,) * 2, link)
     two.save(tmp_path / "two.json")
     assert load_profile(str(tmp_path / "two.json")).latency == two.latency
     for wrong in ({"stage_link": link}, {"pipeline_parallel_size": 2}):

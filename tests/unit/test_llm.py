@@ -54,7 +54,7 @@ def test_any_end_of_sequence_token_ends_a_text() -> None:
         ({"load_format": "gguf"}, "load_format must be auto or dummy, got 'gguf'"),
         ({"policy": "best"}, "unknown policy 'best'"),
         ({"policy_options": {"speed": 1}}, "unknown option 'speed' for policy 'fastserve'"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: only 1"),
+        ({"tensor_parallel_size": 5}, "tensor_parallel_size=5 does not divide"),
         ({"dtype": "int4"}, "int4"),
         ({"device": "abacus"}, "abacus"),
         ({"num_gpu_blocks": 10**9}, "lower num_"),

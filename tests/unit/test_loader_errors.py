@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastserve.errors import CheckpointError
-from fastserve.models import build_model, load_config
+from fastserve.models import Part, build_model, empty_model, load_config
 
 OPT: dict[str, Any] = {
     "architectures": ["OPTForCausalLM"],
@@ -42,8 +42,8 @@ def write_config(directory: Path, fields: dict[str, Any]) -> Path:
 def write_checkpoint(directory: Path) -> Path:
     """A complete OPT checkpoint."""
     config = load_config(write_config(directory, OPT))
-    names = type(build_model(config, torch.float32))(config, torch.float32, torch.device("cpu")).weights()
-    save_file({weight.name: torch.zeros(weight.target.shape) for weight in names}, directory / "model.safetensors")
+    weights = empty_model(Part.whole(config, torch.float32, torch.device("meta"))).weights()
+    save_file({weight.name: torch.zeros(weight.shape) for weight in weights}, directory / "model.safetensors")
     return directory
 
 

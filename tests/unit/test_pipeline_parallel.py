@@ -8,7 +8,7 @@ import pytest
 
 from fastserve.clock import VirtualClock
 from fastserve.engine import Arrival, Engine
-from fastserve.executor.simulated import SimulatedExecutor
+from fastserve.executor.simulated import SimulatedExecutor, _shape
 from fastserve.kvcache import Direction, Transfer
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, StageLink, load_profile
 from fastserve.request import Request, SamplingParams
@@ -220,7 +220,7 @@ def test_a_stage_is_busy_with_one_iteration_and_takes_them_in_order(policy: str)
         if not iteration.requests:
             return
         now, end = engine.clock.now(), engine.executor._computing[-1].end_s
-        duration = engine.executor._duration(iteration)
+        duration = LATENCY.iteration_time(*_shape(iteration))
         sending = STAGE_LINK.transfer_time(1)
         assert now >= first_free_at - 1e-9
         assert end >= last_free_at + duration - 1e-9
@@ -236,7 +236,7 @@ def test_a_stage_is_busy_with_one_iteration_and_takes_them_in_order(policy: str)
 
 def test_the_executor_says_what_is_free_and_what_has_ended() -> None:
     clock = VirtualClock()
-    executor = SimulatedExecutor(LATENCY, LINK, clock, num_stages=2, stage_link=STAGE_LINK)
+    executor = SimulatedExecutor((LATENCY,) * 2, LINK, clock, stage_link=STAGE_LINK)
     a, b = Request("a", 0, 20), Request("b", 0, 5)
     assert executor.can_submit
     assert not executor.can_collect

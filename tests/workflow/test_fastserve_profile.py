@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 from fastserve.cli import app
 from fastserve.errors import ConfigError, OutputError
 from fastserve.latency import PrefillCurve, PrefillFit, load_profile
-from fastserve.profiling import ProfileConfig, _link, measure_profile
+from fastserve.profiling import ProfileConfig, measure_profile
 from harness.runner import RunConfig, run
 
 
@@ -70,14 +70,3 @@ def test_bad_input_is_named_before_anything_is_measured(wrong: dict[str, object]
     config = ProfileConfig(**{"model": "opt-tiny", "load_format": "dummy", **wrong})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
         measure_profile(config, "x", lambda steps: pytest.fail("measured"))
-
-
-def test_the_link_is_fitted_to_transfers_of_both_directions() -> None:
-    sizes = (1e6, 4e6, 64e6)
-    points = [{"bytes": size, "seconds": 20e-6 + size / bandwidth} for size in sizes for bandwidth in (40e9, 40e9)]
-    link = _link(points)
-    assert link.latency_s == pytest.approx(20e-6)
-    assert link.bandwidth_bytes_per_s == pytest.approx(40e9)
-    # From one size nothing is known of the latency.
-    alone = _link(points[:1])
-    assert alone.transfer_time(1_000_000) == pytest.approx(points[0]["seconds"])

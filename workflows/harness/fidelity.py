@@ -363,9 +363,9 @@ class Profiler:
     def __init__(self, config: RunConfig, shapes: Sequence[Shape]) -> None:
         import torch
 
-        from fastserve.llm import resolve_model
+        from fastserve.models.source import resolve_model
         from fastserve.worker import Worker
-        from fastserve.worker.probe import WorkerProbe
+        from fastserve.worker.probe import Probe, copy_bandwidth
 
         self._config = config
         self._set_threads()
@@ -383,13 +383,13 @@ class Profiler:
             dtype=config.dtype,
             model_dir=directory,
         )
-        self._probe = WorkerProbe(worker)
+        self._probe = Probe(worker)
         self._capacity_tokens = options.num_gpu_blocks * options.block_size
         self._hardware = f"{torch.device(config.device).type}, {torch.get_num_threads()} threads"
         self._samples: dict[Shape, list[float]] = {shape: [] for shape in shapes}
         self._wall_s = self._processor_s = 0.0
         # Without a host pool nothing is copied, and any bandwidth will do.
-        self._bandwidth = self._probe.copy_bandwidth() or 1e9
+        self._bandwidth = copy_bandwidth(worker) or 1e9
         self._shapes = self._in_order()
 
     def warm_up(self, num_tokens: int) -> None:

@@ -148,7 +148,7 @@ def make_plan(design: Design, profile: Path) -> Plan:
     The order is that of the design, the first batch size and trace first, and within a load all policies one after the
     other: recording that is broken off leaves complete comparisons. Raises ConfigError for what does not fit.
     """
-    from fastserve.llm import resolve_model
+    from fastserve.models.source import resolve_model
 
     model, _ = resolve_model(design.model, design.load_format)
     cache = _pools(design, model)
@@ -292,7 +292,7 @@ def _simulated_duration(each: RecordedRun, recorded: Path) -> float:
 
 
 def _make_worker(plan: Plan) -> Worker:
-    from fastserve.llm import resolve_model
+    from fastserve.models.source import resolve_model
     from fastserve.worker import Worker
 
     design = plan.design

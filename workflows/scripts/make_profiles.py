@@ -17,9 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastserve.latency.calibration import CHECKED_SHAPES, calibrate, relative_errors
+from fastserve.latency.communication import HostLink, StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
-from fastserve.latency.pipelined import StageLink
-from fastserve.latency.profile import HostLink, Profile, list_profiles, load_profile
+from fastserve.latency.profile import Profile, list_profiles, load_profile
 from fastserve.latency.roofline import A100_40G, A100_80G, Calibration, Gpu, predict, transfer
 from fastserve.presets import preset
 

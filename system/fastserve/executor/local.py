@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fastserve.clock import Clock
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
+from fastserve.executor.inputs import Inputs, tokens_by_request
 from fastserve.kvcache import KVCacheManager
 from fastserve.models import SequenceInput
 from fastserve.request import Request, SamplingParams
@@ -37,7 +38,7 @@ class LocalExecutor(Executor):
         self._worker = worker
         self._kv = kv
         self._clock = clock
-        self._params: dict[str, SamplingParams] = {}
+        self._inputs = Inputs(kv)
         self._submitted: deque[_Launched] = deque()
         self._foreseen: tuple[tuple[Request, ...], list[SequenceInput]] | None = None
         """Requests of the last iteration, and what they compute if the next is of the same."""
@@ -45,23 +46,19 @@ class LocalExecutor(Executor):
 
     def add_request(self, request: Request, params: SamplingParams) -> None:
         """Remember how to sample."""
-        self._params[request.request_id] = params
+        self._inputs.params[request.request_id] = params
 
     def remove_request(self, request: Request) -> None:
         """Forget how to sample."""
-        del self._params[request.request_id]
+        del self._inputs.params[request.request_id]
 
     def submit(self, iteration: Iteration) -> None:
         """Start the computation, then the copies: starting them takes time in which the device can already work."""
         if iteration.requests:
             start = self._clock.now()
-            sequences = self._foreseen_sequences(iteration) or self._sequences(iteration)
-            params = [
-                self._params[request.request_id]
-                for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
-                if count
-            ]
-            self._submitted.append(_Launched(iteration, start, sequences, self._worker.launch(sequences, params)))
+            sequences = self._foreseen_sequences(iteration) or self._inputs.sequences(iteration)
+            launched = self._worker.launch(sequences, self._inputs.sampling(iteration))
+            self._submitted.append(_Launched(iteration, start, sequences, launched))
         self._foreseen = None
         for transfer in (*iteration.swap_out, *iteration.swap_in):
             self._copier.start(transfer.direction, transfer.source, transfer.destination, transfer)
@@ -75,21 +72,8 @@ class LocalExecutor(Executor):
             ahead = [SequenceInput([0], one.start + 1, one.block_table) for one in launched.sequences]
             self._worker.prepare(ahead)
             self._foreseen = (iteration.requests, ahead)
-        tokens = launched.wait()
-        if len(tokens) < len(iteration.requests):
-            computed = iter(tokens)
-            tokens = [next(computed) if count else 0 for count in iteration.num_scheduled_tokens]
+        tokens = tokens_by_request(launched.wait(), iteration.num_scheduled_tokens)
         return IterationResult(tokens, launched.start_s, self._clock.now())
-
-    def _sequences(self, iteration: Iteration) -> list[SequenceInput]:
-        """What the worker is to compute."""
-        sequences = []
-        for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
-            if count:  # Padding takes time and computes nothing; here it does not take time either.
-                first = request.num_computed_tokens
-                tokens = request.token_ids[first : first + count]
-                sequences.append(SequenceInput(tokens, first, self._kv.block_table(request)))
-        return sequences
 
     def _foreseen_sequences(self, iteration: Iteration) -> list[SequenceInput] | None:
         """The sequences prepared while the last iteration ran, if they are what this one needs."""

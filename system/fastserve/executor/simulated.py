@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,27 +20,31 @@ class SimulatedExecutor(Executor):
 
     Each of them does one thing at a time, in the order submitted: a stage an iteration, for the time `stage` says; a
     stage link the activations of one iteration; a direction of the host link one transfer, at its bandwidth after its
-    latency. Every GPU has a host link of its own for its part of a cache, and all parts of one move alike, so they are
-    priced as one transfer over `host_link`, which is the sum of those links.
+    latency. The first stage is free for the next iteration when it has ended its own part: nobody waits for a send but
+    who receives it. Every GPU has a host link of its own for its part of a cache, and all parts of one move alike, so
+    they are priced as one transfer over `host_link`, which is the sum of those links.
     """
 
     def __init__(
         self,
-        stage: LatencyModel,
+        stages: Sequence[LatencyModel],
         host_link: HostLink,
         clock: VirtualClock,
         *,
-        num_stages: int = 1,
         stage_link: StageLink | None = None,
     ) -> None:
-        self.max_in_flight = num_stages
-        self._stage = stage
+        """`stages` from the first to the last, each as long as its own part of an iteration takes; `stage_link` between
+        two of them, None for sends that take no time."""
+        self.max_in_flight = len(stages)
+        self._kinds = tuple(dict.fromkeys(stages))
+        """Stages that are equal take the same time, which is computed once."""
+        self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
         self._host_link = host_link
         self._stage_link = stage_link
         self._clock = clock
-        self._first_stage_free_at = 0.0
-        self._later_stages_free_at = [0.0] * (num_stages - 1)
-        self._stage_links_free_at = [0.0] * (num_stages - 1)
+        self._stages_free_at = [0.0] * len(stages)
+        self._links_free_at = [0.0] * len(stages)
+        """Of the link into each stage; the first has none."""
         self._computing: deque[IterationResult] = deque()
         self._transfers: list[tuple[float, int, FinishedTransfer]] = []
         self._num_transfers = 0
@@ -48,7 +53,7 @@ class SimulatedExecutor(Executor):
     @property
     def can_submit(self) -> bool:
         """Whether the first stage has ended the last iteration submitted."""
-        return self._first_stage_free_at <= self._clock.now()
+        return self._stages_free_at[0] <= self._clock.now()
 
     @property
     def can_collect(self) -> bool:
@@ -65,50 +70,31 @@ class SimulatedExecutor(Executor):
             self._num_transfers += 1
             heapq.heappush(self._transfers, (end, self._num_transfers, FinishedTransfer(transfer, start, end)))
         if iteration.requests:
-            duration = self._duration(iteration)
-            end = self._first_stage_free_at = now + duration
-            if self._later_stages_free_at:
-                end = self._through_later_stages(iteration, end, duration)
+            prefill_lens, context_lens, prefix_lens = _shape(iteration)
+            seconds = [kind.iteration_time(prefill_lens, context_lens, prefix_lens) for kind in self._kinds]
+            end = self._stages_free_at[0] = now + seconds[0]
+            if self.max_in_flight > 1:
+                end = self._through_later_stages(end, seconds, sum(prefill_lens) + len(context_lens))
             self._computing.append(IterationResult((0,) * len(iteration.requests), now, end))
 
-    def _through_later_stages(self, iteration: Iteration, end: float, duration: float) -> float:
-        """When the last stage ends an iteration that takes `duration` in each, and that the first ends at `end`."""
-        num_tokens = iteration.num_scheduled_tokens
-        sending = 0.0
-        if self._stage_link is not None:
-            num_sent = max(num_tokens) * len(num_tokens) if iteration.padded else sum(num_tokens)
-            sending = self._stage_link.transfer_time(num_sent)
-        stages_free_at, links_free_at = self._later_stages_free_at, self._stage_links_free_at
-        for i, stage_free_at in enumerate(stages_free_at):
-            arrived = links_free_at[i] = max(end, links_free_at[i]) + sending
-            end = stages_free_at[i] = max(arrived, stage_free_at) + duration
+    def _through_later_stages(self, end: float, seconds: Sequence[float], num_tokens: int) -> float:
+        """When the last stage ends an iteration that the first ends at `end`; `seconds` by kind of stage."""
+        stage_link, stages_free_at, links_free_at = self._stage_link, self._stages_free_at, self._links_free_at
+        sending = stage_link.transfer_time(num_tokens) if stage_link else 0.0
+        rendezvous = stage_link is not None and stage_link.rendezvous
+        for stage in range(1, self.max_in_flight):
+            start = max(end, links_free_at[stage])
+            if rendezvous:
+                start = max(start, stages_free_at[stage])
+            arrived = links_free_at[stage] = start + sending
+            end = stages_free_at[stage] = max(arrived, stages_free_at[stage]) + seconds[self._kind_of_stage[stage]]
         return end
-
-    def _duration(self, iteration: Iteration) -> float:
-        if sum(iteration.num_scheduled_tokens) == len(iteration.requests) and not iteration.padded:
-            context_lens = [request.num_computed_tokens + 1 for request in iteration.requests]
-            if min(context_lens) > 1:  # All decode.
-                return self._stage.iteration_time((), context_lens)
-        prefill_lens, prefix_lens, context_lens = [], [], []
-        for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
-            num_computed = request.num_computed_tokens
-            if num_scheduled <= 1 and num_computed:
-                context_lens.append(num_computed + num_scheduled)
-            else:
-                prefill_lens.append(num_scheduled)
-                prefix_lens.append(num_computed)
-        if iteration.padded:
-            prefill_lens = [max(prefill_lens)] * len(prefill_lens) if prefill_lens else prefill_lens
-            context_lens = [max(context_lens)] * len(context_lens) if context_lens else context_lens
-        if any(prefix_lens):
-            return self._stage.iteration_time(prefill_lens, context_lens, prefix_lens)
-        return self._stage.iteration_time(prefill_lens, context_lens)
 
     def foresee(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
         """One after the other without a gap, as `submit` would price them."""
         if self._computing or iteration.padded or self.max_in_flight > 1:
             return None
-        durations = decode_times(self._stage, [request.num_tokens for request in iteration.requests], count)
+        durations = decode_times(self._kinds[0], [request.num_tokens for request in iteration.requests], count)
         if self._transfers:
             until = min(until, self._transfers[0][0])
         ends = np.add.accumulate(np.concatenate(([self._clock.now()], durations)))
@@ -127,8 +113,8 @@ class SimulatedExecutor(Executor):
             until = min(until, self._transfers[0][0])
         if self._computing:
             until = min(until, self._computing[0].end_s)
-            if self._first_stage_free_at > self._clock.now():
-                until = min(until, self._first_stage_free_at)
+            if self._stages_free_at[0] > self._clock.now():
+                until = min(until, self._stages_free_at[0])
         self._clock.sleep_until(until)
 
     def finished_transfers(self) -> list[FinishedTransfer]:
@@ -143,3 +129,23 @@ class SimulatedExecutor(Executor):
     def num_transfers_in_flight(self) -> int:
         """Transfers that have not been reported as finished."""
         return len(self._transfers)
+
+
+def _shape(iteration: Iteration) -> tuple[list[int], list[int], list[int]]:
+    """Prompt tokens, decode contexts and, if some prompts are chunks, the tokens before each; with the padding."""
+    if sum(iteration.num_scheduled_tokens) == len(iteration.requests) and not iteration.padded:
+        context_lens = [request.num_computed_tokens + 1 for request in iteration.requests]
+        if min(context_lens) > 1:  # All decode.
+            return [], context_lens, []
+    prefill_lens, prefix_lens, context_lens = [], [], []
+    for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
+        num_computed = request.num_computed_tokens
+        if num_scheduled <= 1 and num_computed:
+            context_lens.append(num_computed + num_scheduled)
+        else:
+            prefill_lens.append(num_scheduled)
+            prefix_lens.append(num_computed)
+    if iteration.padded:
+        prefill_lens = [max(prefill_lens)] * len(prefill_lens) if prefill_lens else prefill_lens
+        context_lens = [max(context_lens)] * len(context_lens) if context_lens else context_lens
+    return prefill_lens, context_lens, prefix_lens if any(prefix_lens) else []

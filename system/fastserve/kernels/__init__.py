@@ -123,7 +123,7 @@ def kernels_for(device: torch.device) -> Kernels:
     name = os.environ.get("FASTSERVE_KERNELS") or ("triton" if device.type == "cuda" else "torch")
     if name not in _SETS:
         raise ConfigError(f"FASTSERVE_KERNELS={name!r} is no set of kernels; known: {', '.join(_SETS)}")
-    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"FASTSERVE_KERNELS=triton on {device}: set TRITON_INTERPRET=1 as well, or leave it out")
     try:
         return cast(Kernels, importlib.import_module(_SETS[name]))

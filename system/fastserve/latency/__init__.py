@@ -1,11 +1,13 @@
 """How long will an iteration take? Fitted models, the profiles that store them, and the profiler that measures them."""
 
 from fastserve.latency.base import LatencyModel, decode_times
+from fastserve.latency.communication import AllReduce, HostLink, StageLink, all_reduces, fit_link
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
-from fastserve.latency.pipelined import PipelinedLatency, StageLink
-from fastserve.latency.profile import HostLink, Profile, list_profiles, load_profile
+from fastserve.latency.pipelined import PipelinedLatency
+from fastserve.latency.profile import Profile, list_profiles, load_profile
 
 __all__ = [
+    "AllReduce",
     "DecodeFit",
     "FittedLatency",
     "HostLink",
@@ -15,7 +17,9 @@ __all__ = [
     "PrefillFit",
     "Profile",
     "StageLink",
+    "all_reduces",
     "decode_times",
+    "fit_link",
     "list_profiles",
     "load_profile",
 ]

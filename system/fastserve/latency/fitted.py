@@ -17,9 +17,9 @@ class PrefillFit:
     per_token: float
     per_token_squared: float
 
-    def plus(self, seconds: float) -> PrefillFit:
-        """The same, with so much more for every iteration."""
-        return replace(self, constant=self.constant + seconds)
+    def plus(self, seconds: float, per_token: float = 0.0) -> PrefillFit:
+        """The same, with so much more for every iteration and for every token of it."""
+        return replace(self, constant=self.constant + seconds, per_token=self.per_token + per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,10 @@ class PrefillCurve:
     """At each of them, without the attention that `per_token_squared` prices."""
     per_token_squared: float
 
-    def plus(self, seconds: float) -> PrefillCurve:
-        """The same, with so much more for every iteration."""
-        return replace(self, seconds=tuple(value + seconds for value in self.seconds))
+    def plus(self, seconds: float, per_token: float = 0.0) -> PrefillCurve:
+        """The same, with so much more for every iteration and for every token of it."""
+        points = zip(self.num_tokens, self.seconds, strict=True)
+        return replace(self, seconds=tuple(value + seconds + per_token * number for number, value in points))
 
     def of_tokens(self, num_tokens: int) -> float:
         """Seconds for so many tokens, without attention."""
@@ -82,6 +83,12 @@ class FittedLatency:
 
     prefill: PrefillFit | PrefillCurve
     decode: tuple[DecodeFit, ...]
+
+    def plus(self, seconds: float, per_token: float = 0.0) -> FittedLatency:
+        """The same, with so much more for every iteration and for every token it computes, of prompts and decodes."""
+        return FittedLatency(
+            self.prefill.plus(seconds, per_token), tuple(fit.plus(seconds, per_token) for fit in self.decode)
+        )
 
     def iteration_time(
         self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int], prefix_lens: Sequence[int] = ()

@@ -1,47 +1,28 @@
-"""Iteration time through a pipeline of equal stages, and the link between one stage and the next."""
+"""Iteration time through a pipeline of stages, alike or not."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastserve.config import require_int, require_positive
-from fastserve.errors import ConfigError
-from fastserve.latency.fitted import FittedLatency
-
-
-@dataclass(frozen=True, slots=True)
-class StageLink:
-    """The link over which a pipeline stage sends its activations to the next."""
-
-    latency_s: float
-    bandwidth_bytes_per_s: float
-    bytes_per_token: int
-    """Activations of one token that cross this link."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.latency_s < float("inf"):
-            raise ConfigError(f"stage_link.latency_s must be a finite number of at least 0, got {self.latency_s!r}")
-        require_positive("stage_link.bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
-        require_int("stage_link.bytes_per_token", self.bytes_per_token, 1)
-
-    def transfer_time(self, num_tokens: int) -> float:
-        """Seconds to send the activations of an iteration that computes this many tokens."""
-        return self.latency_s + num_tokens * self.bytes_per_token / self.bandwidth_bytes_per_s
+from fastserve.latency.base import LatencyModel, decode_times
+from fastserve.latency.communication import StageLink
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinedLatency:
-    """LatencyModel of a pipeline that has nothing else in flight: every stage in turn, and a send between two.
+    """LatencyModel of a pipeline that has nothing else in flight: every stage in turn, and a send between two."""
 
-    The layers divide evenly, so all stages take the same time.
-    """
-
-    stage: FittedLatency
-    num_stages: int
+    stages: tuple[LatencyModel, ...]
+    """From the first to the last. Those that are equal are priced once."""
     link: StageLink
+    _counts: tuple[tuple[LatencyModel, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_counts", tuple(Counter(self.stages).items()))
 
     def iteration_time(
         self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int], prefix_lens: Sequence[int] = ()
@@ -50,13 +31,17 @@ class PipelinedLatency:
         num_tokens = sum(prefill_lens) + len(decode_context_lens)
         if not num_tokens:
             return 0.0
-        return self._sending(num_tokens) + self.num_stages * self.stage.iteration_time(
-            prefill_lens, decode_context_lens, prefix_lens
-        )
+        computing = 0.0
+        for stage, count in self._counts:
+            computing += count * stage.iteration_time(prefill_lens, decode_context_lens, prefix_lens)
+        return self._sending(num_tokens) + computing
 
     def decode_times(self, context_lens: Sequence[int], count: int) -> np.ndarray:
         """What `iteration_time` gives for `count` decode iterations in a row, to the bit."""
-        return self._sending(len(context_lens)) + self.num_stages * self.stage.decode_times(context_lens, count)
+        computing = np.zeros(count)
+        for stage, of_them in self._counts:
+            computing += of_them * decode_times(stage, context_lens, count)
+        return self._sending(len(context_lens)) + computing
 
     def _sending(self, num_tokens: int) -> float:
-        return (self.num_stages - 1) * self.link.transfer_time(num_tokens)
+        return (len(self.stages) - 1) * self.link.transfer_time(num_tokens)

@@ -12,30 +12,15 @@ from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.files import written_whole
 from fastserve.latency.base import LatencyModel
+from fastserve.latency.communication import AllReduce, HostLink, StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
-from fastserve.latency.pipelined import PipelinedLatency, StageLink
+from fastserve.latency.pipelined import PipelinedLatency
 
-FORMAT_VERSION = 3
-"""Version 1 had no `stage_link` and one stage only, version 2 no `curve`; their files are still read. What has no curve
-is written as version 2."""
+FORMAT_VERSION = 4
+"""Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`
+and no `rendezvous`; their files are still read. A profile is written in the lowest version, from 2 on, that can say it.
+"""
 _SHIPPED = Path(__file__).parent / "profiles"
-
-
-@dataclass(frozen=True, slots=True)
-class HostLink:
-    """The link between GPU and host memory, the same in each direction."""
-
-    bandwidth_bytes_per_s: float
-    latency_s: float
-
-    def __post_init__(self) -> None:
-        require_positive("host_link.bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
-        if not 0 <= self.latency_s < float("inf"):
-            raise ConfigError(f"host_link.latency_s must be a finite number of at least 0, got {self.latency_s!r}")
-
-    def transfer_time(self, num_bytes: int) -> float:
-        """Seconds one transfer occupies its direction of the link."""
-        return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +35,8 @@ class Profile:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     stage: FittedLatency
-    """Time of one pipeline stage; all stages are alike, the layers divide evenly."""
+    """Time of the first pipeline stage, and of every other one unless `later_stages` says otherwise. Without the
+    all-reduces if `all_reduce` prices them, otherwise with them."""
     kv_capacity_tokens: int
     """Tokens of KV cache that fit beside the weights, over all GPUs."""
     kv_bytes_per_token: int
@@ -59,6 +45,10 @@ class Profile:
     """Source, date, residuals and assumptions, as in the file."""
     stage_link: StageLink | None = None
     """From one stage to the next; None where there is one stage."""
+    later_stages: tuple[FittedLatency, ...] = ()
+    """Times of the second stage to the last; empty where they are the first one's."""
+    all_reduce: AllReduce | None = None
+    """Among the shards of a stage; None where there is one shard, or where `stage` has it already."""
 
     def __post_init__(self) -> None:
         require_int("pipeline_parallel_size", self.pipeline_parallel_size, 1)
@@ -67,43 +57,66 @@ class Profile:
                 f"profile {self.name}: stage_link is {'missing' if self.stage_link is None else 'given'} with "
                 f"pipeline_parallel_size {self.pipeline_parallel_size}; give it if there are several stages, only then"
             )
+        if self.later_stages and len(self.later_stages) != self.pipeline_parallel_size - 1:
+            raise ConfigError(
+                f"profile {self.name}: later_stages has {len(self.later_stages)} stages, with pipeline_parallel_size "
+                f"{self.pipeline_parallel_size}; give {self.pipeline_parallel_size - 1}, the second to the last, or "
+                "none if all are as the first"
+            )
+        if self.all_reduce is None:
+            return
+        if self.tensor_parallel_size == 1:
+            raise ConfigError(
+                f"profile {self.name}: all_reduce is given with tensor_parallel_size 1; leave it out, one shard has "
+                "nobody to sum with"
+            )
+        if len(self.all_reduce.per_stage) != self.pipeline_parallel_size:
+            raise ConfigError(
+                f"profile {self.name}: all_reduce.per_stage={self.all_reduce.per_stage} names "
+                f"{len(self.all_reduce.per_stage)} stages, pipeline_parallel_size is {self.pipeline_parallel_size}; "
+                "give a number for each stage"
+            )
+
+    @property
+    def stages(self) -> tuple[FittedLatency, ...]:
+        """Time of each stage, from the first, with its all-reduces."""
+        stages = (self.stage, *(self.later_stages or (self.stage,) * (self.pipeline_parallel_size - 1)))
+        if self.all_reduce is None:
+            return stages
+        return tuple(stage.plus(*self.all_reduce.of_stage(i)) for i, stage in enumerate(stages))
 
     @property
     def latency(self) -> LatencyModel:
         """Time of an iteration through all stages, with nothing else in flight."""
-        if self.stage_link is None:
-            return self.stage
-        return PipelinedLatency(self.stage, self.pipeline_parallel_size, self.stage_link)
+        stages = self.stages
+        return stages[0] if self.stage_link is None else PipelinedLatency(stages, self.stage_link)
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
-        prefill = self.stage.prefill
-        return {
-            "format_version": FORMAT_VERSION if isinstance(prefill, PrefillCurve) else 2,
+        content = {
+            "format_version": self._format_version,
             "model": self.model,
             "hardware": self.hardware,
             "engine": self.engine,
             "dtype": self.dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
-            "coefficients": {
-                "unit": "seconds",
-                "prefill": _curve_to_json(prefill) if isinstance(prefill, PrefillCurve) else asdict(prefill),
-                "decode": [
-                    {
-                        "max_batch_size": fit.max_batch_size,
-                        "constant": fit.constant,
-                        "per_context_token": fit.per_context_token,
-                        "per_request": fit.per_request,
-                    }
-                    for fit in self.stage.decode
-                ],
-            },
+            "coefficients": {"unit": "seconds", **_stage_to_json(self.stage)},
             "kv_cache": {"capacity_tokens": self.kv_capacity_tokens, "bytes_per_token": self.kv_bytes_per_token},
             "host_link": asdict(self.host_link),
-            "stage_link": asdict(self.stage_link) if self.stage_link else None,
-            "provenance": self.provenance,
+            "stage_link": _stage_link_to_json(self.stage_link) if self.stage_link else None,
         }
+        if self.later_stages:
+            content["later_stages"] = [_stage_to_json(stage) for stage in self.later_stages]
+        if self.all_reduce:
+            content["all_reduce"] = asdict(self.all_reduce)
+        return content | {"provenance": self.provenance}
+
+    @property
+    def _format_version(self) -> int:
+        if self.later_stages or self.all_reduce or (self.stage_link and self.stage_link.rendezvous):
+            return 4
+        return 3 if isinstance(self.stage.prefill, PrefillCurve) else 2
 
     def save(self, path: Path) -> None:
         """Write the profile whole; OutputError if it cannot be written."""
@@ -133,7 +146,50 @@ def load_profile(name: str) -> Profile:
 def _parse(name: str, data: dict[str, Any]) -> Profile:
     if data["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise ConfigError(f"profile {name}: format_version {data['format_version']!r}, expected 1 to {FORMAT_VERSION}")
-    fits = data["coefficients"]
+    cache = data["kv_cache"]
+    for key in ("capacity_tokens", "bytes_per_token"):
+        require_int(f"profile {name}: kv_cache.{key}", cache[key], 1)
+    return Profile(
+        name=name,
+        model=data["model"],
+        hardware=data["hardware"],
+        engine=data["engine"],
+        dtype=data["dtype"],
+        tensor_parallel_size=data["tensor_parallel_size"],
+        pipeline_parallel_size=data["pipeline_parallel_size"],
+        stage=_parse_stage(name, data["coefficients"]),
+        kv_capacity_tokens=cache["capacity_tokens"],
+        kv_bytes_per_token=cache["bytes_per_token"],
+        host_link=HostLink(**data["host_link"]),
+        provenance=data["provenance"],
+        stage_link=StageLink(**data["stage_link"]) if data.get("stage_link") else None,
+        later_stages=tuple(_parse_stage(name, fits) for fits in data.get("later_stages", ())),
+        all_reduce=AllReduce(**data["all_reduce"]) if data.get("all_reduce") else None,
+    )
+
+
+def _stage_link_to_json(link: StageLink) -> dict[str, Any]:
+    """Without `rendezvous` where it is not so: versions before 4 do not know the word."""
+    return {key: value for key, value in asdict(link).items() if key != "rendezvous" or value}
+
+
+def _stage_to_json(stage: FittedLatency) -> dict[str, Any]:
+    prefill = stage.prefill
+    return {
+        "prefill": _curve_to_json(prefill) if isinstance(prefill, PrefillCurve) else asdict(prefill),
+        "decode": [
+            {
+                "max_batch_size": fit.max_batch_size,
+                "constant": fit.constant,
+                "per_context_token": fit.per_context_token,
+                "per_request": fit.per_request,
+            }
+            for fit in stage.decode
+        ],
+    }
+
+
+def _parse_stage(name: str, fits: dict[str, Any]) -> FittedLatency:
     decode = fits["decode"]
     stage = FittedLatency(
         _parse_prefill(name, fits["prefill"]),
@@ -150,24 +206,7 @@ def _parse(name: str, data: dict[str, Any]) -> Profile:
     if not decode or decode[-1]["max_batch_size"] is not None:
         raise ConfigError(f"profile {name}: the last decode fit must have max_batch_size null")
     require_positive(f"profile {name}: time of a decode step", stage.iteration_time([], [1]))
-    cache = data["kv_cache"]
-    for key in ("capacity_tokens", "bytes_per_token"):
-        require_int(f"profile {name}: kv_cache.{key}", cache[key], 1)
-    return Profile(
-        name=name,
-        model=data["model"],
-        hardware=data["hardware"],
-        engine=data["engine"],
-        dtype=data["dtype"],
-        tensor_parallel_size=data["tensor_parallel_size"],
-        pipeline_parallel_size=data["pipeline_parallel_size"],
-        stage=stage,
-        kv_capacity_tokens=cache["capacity_tokens"],
-        kv_bytes_per_token=cache["bytes_per_token"],
-        host_link=HostLink(**data["host_link"]),
-        provenance=data["provenance"],
-        stage_link=StageLink(**data["stage_link"]) if data.get("stage_link") else None,
-    )
+    return stage
 
 
 def _curve_to_json(curve: PrefillCurve) -> dict[str, Any]:

@@ -15,8 +15,20 @@ from fastserve.models.decoder import DecoderModel
 from fastserve.models.llama import LlamaModel
 from fastserve.models.loader import dummy_weights, load_config, load_weights
 from fastserve.models.opt import OPTModel
+from fastserve.models.part import Part
+from fastserve.parallel.groups import ALONE, Group
+from fastserve.parallel.layout import Place
 
-__all__ = ["DecoderModel", "ForwardBatch", "SequenceInput", "build_model", "load_config", "shared_models"]
+__all__ = [
+    "DecoderModel",
+    "ForwardBatch",
+    "Part",
+    "SequenceInput",
+    "build_model",
+    "empty_model",
+    "load_config",
+    "shared_models",
+]
 
 _FAMILIES: dict[str, type[DecoderModel]] = {"opt": OPTModel, "llama": LlamaModel}
 _shared: dict[Any, DecoderModel] | None = None
@@ -38,17 +50,24 @@ def shared_models() -> Iterator[None]:
 
 
 def build_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", source: int | str | Path = 0
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    source: int | str | Path = 0,
+    place: Place | None = None,
+    group: Group = ALONE,
 ) -> DecoderModel:
     """A model ready to run: weights from the directory `source`, or dummy ones if `source` is an integer, a seed.
+
+    With a `place` it is the part of the model there, which shares its layers with the other shards of `group`.
 
     Raises:
         CheckpointError: the directory lacks a file or a tensor, or a tensor has another shape than `config` says.
     """
-    key = (repr(config), dtype, str(device), source)
+    key = (repr(config), dtype, str(device), source, place, group)
     if _shared is not None and key in _shared:
         return _shared[key]
-    model = _FAMILIES[config.architecture](config, dtype, torch.device(device))
+    model = empty_model(Part(config, place or Place.whole(config), group, dtype, torch.device(device)))
     if isinstance(source, int):
         dummy_weights(model, source)
     else:
@@ -58,3 +77,8 @@ def build_model(
     if _shared is not None:
         _shared[key] = model
     return model
+
+
+def empty_model(part: Part) -> DecoderModel:
+    """A model, or a part of one, whose weights are yet to be loaded."""
+    return _FAMILIES[part.config.architecture](part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from torch import Tensor
 from fastserve.kernels import AttentionMetadata, kernels_for
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceInput:
+class SequenceInput(NamedTuple):
     """What one request computes in one iteration."""
 
     token_ids: list[int]

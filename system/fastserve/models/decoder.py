@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastserve.config import ModelConfig
 from fastserve.models.batch import ForwardBatch
-from fastserve.models.layers import Attention, Linear, Norm, Weight
+from fastserve.models.layers import Attention, Linear, Norm
+from fastserve.models.part import Part, Weight
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -42,8 +43,9 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the layer adds to the residual stream, and the stream without it; stores all keys and values.
 
-        Both are `[num_tokens, hidden_size]`, as are `x` and `residual`, the same two of the layer before (the first
-        has only `x`); with `keep` its rows alone. Apart, since adding costs nothing beside the norm that follows.
+        `layer` is its number in the cache. Both are `[num_tokens, hidden_size]`, as are `x` and `residual`, the same
+        two of the layer before (the first has only `x`); with `keep` its rows alone. Apart, since adding costs nothing
+        beside the norm that follows.
         """
         x, residual = self.attention_norm(x, residual)
         x = self.attention(x, cache, layer, batch.slot_mapping, batch.attention, rotary, keep)
@@ -52,44 +54,70 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """A decoder-only language model over the paged cache, without autograd."""
+    """A decoder-only language model over the paged cache, without autograd, or the part of one that a rank holds.
+
+    The first stage has the embedding, the last one the final norm and the output projection; if that is tied to an
+    embedding in another stage, it is a copy.
+    """
 
     layer_prefix: ClassVar[str]
     """Name of layer `{}` in a checkpoint, with the trailing dot."""
     embedding_name: ClassVar[str]
+    final_norm_name: ClassVar[str]
     layer_class: ClassVar[type[DecoderLayer]]
+    rms: ClassVar[bool]
+    """Whether the final norm is RMS."""
 
-    embedding: Tensor
-    final_norm: Norm
+    embedding: Tensor | None
+    """`[tokens of the shard, hidden_size]`"""
+    final_norm: Norm | None
+    lm_head: Linear | None
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        self.config = config
-        size = (config.vocab_size, config.hidden_size)
-        self.register_buffer("embedding", torch.empty(size, dtype=dtype, device=device))
-        self.layers = nn.ModuleList(self.layer_class(config, dtype, device) for _ in range(config.num_layers))
-        parts = (("lm_head", config.vocab_size),)
-        head_device = torch.device("meta") if config.tie_word_embeddings else device
-        self.lm_head = Linear(config.hidden_size, parts, bias=False, dtype=dtype, device=head_device)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embedding
+        self.config, self.place, self.group = part.config, part.place, part.group
+        self.dtype, self.device = part.dtype, part.device
+        self.vocabulary = part.vocabulary
+        first, last = self.place.is_first_stage, self.place.is_last_stage
+        size = (len(self.vocabulary.held), self.config.hidden_size)
+        self.register_buffer("embedding", part.empty(*size) if first else None)
+        self.layers = nn.ModuleList(self.layer_class(part) for _ in range(self.place.num_layers))
+        self.final_norm = Norm(part, rms=self.rms) if last else None
+        self.lm_head = None
+        if last:
+            tied = self.config.tie_word_embeddings
+            rows = ((self.embedding_name.removesuffix(".weight") if tied else "lm_head", self.vocabulary),)
+            if tied and first:
+                part = replace(part, device=torch.device("meta"))
+            self.lm_head = Linear(part, part.hidden, rows, bias=False)
+            if tied and first:
+                self.lm_head.weight = self.embedding
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """`[num_tokens, hidden_size]`: what enters the first layer."""
-        return self.embedding[batch.token_ids]
+        assert self.embedding is not None
+        if self.vocabulary.is_whole:
+            return self.embedding[batch.token_ids]
+        rows = batch.token_ids - self.vocabulary.held.start
+        held = rows.clamp(0, len(self.vocabulary.held) - 1)
+        x = self.embedding[held].masked_fill_((held != rows).unsqueeze(1), 0)
+        return self.group.all_reduce(x)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
         """Cosines and sines `[num_tokens, 1, head_dim]` for a family with rotary positions."""
         return None
 
     def weights(self) -> Iterator[Weight]:
-        """Every tensor a checkpoint must have, under Hugging Face's name, with the place it fills."""
-        yield Weight(self.embedding_name, self.embedding)
-        for index, layer in enumerate(self.layers):
+        """The tensors of a checkpoint that this part takes, under Hugging Face's names, with the places they fill."""
+        if self.embedding is not None:
+            yield Weight(self.embedding_name, self.embedding, 0, self.vocabulary)
+        for index, layer in enumerate(self.layers, self.place.first_layer):
             assert isinstance(layer, DecoderLayer)
             yield from layer.weights(self.layer_prefix.format(index))
-        if not self.config.tie_word_embeddings:
+        if self.lm_head is not None and self.lm_head.weight is not self.embedding:
             yield from self.lm_head.weights("")
+        if self.final_norm is not None:
+            yield from self.final_norm.weights(self.final_norm_name)
 
     def pack(self) -> None:
         """Prepare the loaded weights for speed (`Linear.pack`)."""
@@ -98,14 +126,21 @@ class DecoderModel(nn.Module):
                 module.pack()
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """Logits `[num_requests, vocab_size]` of each request's last query token; stores keys and values in `cache`."""
-        x, residual = self.embed(batch), None
+    def forward(self, batch: ForwardBatch, cache: Tensor, x: Tensor | None = None) -> Tensor:
+        """Run a batch; stores keys and values in `cache`, of which layer 0 is the stage's first.
+
+        `x` is what the stage before gave, `[num_tokens, hidden_size]`, None for the first stage. The last one gives
+        logits of each request's last query token, `[num_requests, tokens of the shard]`, others what the next needs.
+        """
+        x, residual = self.embed(batch) if x is None else x, None
         rotary = self.rotary(batch.positions)
-        last = len(self.layers) - 1
+        last = len(self.layers) - 1 if self.place.is_last_stage else None
         for index, layer in enumerate(self.layers):
             # Beyond the last layer's attention only the last token of a request matters.
             keep = batch.last_tokens() if index == last else None
             x, residual = layer(x, residual, cache, index, batch, rotary, keep)
+        if self.final_norm is None or self.lm_head is None:
+            assert residual is not None
+            return x + residual
         x, _ = self.final_norm(x, residual)
         return self.lm_head(x)

@@ -3,64 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastserve.config import ModelConfig
-from fastserve.kernels import AttentionMetadata, kernels_for
+from fastserve.kernels import AttentionMetadata
+from fastserve.models.part import Part, Share, Weight
 
 _PACK_ROWS = 16
 """Rows oneDNN lays a packed weight out for: a decode batch. Prefills gain from the same layout, if less."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A tensor of a checkpoint and the place it fills: a whole parameter, or some rows of a fused one."""
-
-    name: str
-    target: Tensor
-
-
 class Linear(nn.Module):
     """`x @ weight.T + bias`, weight `[out_features, in_features]`, and with `relu` what is left of it above 0.
 
-    `parts` name the projections fused in it, with their rows, as `(("q_proj", 64), ("k_proj", 32), …)`.
+    A shard that holds some of the rows computes those of the outputs. One that holds some of the columns is given those
+    of the inputs, and its result is one summand: so the shards' results are added up, of which one has the bias.
+
+    Args:
+        part: what the rank builds.
+        columns: of the weight.
+        rows: of each of the projections fused in it, as `(("q_proj", …), ("k_proj", …), …)`.
+        bias: whether there is one.
+        relu: see above; not for a layer whose results are summands.
     """
 
     weight: Tensor | None
     bias: Tensor | None
 
     def __init__(
-        self,
-        in_features: int,
-        parts: tuple[tuple[str, int], ...],
-        *,
-        bias: bool,
-        relu: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, part: Part, columns: Share, rows: tuple[tuple[str, Share], ...], *, bias: bool, relu: bool = False
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.parts = parts
+        self.columns = columns
+        self.rows = rows
         self.relu = relu
-        rows = sum(size for _, size in parts)
-        self.register_buffer("weight", torch.empty(rows, in_features, dtype=dtype, device=device))
-        self.register_buffer("bias", torch.empty(rows, dtype=dtype, device=device) if bias else None)
+        self.group = None if columns.is_whole else part.group
+        num_rows = sum(len(share.held) for _, share in rows)
+        has_bias = bias and (columns.is_whole or part.place.shard == 0)
+        self.register_buffer("weight", part.empty(num_rows, len(columns.held)))
+        self.register_buffer("bias", part.empty(num_rows) if has_bias else None)
         self._packed: Tensor | None = None
         self.few_rows: dict[int, Callable[[Tensor], Tensor]] = {}
         """What computes inputs of exactly so many rows instead of the library (`linear_tuning`)."""
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """The checkpoint's tensors under `prefix`, each with the rows it fills."""
-        sizes = [size for _, size in self.parts]
+        sizes = [len(share.held) for _, share in self.rows]
         for kind, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None:
-                for (name, _), rows in zip(self.parts, tensor.split(sizes), strict=True):
-                    yield Weight(f"{prefix}{name}.{kind}", rows)
+                for (name, share), rows in zip(self.rows, tensor.split(sizes), strict=True):
+                    dim, held = (0, share) if kind == "bias" or self.columns.is_whole else (1, self.columns)
+                    yield Weight(f"{prefix}{name}.{kind}", rows, dim, held)
 
     def pack(self) -> None:
         """Trade the weight for oneDNN's blocked layout: on a CPU, GEMMs of a decode batch run about twice as fast.
@@ -86,10 +81,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[rows, in_features]` to `[rows, out_features]`."""
         compute = self.few_rows.get(x.shape[0], self.library)
-        return compute(x)
+        return compute(x) if self.group is None else self.group.all_reduce(compute(x))
 
     def library(self, x: Tensor) -> Tensor:
-        """The same by the library's kernel, whatever the number of rows."""
+        """This shard's result by the library's kernel, whatever the number of rows."""
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, self._epilogue, [], "")
         assert self.weight is not None
@@ -107,12 +102,12 @@ class Norm(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, size: int, eps: float, *, rms: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, part: Part, *, rms: bool) -> None:
         super().__init__()
-        self.eps = eps
-        self.kernels = kernels_for(device)
-        self.register_buffer("weight", torch.empty(size, dtype=dtype, device=device))
-        self.register_buffer("bias", None if rms else torch.empty(size, dtype=dtype, device=device))
+        self.eps = part.config.norm_eps
+        self.kernels = part.kernels
+        self.register_buffer("weight", part.empty(part.config.hidden_size))
+        self.register_buffer("bias", None if rms else part.empty(part.config.hidden_size))
 
     def weights(self, name: str) -> Iterator[Weight]:
         """The checkpoint's tensors of the norm called `name`."""
@@ -128,19 +123,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Fused QKV projection, rotary embedding where given, paged attention and output projection."""
 
-    def __init__(
-        self, config: ModelConfig, *, out_name: str, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, part: Part, *, out_name: str, bias: bool) -> None:
         super().__init__()
-        hidden_size, head_dim = config.hidden_size, config.head_dim
-        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        self.head_dim = head_dim
-        self.kernels = kernels_for(device)
-        parts = tuple((f"{n}_proj", h * head_dim) for n, h in zip("qkv", self.heads, strict=True))
-        self.qkv = Linear(hidden_size, parts, bias=bias, dtype=dtype, device=device)
-        self.out = Linear(
-            config.num_heads * head_dim, ((out_name, hidden_size),), bias=bias, dtype=dtype, device=device
-        )
+        self.head_dim = part.config.head_dim
+        self.kernels = part.kernels
+        projections = (("q_proj", part.heads), ("k_proj", part.kv_heads), ("v_proj", part.kv_heads))
+        self.heads = [len(share.held) // self.head_dim for _, share in projections]
+        self.qkv = Linear(part, part.hidden, projections, bias=bias)
+        self.out = Linear(part, part.heads, ((out_name, part.hidden),), bias=bias)
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """The checkpoint's tensors under `prefix`."""

@@ -56,7 +56,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
     from fastserve.kernels.triton_kernels import skinny_linear as skinny
     from fastserve.kernels.triton_kernels.primitives import chip
 
-    if setting == "library" or model.embedding.dtype not in skinny.DTYPES:
+    if setting == "library" or model.dtype not in skinny.DTYPES:
         return []
     groups: dict[tuple[int, int, bool, bool], list[Linear]] = {}
     for module in model.modules():
@@ -65,7 +65,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
             groups.setdefault(key, []).append(module)
     if not groups:  # A CPU's weights are packed for its library.
         return []
-    device = model.embedding.device
+    device = model.device
     tilings = {key: skinny.tilings(key[0], key[1], chip(device).multiprocessors) for key in groups}
     workspace = skinny.Workspace(
         device,

@@ -9,25 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.config import ModelConfig
-from fastserve.kernels import kernels_for
 from fastserve.models.decoder import DecoderLayer, DecoderModel, Rotary
-from fastserve.models.layers import Attention, Linear, Norm, Weight
+from fastserve.models.layers import Attention, Linear, Norm
+from fastserve.models.part import Part, Weight
 
 
 class LlamaLayer(DecoderLayer):
     """One layer of Llama."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.kernels = kernels_for(device)
-        self.attention = Attention(config, out_name="o_proj", bias=False, dtype=dtype, device=device)
-        self.attention_norm = Norm(hidden, config.norm_eps, rms=True, dtype=dtype, device=device)
-        self.mlp_norm = Norm(hidden, config.norm_eps, rms=True, dtype=dtype, device=device)
-        gate_up = (("gate_proj", inner), ("up_proj", inner))
-        self.gate_up = Linear(hidden, gate_up, bias=False, dtype=dtype, device=device)
-        self.down = Linear(inner, (("down_proj", hidden),), bias=False, dtype=dtype, device=device)
+        self.kernels = part.kernels
+        self.attention = Attention(part, out_name="o_proj", bias=False)
+        self.attention_norm = Norm(part, rms=True)
+        self.mlp_norm = Norm(part, rms=True)
+        self.gate_up = Linear(part, part.hidden, (("gate_proj", part.inner), ("up_proj", part.inner)), bias=False)
+        self.down = Linear(part, part.inner, (("down_proj", part.hidden),), bias=False)
 
     def mlp(self, x: Tensor) -> Tensor:
         """`[rows, hidden_size]` to the same."""
@@ -47,24 +44,22 @@ class LlamaModel(DecoderModel):
 
     layer_prefix = "model.layers.{}."
     embedding_name = "model.embed_tokens.weight"
+    final_norm_name = "model.norm"
     layer_class = LlamaLayer
+    rms = True
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(config, dtype, device)
-        self.final_norm = Norm(config.hidden_size, config.norm_eps, rms=True, dtype=dtype, device=device)
-        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(device)
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        config = part.config
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.frequencies = frequencies.to(part.device)
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Cosines and signed sines `[num_tokens, 1, head_dim]`, computed in float32."""
         angles = positions.unsqueeze(1) * self.frequencies
         cos, sin = angles.cos(), angles.sin()
-        dtype = self.embedding.dtype
+        dtype = self.dtype
         return torch.cat((cos, cos), 1).unsqueeze(1).to(dtype), torch.cat((-sin, sin), 1).unsqueeze(1).to(dtype)
-
-    def weights(self) -> Iterator[Weight]:
-        """Every tensor a checkpoint must have."""
-        yield from super().weights()
-        yield from self.final_norm.weights("model.norm")
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:

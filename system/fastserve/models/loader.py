@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from fastserve.config import ModelConfig
 from fastserve.errors import CheckpointError, ConfigError
 from fastserve.models.decoder import DecoderModel
+from fastserve.models.part import Weight
 
 _EMBEDDING_STD = 0.02
 _LAYER_GAIN = 2.0
@@ -52,43 +53,50 @@ def load_weights(model: DecoderModel, directory: str | Path) -> None:
     """
     directory = Path(directory)
     files = _tensor_files(directory)
-    targets: dict[Path, list[tuple[str, torch.Tensor]]] = {}
+    wanted: dict[Path, list[tuple[str, Weight]]] = {}
     for weight in model.weights():
         # Checkpoints saved from the model without its head lack the leading "model.".
         name = weight.name if weight.name in files else weight.name.removeprefix("model.")
         if name not in files:
             raise CheckpointError(f"{directory} has no tensor {weight.name!r}")
-        targets.setdefault(files[name], []).append((name, weight.target))
-    for path, wanted in targets.items():
+        wanted.setdefault(files[name], []).append((name, weight))
+    for path, weights in wanted.items():
         with _open(path) as tensors:
             present = set(tensors.keys())
-            for name, target in wanted:
+            for name, weight in weights:
                 if name not in present:
                     raise CheckpointError(f"{path} has no tensor {name!r}, which the index places there")
-                tensor = tensors.get_tensor(name)
-                if tensor.shape != target.shape:
+                stored = tensors.get_slice(name)
+                shape = stored.get_shape()
+                if shape != weight.shape:
                     raise CheckpointError(
-                        f"{path}: tensor {name!r} has shape {list(tensor.shape)}, but config.json asks for "
-                        f"{list(target.shape)}"
+                        f"{path}: tensor {name!r} has shape {shape}, but config.json asks for {weight.shape}"
                     )
-                target.copy_(tensor)
+                weight.target.copy_(tensors.get_tensor(name) if weight.is_whole else stored[weight.index])
 
 
 def dummy_weights(model: DecoderModel, seed: int) -> None:
     """Fill `model`: normal weights, unit norms, zero biases; a tensor depends on its name, shape and `seed` alone.
 
+    So a part of a model has the values it has in the whole: to that end, tensors of which it holds a slice are made
+    whole, one at a time.
+
     Greedy output must vary for tests and measurements to mean anything. So layers outweigh the embedding: at a standard
     deviation of 0.02 everywhere, a model with tied embeddings echoes one token for ever.
     """
-    for name, target in ((weight.name, weight.target) for weight in model.weights()):
+    for weight in model.weights():
+        name, target = weight.name, weight.target
         if name.endswith("bias"):
             target.zero_()
         elif "norm" in name:
             target.fill_(1.0)
         else:
             generator = torch.Generator(target.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-            std = _EMBEDDING_STD if "embed" in name or "lm_head" in name else _LAYER_GAIN / math.sqrt(target.shape[1])
-            target.normal_(0.0, std, generator=generator)
+            std = _EMBEDDING_STD if "embed" in name or "lm_head" in name else _LAYER_GAIN / math.sqrt(weight.shape[1])
+            if weight.is_whole:
+                target.normal_(0.0, std, generator=generator)
+            else:
+                target.copy_(target.new_empty(weight.shape).normal_(0.0, std, generator=generator)[weight.index])
 
 
 def _opt_config(path: Path, fields: dict[str, Any]) -> ModelConfig:

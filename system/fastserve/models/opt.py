@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from fastserve.config import ModelConfig
 from fastserve.models.batch import ForwardBatch
 from fastserve.models.decoder import DecoderLayer, DecoderModel
-from fastserve.models.layers import Attention, Linear, Norm, Weight
+from fastserve.models.layers import Attention, Linear, Norm
+from fastserve.models.part import Part, Weight
 
 _POSITION_OFFSET = 2
 """The checkpoints' position table begins with two rows for padding."""
@@ -19,14 +18,13 @@ _POSITION_OFFSET = 2
 class OPTLayer(DecoderLayer):
     """One layer of OPT."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.attention = Attention(config, out_name="out_proj", bias=True, dtype=dtype, device=device)
-        self.attention_norm = Norm(hidden, config.norm_eps, rms=False, dtype=dtype, device=device)
-        self.mlp_norm = Norm(hidden, config.norm_eps, rms=False, dtype=dtype, device=device)
-        self.up = Linear(hidden, (("fc1", inner),), bias=True, relu=True, dtype=dtype, device=device)
-        self.down = Linear(inner, (("fc2", hidden),), bias=True, dtype=dtype, device=device)
+        self.attention = Attention(part, out_name="out_proj", bias=True)
+        self.attention_norm = Norm(part, rms=False)
+        self.mlp_norm = Norm(part, rms=False)
+        self.up = Linear(part, part.hidden, (("fc1", part.inner),), bias=True, relu=True)
+        self.down = Linear(part, part.inner, (("fc2", part.hidden),), bias=True)
 
     def mlp(self, x: Tensor) -> Tensor:
         """`[rows, hidden_size]` to the same."""
@@ -46,21 +44,23 @@ class OPTModel(DecoderModel):
 
     layer_prefix = "model.decoder.layers.{}."
     embedding_name = "model.decoder.embed_tokens.weight"
+    final_norm_name = "model.decoder.final_layer_norm"
     layer_class = OPTLayer
-    position_embedding: Tensor
+    rms = False
+    position_embedding: Tensor | None
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(config, dtype, device)
-        size = (config.max_model_len + _POSITION_OFFSET, config.hidden_size)
-        self.register_buffer("position_embedding", torch.empty(size, dtype=dtype, device=device))
-        self.final_norm = Norm(config.hidden_size, config.norm_eps, rms=False, dtype=dtype, device=device)
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        size = (self.config.max_model_len + _POSITION_OFFSET, self.config.hidden_size)
+        self.register_buffer("position_embedding", part.empty(*size) if self.place.is_first_stage else None)
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """`[num_tokens, hidden_size]`: token plus position."""
+        assert self.position_embedding is not None
         return super().embed(batch).add_(self.position_embedding[batch.positions + _POSITION_OFFSET])
 
     def weights(self) -> Iterator[Weight]:
-        """Every tensor a checkpoint must have."""
+        """The tensors of a checkpoint that this part takes."""
         yield from super().weights()
-        yield Weight("model.decoder.embed_positions.weight", self.position_embedding)
-        yield from self.final_norm.weights("model.decoder.final_layer_norm")
+        if self.position_embedding is not None:
+            yield Weight("model.decoder.embed_positions.weight", self.position_embedding)

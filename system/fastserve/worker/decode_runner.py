@@ -19,7 +19,8 @@ from torch import Tensor
 from fastserve.kernels import AttentionMetadata, Kernels
 from fastserve.kernels.cuda_graph import capture
 from fastserve.models import DecoderModel, ForwardBatch, SequenceInput
-from fastserve.worker.sampler import SamplingLike, sample
+from fastserve.parallel.groups import DEVICE, Ranks
+from fastserve.worker.sampler import SamplingLike, SharedVocabulary, best_tokens, sample
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -87,6 +88,8 @@ class DecodeRunner:
         block_size: tokens per block.
         max_batch_size: requests of a batch.
         max_model_len: tokens of a request.
+        ranks: how it reaches the others; what stages exchange is no part of a graph.
+        vocabulary: how the shards of a stage find the same tokens; None: there is one.
     """
 
     def __init__(
@@ -97,9 +100,12 @@ class DecodeRunner:
         block_size: int,
         max_batch_size: int,
         max_model_len: int,
+        ranks: Ranks,
+        vocabulary: SharedVocabulary | None,
     ) -> None:
         self.sizes = graph_sizes(max_batch_size)
         self._model, self._kernels, self._cache, self._block_size = model, kernels, cache, block_size
+        self._place, self._ranks, self._vocabulary = model.place, ranks, vocabulary
         self._on_gpu = cache.is_cuda
         self._max_blocks = -(-max_model_len // block_size)
         self._rows = DecodeRows(max_batch_size, self._max_blocks, cache.shape[0] - 1)
@@ -115,6 +121,11 @@ class DecodeRunner:
         self._context_lens = on_device(max_batch_size)
         self._block_tables = on_device(max_batch_size, self._max_blocks)
         self._query_starts = torch.arange(max_batch_size + 1, device=cache.device)
+        hidden = (max_batch_size, model.config.hidden_size)
+        self._received = (
+            None if self._place.is_first_stage else torch.zeros(hidden, dtype=cache.dtype, device=cache.device)
+        )
+        """What the stage before has sent."""
         self._packed_array[:] = self._rows.array
         self._steps: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None
@@ -133,27 +144,37 @@ class DecodeRunner:
         self._rows.prepare(sequences)
 
     def launch(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> Callable[[], list[int]]:
-        """Start a batch that `takes` accepts; the function returned waits for it and gives the tokens."""
+        """Start a batch that `takes` accepts; the function returned waits for it and gives the tokens, if this is the
+        last stage."""
         count = len(sequences)
         size = self.sizes[bisect_left(self.sizes, count)]
         self._rows.write(sequences, size)
         self._packed_array[:size] = self._rows.array[:size]
-        logits = self._steps[size]()
-        if any(params.temperature > 0 for params in sampling):  # The step itself publishes the greedy tokens.
-            drawn = sample(logits[:count], sampling, [sequence.start + 1 for sequence in sequences])
+        neighbours = self._ranks.neighbours
+        if self._received is not None:
+            assert neighbours is not None
+            neighbours.receive(self._received[:count])
+        result = self._steps[size]()[:count]
+        if not self._place.is_last_stage:
+            assert neighbours is not None
+            # The next replay writes to the same place, perhaps before this has been taken.
+            neighbours.send(result.clone() if self._on_gpu else result)
+        elif any(params.temperature > 0 for params in sampling):  # The step itself publishes the greedy tokens.
+            drawn = sample(result, sampling, [sequence.start + 1 for sequence in sequences], self._vocabulary)
             self._kernels.exchange(drawn, self._tokens)
         if self._done is not None:
             self._done.record()
 
         def wait() -> list[int]:
             if self._done is not None:
-                self._done.synchronize()
-            return self._tokens[:count].tolist()
+                with self._ranks.progress.waiting(DEVICE):
+                    self._done.synchronize()
+            return self._tokens[:count].tolist() if self._place.is_last_stage else []
 
         return wait
 
     def _step_of(self, size: int) -> Callable[[], Tensor]:
-        """A decode step of that many rows, from and to the buffers; returns the logits."""
+        """A decode step of that many rows, from and to the buffers; returns what the model does."""
         token_ids, positions, slot_mapping = self._token_ids[:size], self._positions[:size], self._slot_mapping[:size]
         context_lens, block_tables = self._context_lens[:size], self._block_tables[:size]
         attention = AttentionMetadata(
@@ -168,24 +189,26 @@ class DecodeRunner:
         )
         batch = ForwardBatch(token_ids, positions, slot_mapping, attention, list(range(size)))
         packed = self._packed[:size]
+        received = None if self._received is None else self._received[:size]
 
         def step() -> Tensor:
             self._kernels.load_decodes(
                 packed, token_ids, positions, slot_mapping, context_lens, block_tables, self._block_size
             )
-            logits = self._model(batch, self._cache)
-            self._kernels.exchange(logits.argmax(-1), self._tokens)
-            return logits
+            result = self._model(batch, self._cache, received)
+            if self._place.is_last_stage:
+                self._kernels.exchange(best_tokens(result, self._vocabulary), self._tokens)
+            return result
 
         return step
 
     def _captured(self, size: int) -> Callable[[], Tensor]:
         """The same step as a CUDA graph."""
-        graph, logits = capture(self._step_of(size), self._pool)
+        graph, result = capture(self._step_of(size), self._pool)
         self._pool = graph.pool()
 
         def replay() -> Tensor:
             graph.replay()
-            return logits
+            return result
 
         return replay

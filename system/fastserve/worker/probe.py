@@ -1,4 +1,4 @@
-"""Time a worker's iterations and copies by shape, without an engine around it."""
+"""Time iterations and copies by shape, without an engine around them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from fastserve.kvcache import Direction
 from fastserve.models import SequenceInput
 from fastserve.request import SamplingParams
 from fastserve.worker.copier import make_copier
+from fastserve.worker.runner import Runner
 from fastserve.worker.worker import Worker
 
 
-class WorkerProbe:
-    """Runs iterations of given shapes on a worker whose cache holds nothing yet."""
+class Probe:
+    """Runs iterations of given shapes on a runner whose cache holds nothing yet."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._num_blocks = worker.gpu_cache.shape[0]
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         # Neither zeros nor one token over and over: a GPU computes those faster than what requests are made of.
         rng = random.Random(0)
-        config = worker.model.config
+        config = runner.model_config
         self._token_ids = [rng.randrange(config.vocab_size) for _ in range(2 * config.max_model_len)]
-        if worker.gpu_cache.is_cuda:
-            worker.gpu_cache.normal_()
 
     def iteration_time(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> float:
         """Seconds for one iteration of these prompts and one decode token at each of these contexts."""
         sequences: list[SequenceInput] = []
         next_block = next_token = 0
         for length, computed in [(n, 0) for n in prefill_lens] + [(1, n - 1) for n in context_lens]:
-            count = -(-(computed + length) // self._worker.block_size)
+            count = -(-(computed + length) // self._runner.block_size)
             # A pool too small for the shape is reused from the start: only time is measured here.
-            table = [block % self._num_blocks for block in range(next_block, next_block + count)]
+            table = [block % self._runner.num_gpu_blocks for block in range(next_block, next_block + count)]
             next_block += count
             # No more than a slice: what touches much memory here leaves the iteration with cold caches.
             first = next_token % (len(self._token_ids) - length)
@@ -43,23 +41,24 @@ class WorkerProbe:
             sequences.append(SequenceInput(self._token_ids[first : first + length], computed, table))
         params = [SamplingParams()] * len(sequences)
         if not prefill_lens:  # As an engine does while the last iteration runs.
-            self._worker.prepare(sequences)
+            self._runner.prepare(sequences)
         start = time.perf_counter()
-        self._worker.execute(sequences, params)
+        self._runner.execute(sequences, params)
         return time.perf_counter() - start
 
-    def copy_bandwidth(self, repeats: int = 5) -> float:
-        """Bytes per second of copies from the device's pool to the host's, or 0 without a host pool."""
-        count = min(self._num_blocks, self._worker.host_cache.shape[0], 64)
-        if not count:
-            return 0.0
-        blocks = range(count)
-        copier = make_copier(self._worker.gpu_cache, self._worker.host_cache, WallClock())
-        best = math.inf
-        for _ in range(repeats):
-            copier.start(Direction.OUT, blocks, blocks, None)
-            copier.wait(math.inf)
-            (copy,) = copier.finished()
-            best = min(best, copy.end_s - copy.start_s)
-        copier.close()
-        return count * self._worker.gpu_cache[0].nbytes / best
+
+def copy_bandwidth(worker: Worker, repeats: int = 5) -> float:
+    """Bytes per second of copies from the device's pool to the host's, or 0 without a host pool."""
+    count = min(worker.num_gpu_blocks, worker.num_host_blocks, 64)
+    if not count:
+        return 0.0
+    blocks = range(count)
+    copier = make_copier(worker.gpu_cache, worker.host_cache, WallClock())
+    best = math.inf
+    for _ in range(repeats):
+        copier.start(Direction.OUT, blocks, blocks, None)
+        copier.wait(math.inf)
+        (copy,) = copier.finished()
+        best = min(best, copy.end_s - copy.start_s)
+    copier.close()
+    return count * worker.gpu_cache[0].nbytes / best

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastserve.config import ModelConfig
+from fastserve.parallel.groups import Group
+from fastserve.parallel.layout import Place
 
 
 class SamplingLike(Protocol):
@@ -30,24 +36,75 @@ class SamplingLike(Protocol):
         """None draws differently each time."""
 
 
-def sample(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[int]) -> Tensor:
+class SharedVocabulary:
+    """A vocabulary of which each shard has the logits of its tokens. Every shard makes the same calls.
+
+    Args:
+        group: the shards.
+        shares: each one's tokens, one behind the other; numbers of them differ by one at most.
+    """
+
+    def __init__(self, group: Group, shares: Sequence[range]) -> None:
+        self._group = group
+        self._shares = shares
+
+    @classmethod
+    def of(cls, model: ModelConfig, place: Place, group: Group) -> SharedVocabulary | None:
+        """Of a model in so many shards as at `place`; None if there is one."""
+        if place.num_shards == 1:
+            return None
+        return cls(group, [replace(place, shard=shard).vocabulary(model) for shard in range(place.num_shards)])
+
+    def best(self, logits: Tensor) -> Tensor:
+        """`[rows]`: the likeliest tokens of all, from this shard's logits; of equals the first, as with argmax."""
+        index = logits.argmax(-1, keepdim=True)
+        own = torch.cat((logits.gather(1, index).double(), (index + self._shares[self._group.index].start).double()), 1)
+        values, tokens = self._group.all_gather(own).unbind(2)
+        return tokens.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """`[rows, vocab_size]`, from this shard's columns."""
+        widest = max(map(len, self._shares))
+        parts = self._group.all_gather(F.pad(logits, (0, widest - logits.shape[1])))
+        return torch.cat([part[:, : len(share)] for part, share in zip(parts, self._shares, strict=True)], 1)
+
+    def agreed(self, tokens: Tensor) -> Tensor:
+        """What the first shard has."""
+        return self._group.all_gather(tokens)[0]
+
+
+def best_tokens(logits: Tensor, shared: SharedVocabulary | None = None) -> Tensor:
+    """`[rows]`: the likeliest token of each, int64."""
+    # On a CPU, a float32 argmax is thrice as fast as one in bfloat16.
+    logits = logits if logits.is_cuda else logits.float()
+    return logits.argmax(-1) if shared is None else shared.best(logits)
+
+
+def sample(
+    logits: Tensor,
+    sampling: Sequence[SamplingLike],
+    positions: Sequence[int],
+    shared: SharedVocabulary | None = None,
+) -> Tensor:
     """One token per request, `[num_requests]` int64 on the device of `logits`, without waiting for it.
 
     A request's token depends on its logits, its parameters, its seed and its position: never on the other requests or
     on what was drawn before, so a preempted or recomputed request draws the same tokens.
 
     Args:
-        logits: `[num_requests, vocab_size]`.
+        logits: `[num_requests, vocab_size]`; with `shared`, this shard's columns of that.
         sampling: parameters, one per request.
         positions: where the new token will stand in each request.
+        shared: how shards find the same tokens together; None: there is one.
     """
-    # On a CPU, a float32 argmax is thrice as fast as one in bfloat16.
-    tokens = (logits if logits.is_cuda else logits.float()).argmax(-1)
+    tokens = best_tokens(logits, shared)
     rows = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if rows:
         index = _on_device(torch.tensor(rows), logits.device)
-        drawn = _draw(logits[index], [sampling[row] for row in rows], [positions[row] for row in rows])
-        tokens.index_copy_(0, index, drawn)
+        drawn_from = logits[index] if shared is None else shared.whole(logits[index])
+        drawn = _draw(drawn_from, [sampling[row] for row in rows], [positions[row] for row in rows])
+        # Without a seed each shard would draw another.
+        tokens.index_copy_(0, index, drawn if shared is None else shared.agreed(drawn))
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""One rank: a model, a KV pool on its device and one in host memory."""
+"""One rank: a model or a part of it, a KV pool on its device and one in host memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastserve.config import CacheConfig, ModelConfig, dtype_bytes, require_int
+from fastserve.config import CacheConfig, ModelConfig, require_int
 from fastserve.errors import ConfigError
 from fastserve.kernels import kernels_for
 from fastserve.models import ForwardBatch, SequenceInput, build_model
 from fastserve.models.linear_tuning import LinearChoice, tune_linears
+from fastserve.parallel.groups import DEVICE, Ranks
+from fastserve.parallel.layout import Place
 from fastserve.worker.decode_runner import DecodeRunner, graph_sizes
 from fastserve.worker.memory import pinned_zeros, require_room
-from fastserve.worker.sampler import SamplingLike, sample
+from fastserve.worker.runner import require_runner
+from fastserve.worker.sampler import SamplingLike, SharedVocabulary, sample
+from fastserve.worker.sizing import rank_bytes
 
 
 class Worker:
@@ -33,6 +37,8 @@ class Worker:
         model_dir: directory in Hugging Face format with the weights.
         max_batch_size: decode batches of up to so many requests, on a GPU, run as CUDA graphs; None: none does.
         max_model_len: tokens of the longest request in those; None: the model's own limit.
+        place: the part of the model it has, and the cache of which; None: the whole.
+        ranks: how it reaches the other ranks; None: there are none.
 
     Raises:
         ConfigError: an option out of range, or weights or pools that do not fit the memory available.
@@ -52,6 +58,8 @@ class Worker:
         model_dir: str | Path | None = None,
         max_batch_size: int | None = None,
         max_model_len: int | None = None,
+        place: Place | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         for name, value, least in (
             ("num_gpu_blocks", num_gpu_blocks, 1),
@@ -59,16 +67,22 @@ class Worker:
             ("block_size", block_size, 1),
         ):
             require_int(name, value, least)
-        self.device = _device(device)
+        self.device = find_device(device)
         self.block_size = block_size
+        self.place = place = place or Place.whole(model_config)
+        self._ranks = ranks or Ranks()
         self._check_room(model_config, num_gpu_blocks, num_host_blocks, dtype)
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        self.model = build_model(model_config, torch_dtype, self.device, seed if model_dir is None else model_dir)
-        layout = (model_config.num_layers, 2, block_size, model_config.num_kv_heads, model_config.head_dim)
+        source = seed if model_dir is None else model_dir
+        self.model = build_model(model_config, torch_dtype, self.device, source, place, self._ranks.group)
+        layout = (place.num_layers, 2, block_size, len(place.kv_heads(model_config)), model_config.head_dim)
+        self._vocabulary = SharedVocabulary.of(model_config, place, self._ranks.group)
         self._kernels = kernels_for(self.device)
         most_in_place = None if self._kernels.loops_on_host else max_batch_size
         spare_blocks = 0 if most_in_place is None else 1
         self._cache = torch.zeros(num_gpu_blocks + spare_blocks, *layout, dtype=torch_dtype, device=self.device)
+        if self.device.type == "cuda":
+            self._cache.normal_()  # A GPU computes zeros faster than what caches hold, and is timed before they do.
         self.gpu_cache = self._cache[:num_gpu_blocks]
         # Page-locked, or a copy to or from the GPU would neither reach link speed nor run beside the compute.
         host_zeros = pinned_zeros if self.device.type == "cuda" else torch.zeros
@@ -80,14 +94,39 @@ class Worker:
         if most_in_place is not None:
             self.linear_choices = tune_linears(self.model, graph_sizes(most_in_place))
             context = min(max_model_len or model_config.max_model_len, model_config.max_model_len)
-            self._decodes = DecodeRunner(self.model, self._kernels, self._cache, block_size, most_in_place, context)
+            self._decodes = DecodeRunner(
+                self.model,
+                self._kernels,
+                self._cache,
+                block_size,
+                most_in_place,
+                context,
+                self._ranks,
+                self._vocabulary,
+            )
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The whole model's, of which this may be a part."""
+        return self.model.config
+
+    @property
+    def num_gpu_blocks(self) -> int:
+        """Blocks of the pool on the device."""
+        return self.gpu_cache.shape[0]
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks of the host pool."""
+        return self.host_cache.shape[0]
 
     def _check_room(self, model: ModelConfig, num_gpu_blocks: int, num_host_blocks: int, dtype: str) -> None:
-        block_bytes = self.block_size * model.kv_bytes_per_token(dtype)
-        device_bytes = model.num_parameters() * dtype_bytes(dtype) + num_gpu_blocks * block_bytes
+        block_bytes = self.block_size * self.place.kv_bytes_per_token(model, dtype)
+        device_bytes = rank_bytes(model, self.place, dtype) + num_gpu_blocks * block_bytes
         host_bytes = num_host_blocks * block_bytes
         per_block = f"of {block_bytes / 2**20:.2f} MiB"
-        device_part = f"model {model.name} in {dtype} with {num_gpu_blocks} GPU blocks {per_block}"
+        whose = "" if self.place == Place.whole(model) else f", {self.place},"
+        device_part = f"model {model.name}{whose} in {dtype} with {num_gpu_blocks} GPU blocks {per_block}"
         host_part = f"{num_host_blocks} host blocks {per_block}"
         if self.device.type == "cpu":
             require_room(f"{device_part} and {host_part}", device_bytes + host_bytes, self.device)
@@ -97,20 +136,8 @@ class Worker:
 
     def require(self, model_config: ModelConfig, cache: CacheConfig, device: str, dtype: str) -> None:
         """Raise ConfigError unless this worker can serve an engine of that model, with a cache of that size."""
-        for what, own, asked in (
-            ("model", self.model.config, model_config),
-            ("device", str(self.device), str(_device(device))),
-            ("dtype", str(self._cache.dtype).removeprefix("torch."), dtype),
-            ("block_size", self.block_size, cache.block_size),
-        ):
-            if own != asked:
-                raise ConfigError(f"the worker given has {what} {own!r}, not {asked!r}; make another")
-        for what, most, wanted in (
-            ("num_gpu_blocks", self.gpu_cache.shape[0], cache.num_gpu_blocks),
-            ("num_host_blocks", self.host_cache.shape[0], cache.num_host_blocks),
-        ):
-            if wanted > most:
-                raise ConfigError(f"{what}={wanted}: the worker given has {most}; ask for fewer")
+        own = (str(self.device), str(self._cache.dtype).removeprefix("torch."))
+        require_runner("worker", self, own, model_config, cache, (str(find_device(device)), dtype))
 
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
         """`launch`, and wait for it."""
@@ -121,22 +148,26 @@ class Worker:
         """Start an iteration: compute the tokens of `sequences`, store their keys and values, sample each next token.
 
         Returns a function, to be called before the next launch, that waits for it (a CPU computes only then) and gives
-        the next tokens in the order of `sequences`. That of a chunk which is not a prompt's last is of no use. When it
-        returns, the blocks are written and may be copied.
+        the next tokens in the order of `sequences`; none if a later stage has them. That of a chunk which is not a
+        prompt's last is of no use. When it returns, the blocks are written and may be copied.
         """
         if self._decodes is not None and self._decodes.takes(sequences):
             return self._decodes.launch(sequences, sampling)
         if self.device.type == "cpu":
             return partial(self._compute, sequences, sampling)
         batch = ForwardBatch.build(sequences, self.block_size, self.device)
-        tokens = torch.empty(batch.num_requests, dtype=torch.int64, pin_memory=True)
-        self._kernels.exchange(self._next_tokens(batch, sampling), tokens)
+        computed = self._next_tokens(batch, sampling)
+        tokens = None
+        if computed is not None:
+            tokens = torch.empty(batch.num_requests, dtype=torch.int64, pin_memory=True)
+            self._kernels.exchange(computed, tokens)
         done = torch.cuda.Event()
         done.record()
 
         def wait() -> list[int]:
-            done.synchronize()
-            return batch.in_callers_order(tokens.tolist())
+            with self._ranks.progress.waiting(DEVICE):
+                done.synchronize()
+            return [] if tokens is None else batch.in_callers_order(tokens.tolist())
 
         return wait
 
@@ -152,15 +183,28 @@ class Worker:
     @torch.inference_mode()
     def _compute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
         batch = ForwardBatch.build(sequences, self.block_size, self.device)
-        return batch.in_callers_order(self._next_tokens(batch, sampling).tolist())
+        tokens = self._next_tokens(batch, sampling)
+        return [] if tokens is None else batch.in_callers_order(tokens.tolist())
 
-    def _next_tokens(self, batch: ForwardBatch, sampling: Sequence[SamplingLike]) -> Tensor:
-        """`[num_requests]`, in the batch's order."""
-        logits = self.model(batch, self._cache)
-        return sample(logits, [sampling[i] for i in batch.order], batch.attention.host_context_lens)
+    def _next_tokens(self, batch: ForwardBatch, sampling: Sequence[SamplingLike]) -> Tensor | None:
+        """`[num_requests]`, in the batch's order; None if a later stage has them."""
+        neighbours, received = self._ranks.neighbours, None
+        if not self.place.is_first_stage:
+            assert neighbours is not None
+            size = (len(batch.token_ids), self.model.config.hidden_size)
+            received = torch.empty(size, dtype=self._cache.dtype, device=self.device)
+            neighbours.receive(received)
+        result = self.model(batch, self._cache, received)
+        if not self.place.is_last_stage:
+            assert neighbours is not None
+            neighbours.send(result)
+            return None
+        context_lens = batch.attention.host_context_lens
+        return sample(result, [sampling[i] for i in batch.order], context_lens, self._vocabulary)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device called so; ConfigError if there is none. Makes a GPU the current one."""
     try:
         device = torch.device(name)
     except RuntimeError:

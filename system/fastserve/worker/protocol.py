@@ -1,0 +1,145 @@
+"""What the engine and its ranks say to each other on the control channel (`fastserve.parallel.channel`).
+
+rank                                  engine
+hello: who and where it is, versions  →
+                                      ←  configure: a RankConfig
+configured: digest, blocks that fit   →
+                                      ←  load: blocks of both pools
+ready                                 →
+                                      ←  run: an iteration; copy: transfers of its part of the caches
+free: the first stage has ended one   →
+tokens: the last stage has ended one  →
+copied: a transfer                    →
+alive: what it does, every second     →
+failed: why, at any time              →
+                                      ←  stop
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fastserve
+from fastserve.kvcache import Direction, Transfer
+from fastserve.models import SequenceInput
+from fastserve.parallel.channel import Message, frame
+from fastserve.parallel.layout import ParallelConfig
+from fastserve.worker.sampler import SamplingLike
+
+DIRECTIONS = tuple(Direction)
+"""By their number on the wire."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankConfig:
+    """What every rank is told, the same for all."""
+
+    model: str
+    load_format: str
+    device: str
+    """"cpu" or "cuda"; of several GPUs a rank takes the one of its number on its machine."""
+    dtype: str
+    seed: int
+    block_size: int
+    max_batch_size: int
+    token_budget: int
+    max_model_len: int | None
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    stage_layers: tuple[int, ...] | None
+    ranks_on_host: int
+    """Ranks that share the memory of this one's machine."""
+    torch_threads: int | None
+    """Threads a rank computes with; None leaves it torch's choice."""
+    timeout_s: float
+    """Silence after which the other side is given up."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The shape of the ranks."""
+        return ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size, self.stage_layers)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What must be the same in all processes: other code computes other things."""
+    source = hashlib.sha256()
+    root = Path(fastserve.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        source.update(path.relative_to(root).as_posix().encode())
+        source.update(path.read_bytes())
+    return {
+        "fastserve": f"{fastserve.__version__} (source {source.hexdigest()[:12]})",
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+class _Sampling(NamedTuple):
+    """A `SamplingLike` off the wire."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+
+
+_GREEDY = _Sampling(0.0, 1.0, None, None)
+
+
+def run_frame(index: int, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> bytes:
+    """The message that has every rank compute iteration number `index`."""
+    numbers = [index, len(sequences)]
+    for one in sequences:
+        token_ids, block_table = one.token_ids, one.block_table
+        numbers += (one.start, len(token_ids), len(block_table))
+        numbers += token_ids
+        numbers += block_table
+    if not any(params.temperature for params in sampling):
+        return frame("run", numbers)
+    drawn = [(p.temperature, p.top_p, p.top_k, p.seed) if p.temperature else None for p in sampling]
+    return frame("run", numbers, sampling=drawn)
+
+
+def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[SamplingLike]]:
+    """What `run_frame` was given."""
+    numbers = message.numbers
+    index, count = numbers[0], numbers[1]
+    at, sequences = 2, []
+    for _ in range(count):
+        tokens_end = at + 3 + numbers[at + 1]
+        end = tokens_end + numbers[at + 2]
+        sequences.append(SequenceInput(numbers[at + 3 : tokens_end], numbers[at], numbers[tokens_end:end]))
+        at = end
+    drawn = message.fields.get("sampling")
+    if drawn is None:
+        return index, sequences, [_GREEDY] * count
+    return index, sequences, [_GREEDY if one is None else _Sampling(*one) for one in drawn]
+
+
+def copy_frame(transfers: Iterable[tuple[int, Transfer]]) -> bytes:
+    """The message that has every rank copy its part of these transfers, each with a number."""
+    numbers: list[int] = []
+    for index, transfer in transfers:
+        numbers += (index, DIRECTIONS.index(transfer.direction), len(transfer.source))
+        numbers += transfer.source
+        numbers += transfer.destination
+    return frame("copy", numbers)
+
+
+def parse_copies(message: Message) -> Iterator[tuple[int, Direction, list[int], list[int]]]:
+    """Number, direction, sources and destinations of each transfer that `copy_frame` was given."""
+    numbers, at = message.numbers, 0
+    while at < len(numbers):
+        index, direction, count = numbers[at : at + 3]
+        middle, end = at + 3 + count, at + 3 + 2 * count
+        yield index, DIRECTIONS[direction], numbers[at + 3 : middle], numbers[middle:end]
+        at = end

@@ -1,0 +1,264 @@
+"""A rank that dies, hangs or fails ends the engine soon, by name, and nothing is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+psutil = pytest.importorskip("psutil")
+
+from fastserve import LLM, RequestStatus, SamplingParams  # noqa: E402
+from fastserve.errors import ConfigError, RankError  # noqa: E402
+from fastserve.executor.ranks import RankGroup  # noqa: E402
+from fastserve.parallel.channel import Channel  # noqa: E402
+from fastserve.worker.protocol import versions  # noqa: E402
+from support.ranks import rank_config  # noqa: E402
+from support.tokens import make_reference  # noqa: E402
+
+TIMEOUT_S = 3.0
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_reference("opt", tmp_path_factory.mktemp("opt"), num_layers=4)[0]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Neither processes nor listening ports nor shared memory."""
+    before = traces()
+    yield
+    assert traces() <= before
+
+
+def traces() -> set[str]:
+    me = psutil.Process()
+    commands = [child.cmdline() for child in me.children(recursive=True)]
+    processes = {f"process {command}" for command in commands if "fastserve.worker" in command}
+    ports = {f"port {one.laddr.port}" for one in me.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return processes | ports | {f"shared memory {name}" for name in os.listdir("/dev/shm")}
+
+
+def engine(model: Path, tensor: int = 2, pipeline: int = 1) -> LLM:
+    return LLM(
+        model,
+        policy="fastserve-fcfs",
+        num_gpu_blocks=100,
+        num_host_blocks=20,
+        max_batch_size=4,
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        rank_timeout_s=TIMEOUT_S,
+    )
+
+
+def pids(llm: LLM) -> list[int]:
+    assert llm.ranks is not None
+    return [peer.hello["pid"] for peer in llm.ranks._peers]
+
+
+def strike(llm: LLM, act: Callable[[int], None], rank: int, output_tokens: int = 20) -> threading.Thread:
+    """Have `act` done to the rank's process once the engine has produced some tokens."""
+
+    def wait_and_strike(pid: int) -> None:
+        while len(llm.engine.iterations) < output_tokens:
+            time.sleep(0.001)
+        act(pid)
+
+    thread = threading.Thread(target=wait_and_strike, args=(pids(llm)[rank],))
+    thread.start()
+    return thread
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("act", "says"), [(kill, "was killed by SIGKILL"), (stop, f"has not been heard of for {TIMEOUT_S:g} s")]
+)
+def test_a_lost_rank_ends_the_engine(
+    model: Path, tensor: int, pipeline: int, act: Callable[[int], None], says: str
+) -> None:
+    llm = engine(model, tensor, pipeline)
+    with llm:
+        finished = llm.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=SamplingParams(max_tokens=2))
+        assert finished[0].metrics.status == "finished"
+        last = tensor * pipeline - 1
+        everyone = pids(llm)
+        began = time.monotonic()
+        striker = strike(llm, act, last)
+        params = [SamplingParams(max_tokens=2, ignore_eos=True), *[LONG] * 5]
+        with pytest.raises(RankError, match=f"rank {last} .*pid {everyone[last]} .*{says}") as caught:
+            llm.generate(prompt_token_ids=[[1, 2, 3]] * 6, sampling_params=params)
+        assert time.monotonic() - began < 10
+        striker.join()
+        statuses = [output.metrics.status for output in caught.value.outputs]
+        assert statuses == ["finished", *["failed"] * 5]
+        assert len(caught.value.outputs[0].token_ids) == 2
+        assert all(str(caught.value) == output.error for output in caught.value.outputs[1:])
+        assert not [pid for pid in everyone if psutil.pid_exists(pid)]
+        with pytest.raises(RankError, match=f"rank {last} "):
+            llm.generate(prompt_token_ids=[[1, 2, 3]])
+
+
+def test_a_rank_that_dies_while_nothing_runs(model: Path) -> None:
+    with engine(model) as llm:
+        kill(pids(llm)[0])
+        with pytest.raises(RankError, match=r"rank 0 .* was killed by SIGKILL"):
+            llm.generate(prompt_token_ids=[[1, 2, 3]])
+
+
+def test_an_engine_that_stood_still_blames_nobody(model: Path) -> None:
+    with engine(model) as llm:
+        llm.engine.add_request(request := new_request(llm), LONG)
+        for _ in range(5):
+            llm.engine.step()
+        time.sleep(1.5 * TIMEOUT_S)
+        while llm.engine.has_unfinished:
+            llm.engine.step()
+        assert request.status is RequestStatus.FINISHED
+
+
+def new_request(llm: LLM):
+    from fastserve import Request
+
+    return Request.from_tokens("a", llm.engine.clock.now(), [1, 2, 3])
+
+
+def test_ranks_end_with_an_engine_that_is_killed(model: Path) -> None:
+    program = (
+        "import os, sys\nfrom fastserve import LLM\n"
+        f"llm = LLM({str(model)!r}, policy='fastserve-fcfs', num_gpu_blocks=20, num_host_blocks=0, max_batch_size=2,"
+        "tensor_parallel_size=2)\n"
+        "print(*[peer.hello['pid'] for peer in llm.ranks._peers], flush=True)\nsys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    ranks = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.stdout.close()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the 4 attention heads"),
+        ({"pipeline_parallel_size": 5}, "pipeline_parallel_size=5: model .* has 4 layers"),
+        ({"pipeline_parallel_size": 2, "stage_layers": (1, 2)}, "has 3 layers in all, model .* has 4"),
+        ({"pipeline_parallel_size": 2, "stage_layers": (4,)}, "names 1 stages, pipeline_parallel_size is 2"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1, got 0"),
+        ({"tensor_parallel_size": 2, "device": "cuda"}, "rank 0 .* failed: device 'cuda:0' asked for"),
+        ({"tensor_parallel_size": 2, "num_gpu_blocks": 10**9}, r"rank \d .* failed: .* GiB available"),
+        ({"tensor_parallel_size": 2, "ranks": "nowhere"}, "ranks must be HOST:PORT, got 'nowhere'"),
+    ],
+)
+def test_what_cannot_be(model: Path, changes: dict, says: str) -> None:
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((ConfigError, RankError), match=says):
+        LLM(model, policy="fastserve-fcfs", **{"num_gpu_blocks": 20, "num_host_blocks": 0} | changes)
+
+
+# -- ranks that others start -----------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def say_hello(port: int, **changes: object) -> Channel:
+    """A rank that only says hello."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port))
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    channel = Channel(connection, 5.0)
+    hello = {"rank": 0, "world_size": 1, "local_rank": 0, "token": "", "host": "far", "pid": 1, "versions": versions()}
+    channel.send("hello", **hello | changes)
+    return channel
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"versions": {"fastserve": "0.0.1"}}, "rank 0 .*pid 1 on far.* has another version than the engine: .*0.0.1"),
+        ({"world_size": 4}, "rank 0 .* of 4 came, but this engine has 1 ranks"),
+        ({"rank": 7}, "rank 7 .* of 1 came"),
+    ],
+)
+def test_ranks_that_do_not_fit(model: Path, changes: dict, says: str) -> None:
+    port = free_port()
+    greeter = threading.Thread(target=say_hello, args=(port,), kwargs=changes)
+    greeter.start()
+    with pytest.raises(ConfigError, match=says):
+        RankGroup(rank_config(model, 1, 1), address=f"127.0.0.1:{port}")
+    greeter.join()
+
+
+def test_another_model_is_refused_before_it_is_loaded(model: Path) -> None:
+    port = free_port()
+    told: list[str] = []
+
+    def pretend() -> None:
+        channel = say_hello(port)
+        try:
+            while True:
+                for message in channel.receive():
+                    told.append(message.kind)
+                    channel.send("configured", digest="another", gpu_blocks=1, host_blocks=1)
+        except ConnectionError:
+            pass
+
+    greeter = threading.Thread(target=pretend)
+    greeter.start()
+    with pytest.raises(ConfigError, match="has another model than the engine: another instead of"):
+        RankGroup(rank_config(model, 1, 1), address=f"127.0.0.1:{port}")
+    greeter.join()
+    assert told == ["configure"]
+
+
+def test_strangers_are_sent_away_and_missing_ranks_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSERVE_TOKEN", "secret")
+    port = free_port()
+    greeter = threading.Thread(target=say_hello, args=(port,))
+    greeter.start()
+    with pytest.raises(RankError, match="rank 0 did not come in time"):
+        RankGroup(rank_config(model, 1, 1), address=f"127.0.0.1:{port}", start_timeout_s=1.5)
+    greeter.join()
+
+
+def test_a_port_that_is_taken(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot wait for ranks at 127.0.0.1:{port}"):
+            RankGroup(rank_config(model, 1, 1), address=f"127.0.0.1:{port}")
