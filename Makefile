@@ -36,7 +36,7 @@ test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto
 
 soak: setup  ## the invariants on 100,000 generated scenarios, for an hour or so
-	$(BIN)/python -m pytest -n auto tests/invariants tests/distributed --hypothesis-profile=soak
+	$(BIN)/python -m pytest -n auto tests/invariants --hypothesis-profile=soak
 
 lint: setup  ## ruff, mypy, snakemake --lint, snakefmt
 	$(BIN)/ruff check .
@@ -50,11 +50,13 @@ format: setup  ## format Python and Snakemake files
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(SMK)
 
-bench: setup  ## speed of the simulator, of decisions, of the CPU engine and its swapping, printed
+bench: setup  ## speed of the simulator, of decisions, of the CPU engine, its swapping and its ranks, printed
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/scheduler.py
 	$(BIN)/python benchmarks/cpu_engine.py
 	$(BIN)/python benchmarks/swapping.py
+	$(BIN)/python benchmarks/control_channel.py
+	$(BIN)/python benchmarks/pipeline.py
 
 clean:  ## remove what runs wrote, keep recorded results and .venv
 	rm -rf .snakemake

@@ -18,7 +18,7 @@ import torch
 
 from fastserve import LLM, SamplingParams
 
-BATCH, PROMPT = 16, 64
+PROMPT = 16
 SHAPES = {"1 stage": (1, 1), "2 stages": (1, 2), "2 shards": (2, 1)}
 
 
@@ -26,8 +26,9 @@ def main() -> None:
     """Print tokens per second of each, and ratios to one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="opt-125m")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -45,7 +46,7 @@ def main() -> None:
                     policy="fastserve-fcfs",
                     num_gpu_blocks=512,
                     num_host_blocks=0,
-                    max_batch_size=BATCH,
+                    max_batch_size=arguments.batch,
                     tensor_parallel_size=tensor,
                     pipeline_parallel_size=pipeline,
                 )
@@ -61,9 +62,7 @@ def main() -> None:
                 tokens[name] = [output.token_ids for output in outputs]
     produced = arguments.requests * arguments.output_tokens
     base = seconds["1 stage"]
-    print(
-        f"{arguments.model}, float32, batch {BATCH}, a thread each, {os.cpu_count()} cores, {arguments.repeats} runs:"
-    )
+    print(f"{arguments.model}, float32, batch {arguments.batch}, a thread each, {os.cpu_count()} cores:")
     for name, times in seconds.items():
         ratios = [one / other for one, other in zip(base, times, strict=True)]
         equal = sum(a == b for a, b in zip(tokens[name], tokens["1 stage"], strict=True))

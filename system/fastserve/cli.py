@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastserve.console import Progress, run_app
+from fastserve.console import Progress, parse_stage_layers, run_app
 from fastserve.errors import OutputError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -43,6 +43,15 @@ def profile(
         typer.Option(help="Follow a GPU's steps, with many points, or fit lines to few.  [default: dense on a GPU]"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Measure fewer points.")] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks that share each layer.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Stages that the layers are divided into.")] = 1,
+    stage_layers: Annotated[
+        str | None, typer.Option(help="Layers of each stage, as 5,7.  [default: of equal weight]")
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT at which to wait for ranks that torchrun starts.  [default: start them here]"),
+    ] = None,
 ) -> None:
     """Measure this machine's iteration times, fit them, and write a profile that simulations and policies take."""
     from fastserve.profiling import ProfileConfig, describe, measure_profile
@@ -62,6 +71,10 @@ def profile(
         repeats,
         dense,
         quick,
+        tensor_parallel_size,
+        pipeline_parallel_size,
+        parse_stage_layers(stage_layers),
+        ranks,
     )
     with ExitStack() as progress:
 

@@ -54,12 +54,16 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Weights of the model, tied embeddings counted once; biases and norms are left out (below 0.1 %)."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        mlp = (2 if self.architecture == "opt" else 3) * self.hidden_size * self.intermediate_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         if self.architecture == "opt":
             embeddings += self.max_model_len * self.hidden_size
-        return self.num_layers * (attention + mlp) + embeddings
+        return self.num_layers * self.layer_parameters() + embeddings
+
+    def layer_parameters(self) -> int:
+        """Weights of one layer, without biases and norms."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = (2 if self.architecture == "opt" else 3) * self.hidden_size * self.intermediate_size
+        return attention + mlp
 
 
 @dataclass(frozen=True, slots=True)

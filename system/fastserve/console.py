@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from fastserve.errors import FastServeError
+from fastserve.errors import ConfigError, FastServeError
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -24,6 +24,16 @@ def run_app(app: typer.Typer) -> None:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
+
+
+def parse_stage_layers(text: str | None) -> tuple[int, ...] | None:
+    """`5,7` as numbers."""
+    try:
+        return None if text is None else tuple(int(layers) for layers in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--stage-layers takes whole numbers with commas between, such as 5,7, not {text!r}"
+        ) from None
 
 
 class Progress:

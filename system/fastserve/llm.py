@@ -69,7 +69,7 @@ class LLM:
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: stages that the layers are divided into; as many batches are in flight at a time. With
             more than one rank in all, each is a process of its own, with a GPU of its own on "cuda".
-        stage_layers: layers of each stage, from the first. None: as even as can be.
+        stage_layers: layers of each stage, from the first. None: as many as give each the same weight.
         ranks: HOST:PORT at which this engine waits for its ranks, which `torchrun ... -m fastserve.worker` starts on
             one machine or several. None: they are started here. Or an existing RankGroup, as with `worker`; it stays.
         rank_timeout_s: how long a rank that should work may be silent, or stand still, before the engine ends.

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,11 @@ import pytest
 torch = pytest.importorskip("torch")
 psutil = pytest.importorskip("psutil")
 
+from benchmarks.control_channel import IdleRank, decode_batch, idle_ranks  # noqa: E402
 from fastserve import LLM, RequestStatus, SamplingParams  # noqa: E402
 from fastserve.errors import ConfigError, RankError  # noqa: E402
 from fastserve.executor.ranks import RankGroup  # noqa: E402
+from fastserve.models import SequenceInput  # noqa: E402
 from fastserve.parallel.channel import Channel  # noqa: E402
 from fastserve.worker.protocol import versions  # noqa: E402
 from support.ranks import rank_config  # noqa: E402
@@ -262,3 +264,52 @@ def test_a_port_that_is_taken(model: Path) -> None:
         port = server.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot wait for ranks at 127.0.0.1:{port}"):
             RankGroup(rank_config(model, 1, 1), address=f"127.0.0.1:{port}")
+
+
+# -- ranks that hang while their process lives -----------------------------------------------------------------------
+
+
+class OneHangs(IdleRank):
+    """Of two shards the second hangs, and the first waits for it."""
+
+    def compute(self, sequences: Sequence[SequenceInput]) -> list[int]:
+        if self._identity.rank == 0:
+            self._progress.waiting_for = "the other shards of stage 0"
+        time.sleep(60)
+        return []
+
+
+class BothWait(OneHangs):
+    """Each for the other."""
+
+    def compute(self, sequences: Sequence[SequenceInput]) -> list[int]:
+        self._progress.waiting_for = "the other shards of stage 0"
+        time.sleep(60)
+        return []
+
+
+class OneFails(OneHangs):
+    """The second fails, but the first notices sooner, and is heard of first."""
+
+    def compute(self, sequences: Sequence[SequenceInput]) -> list[int]:
+        if self._identity.rank == 0:
+            self._progress.waiting_for = "the other shards of stage 0"
+            raise RuntimeError("connection closed by peer")
+        time.sleep(0.5)
+        raise ValueError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (OneHangs, "rank 1 .* has computed nothing for 2 s: it hangs"),
+        (BothWait, r"rank 0 .* has waited for the other shards of stage 0 for 2 s \(and so for rank 1\): nobody works"),
+        (OneFails, "rank 1 .* failed: ValueError: no such thing"),
+    ],
+)
+def test_the_rank_that_hangs_is_told_from_those_that_wait(kind: type[IdleRank], says: str) -> None:
+    with idle_ranks(kind, 2, 4, timeout_s=2.0) as group:
+        began = time.monotonic()
+        with pytest.raises(RankError, match=says):
+            group.execute(decode_batch(4), [SamplingParams()] * 4)
+        assert time.monotonic() - began < 10

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastserve.config import ModelConfig
 from fastserve.errors import ConfigError
-from fastserve.parallel.layout import ParallelConfig, Place, even_stages, tensor_parallel_sizes
+from fastserve.parallel.layout import ParallelConfig, Place, balanced_stages, tensor_parallel_sizes
 from fastserve.presets import PRESETS, preset
 
 
@@ -84,13 +84,22 @@ def test_ranks_share_the_cache(drawn: tuple[ModelConfig, ParallelConfig]) -> Non
     assert total == copies * model.kv_bytes_per_token("float16")
 
 
-@given(st.integers(1, 100), st.integers(1, 16))
-def test_even_stages(num_layers: int, num_stages: int) -> None:
-    stages = even_stages(num_layers, num_stages)
-    assert (len(stages), sum(stages)) == (num_stages, num_layers)
-    assert max(stages) - min(stages) <= 1
-    assert stages[-1] == min(stages)
-    assert stages[0] in (min(stages), *stages[1:-1], stages[-1] + 1)
+@given(st.integers(1, 200), st.integers(1, 12), st.integers(1, 200_000))
+def test_balanced_stages(num_layers: int, num_stages: int, vocab_size: int) -> None:
+    model = replace(preset("opt-tiny"), num_layers=max(num_layers, num_stages), vocab_size=vocab_size)
+    stages = balanced_stages(model, num_stages)
+    assert sum(stages) == model.num_layers
+    assert min(stages) >= 1
+    layer, vocabulary = model.layer_parameters(), model.vocab_size * model.hidden_size
+    weights = [count * layer for count in stages[:-1]] + [stages[-1] * layer + vocabulary]
+    # Moving a layer to the lightest stage would make that the heaviest.
+    for stage, count in enumerate(stages):
+        assert count == 1 or weights[stage] - layer <= min(weights)
+
+
+def test_balanced_stages_of_presets() -> None:
+    assert balanced_stages(preset("opt-125m"), 2) == (9, 3)  # The output projection weighs as much as 5.5 layers,
+    assert balanced_stages(preset("opt-66b"), 4) == (16,) * 4  # or half a layer.
 
 
 @pytest.mark.parametrize("name", PRESETS)

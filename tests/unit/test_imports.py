@@ -19,7 +19,7 @@ ORDER = [
     {"job"},
     {"engine", "timeline"},
     {"simulation"},
-    {"kernels", "parallel.groups", "parallel.channel"},
+    {"kernels", "parallel.groups", "parallel.timing", "parallel.channel"},
     {"models"},
     {"worker"},
     {"executor.local", "executor.distributed", "executor.inputs", "executor.ranks"},

@@ -1,4 +1,5 @@
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from fastserve.latency.profiler import (
     Grid,
     Measurement,
     Shape,
+    StageTimes,
+    by_stage,
     fit,
     measure,
     overhead_by_batch,
@@ -247,3 +250,17 @@ def test_a_file_of_the_first_version_is_still_read(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(json.dumps(data))
     assert load_profile(str(path)).to_json() == profile.to_json()
+
+
+def test_stages_whose_times_vary_take_as_long_as_the_slowest_each_time() -> None:
+    shape = ((), (8, 8))
+    link = StageLink(0.5, 1e9, 1)
+    steady, uneven = ([StageTimes(times, 0.25) for times in all_times] for all_times in ([(2, 2)], [(1, 3), (3, 1)]))
+    first, second = by_stage([shape], [steady], link, statistics.mean)
+    assert (first[0].seconds, second[0].seconds) == (2, 2)
+    first, second = by_stage([shape], [uneven], link, statistics.mean)
+    # With what comes on top, (1.25, 3.5) and (3.25, 1.5): 3.375 a step in place of 2.5, and the second waits longer.
+    assert first[0].seconds == 2
+    assert second[0].seconds == pytest.approx(2 + 3.375 - 2.5)
+    (alone,) = by_stage([shape], [[StageTimes((1,), 0.25), StageTimes((3,), 0.25)]], None, statistics.median)
+    assert alone[0] == Measurement(*shape, 2)

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from fastserve.clock import WallClock
 from fastserve.config import ModelConfig
 from fastserve.errors import ConfigError
-from fastserve.latency import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, load_profile
 from fastserve.latency.profiler import fit, measure, with_overhead
 from fastserve.models import build_model, shared_models
 from harness.fidelity import METRICS, measure_fidelity, take_turns, verdict
@@ -82,6 +82,27 @@ def test_an_architecture_is_a_model_of_its_own(tmp_path):
     config["points"] = [{"load": 1, "num_requests": 4}]
     assert measure_fidelity(config, tmp_path)["num_requests"].tolist() == [4]
     assert json.loads((tmp_path / "model/config.json").read_text()) == architecture
+
+
+def test_several_ranks_take_turns_as_well(tmp_path):
+    config = experiment() | {"points": [{"load": 1.5, "num_requests": 6}]}
+    config["series"] = [
+        {"name": "stages", "label": "2 stages", "policy": "fastserve-fcfs", "run": {"pipeline_parallel_size": 2}},
+        {"name": "shards", "label": "2 shards", "policy": "fastserve", "run": {"tensor_parallel_size": 2}},
+    ]
+    table = measure_fidelity(config, tmp_path)
+    assert table["series"].tolist() == ["stages", "shards"]
+    assert table["processor_share"].isna().all()
+    for row, shape in zip(table.to_dict("records"), ((1, 2), (2, 1)), strict=True):
+        assert row["real_mean_jct_s"] > 0
+        assert row["sim_mean_jct_s"] > 0
+        folder = tmp_path / row["real_run"]
+        assert json.loads((folder / "summary.json").read_text())["finished"] == 6
+        profile = load_profile(str(folder.parent / "profile.json"))
+        assert (profile.tensor_parallel_size, profile.pipeline_parallel_size) == shape
+        assert len(profile.stages) == shape[1]
+        assert profile.provenance["channel_s"] > 0
+        assert (profile.stage_link is not None) == (shape[1] > 1)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,15 @@ Tokenizer = Annotated[str | None, typer.Option(help="Directory of a tokenizer, t
 TorchThreads = Annotated[
     int | None, typer.Option(min=1, help="Threads torch computes with (engine); its own choice if not given.")
 ]
+TensorParallel = Annotated[int, typer.Option(help="Ranks that share each layer (engine).")]
+PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are divided into (engine).")]
+StageLayers = Annotated[
+    str | None, typer.Option(metavar="N,N,...", help="Layers of each stage (engine); of equal weight if not given.")
+]
+RanksAddress = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Wait here for ranks started by torchrun (engine); else they are started."),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the engine or the policy.")
 ]
@@ -66,6 +75,10 @@ def run(
     load_format: LoadFormat = "auto",
     tokenizer: Tokenizer = None,
     torch_threads: TorchThreads = None,
+    tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
+    stage_layers: StageLayers = None,
+    ranks: RanksAddress = None,
     set_: Settings = None,
 ) -> None:
     """Serve a workload and write requests.parquet, iterations.parquet, summary.json and meta.json."""
@@ -84,6 +97,10 @@ def run(
         load_format=load_format,
         tokenizer=tokenizer,
         torch_threads=torch_threads,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        stage_layers=parse_stage_layers(stage_layers),
+        ranks=ranks,
         settings=parse_settings(set_ or []),
     )
     folder = out or Path("results") / f"{backend}-{policy.replace(':', '.')}-seed{seed}"
@@ -138,6 +155,9 @@ def capacity(
     load_format: LoadFormat = "auto",
     tokenizer: Tokenizer = None,
     torch_threads: TorchThreads = None,
+    tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
+    stage_layers: StageLayers = None,
     set_: Settings = None,
 ) -> None:
     """Find the highest rate that meets an SLO and write capacity.csv and capacity.json.
@@ -161,6 +181,9 @@ def capacity(
         load_format=load_format,
         tokenizer=tokenizer,
         torch_threads=torch_threads,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        stage_layers=parse_stage_layers(stage_layers),
         settings=parse_settings(set_ or []),
     )
     objective = Objective(slo, metric, parse_seeds(seeds), low, high, tolerance)
@@ -206,6 +229,16 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
             raise ConfigError(f"--set takes key=value, got {setting!r}")
         parsed[key] = value
     return parsed
+
+
+def parse_stage_layers(text: str | None) -> tuple[int, ...] | None:
+    """`5,7` as numbers."""
+    try:
+        return None if text is None else tuple(int(layers) for layers in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--stage-layers takes whole numbers with commas between, such as 5,7, not {text!r}"
+        ) from None
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -20,13 +20,17 @@ COMMIT_VARIABLE = "FASTSERVE_COMMIT"
 """Environment variable that says the commit where the code is a copy without a checkout; it wins."""
 
 
-def run_meta(config: dict[str, Any], workload: Workload, rejected: list[str]) -> dict[str, Any]:
-    """Commit, versions, hardware, resolved configuration, digest of the workload, reasons of the first rejections."""
+def run_meta(
+    config: dict[str, Any], workload: Workload, rejected: list[str], error: Exception | None
+) -> dict[str, Any]:
+    """Commit, versions, hardware, resolved configuration, digest of the workload, reasons of the first rejections, and
+    what ended the run before its end, if anything did."""
     return {
         **environment_meta(),
         "configuration": config,
         "trace": {"description": workload.description, "digest": workload.digest},
         "rejected": rejected[:20],
+        "error": None if error is None else str(error),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from fastserve.config import EngineOptions
 from fastserve.console import Progress
 from fastserve.engine import Arrival, Engine, Observer
-from fastserve.errors import ConfigError
+from fastserve.errors import ConfigError, RankError
 from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
 from fastserve.options import build_options, option_names
-from fastserve.request import Request, SamplingParams
+from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import find_policy
 from fastserve.timeline import Timeline
 from harness.meta import run_meta
@@ -23,6 +24,7 @@ from harness.results import RunFolder, iteration_table, request_table, summarize
 from harness.workload import Workload, make_workload
 
 if TYPE_CHECKING:
+    from fastserve.executor.ranks import RankGroup
     from fastserve.worker import Worker
 
 BACKENDS = ("sim", "engine")
@@ -47,7 +49,23 @@ class RunConfig:
     tokenizer: str | None = None
     torch_threads: int | None = None
     """Threads torch computes with; None leaves it its own choice."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each stage; None: as many as give each the same weight."""
+    ranks: str | None = None
+    """HOST:PORT at which the engine waits for ranks that torchrun starts; None: it starts them itself."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_OF_AN_ENGINE = {
+    name: RunConfig.__dataclass_fields__[name].default
+    for name in (
+        "model", "device", "dtype", "load_format", "torch_threads", "tensor_parallel_size", "pipeline_parallel_size",
+        "stage_layers", "ranks",
+    )
+}  # fmt: skip
+"""What only a real engine takes, with the defaults."""
 
 
 def run(
@@ -56,19 +74,22 @@ def run(
     timeline: Path | None = None,
     observer: Observer | None = None,
     worker: Worker | None = None,
+    ranks: RankGroup | None = None,
 ) -> dict[str, Any]:
     """Carry out the run, write its four files to the folder `out`, and return the summary.
 
     With `timeline`, a trace of the run is written to that file too; nothing else changes. Without it, `observer` is
     told what happens. A real engine takes `worker`, if given, of the same model and with pools at least as large as the
-    run's, in place of one of its own: runs one after the other then load the model once.
-    Raises a FastServeError for bad input, before any work where that can be known; nothing is written then.
+    run's, in place of one of its own, or if it is of several ranks `ranks`: runs one after the other then load the
+    model once.
+    Raises a FastServeError for bad input, before any work where that can be known; nothing is written then. If a rank
+    of the engine is lost, RankError, after the files are written: what was finished is kept, and the rest has failed.
     """
     options, policy_settings = resolve_settings(config.policy, config.settings)
     if config.backend == "sim":
         if worker is not None:
             raise ConfigError("a worker was given for --backend sim, which has none; leave it out")
-        _refuse(config, "engine", model=None, device="cpu", dtype="float32", load_format="auto", torch_threads=None)
+        _refuse(config, "engine", _OF_AN_ENGINE)
         if config.profile is None:
             raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
     elif config.backend == "engine":
@@ -84,7 +105,7 @@ def run(
         check_writable(timeline)
         recorder = Timeline()
     with RunFolder(out) as folder:
-        jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer, worker)
+        jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer, worker, ranks)
         metrics = [job.metrics for job in jobs]
         summary = {
             "policy": config.policy,
@@ -97,15 +118,17 @@ def run(
         resolved = {**asdict(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
         resolved["engine"] |= asdict(engine.kv.config)
         del resolved["settings"]
-        rejected = [job.error for job in jobs if job.error]
+        rejected = [job.error for job in jobs if job.request.status is RequestStatus.REJECTED]
         folder.write(
             request_table(metrics),
             iteration_table(engine.iterations),
             summary,
-            run_meta(resolved, workload, rejected),
+            run_meta(resolved, workload, rejected, engine.error),
         )
     if timeline is not None and recorder is not None:
         recorder.write(timeline)
+    if engine.error is not None:
+        raise engine.error
     return summary
 
 
@@ -135,6 +158,7 @@ def _serve(
     workload: Workload,
     observer: Observer | None,
     worker: Worker | None,
+    ranks: RankGroup | None,
 ) -> tuple[list[Job], Engine]:
     title = f"{config.policy} on {config.backend}"
     if config.backend == "sim":
@@ -163,13 +187,19 @@ def _serve(
             dtype=config.dtype,
             profile=config.profile,
             worker=worker,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
+            stage_layers=config.stage_layers,
+            ranks=ranks or config.ranks,
             **asdict(options),
         ) as llm,
         Progress(title, len(workload)) as progress,
     ):
         llm.engine.observer = observer
         arrivals = list(_arrivals(workload, llm.model_config.vocab_size))
-        return llm.engine.run(arrivals, progress.advance), llm.engine
+        with suppress(RankError):  # In `engine.error`, and what was done until then in `last_run`.
+            llm.engine.run(arrivals, progress.advance)
+        return llm.engine.last_run, llm.engine
 
 
 def _arrivals(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:
@@ -183,7 +213,7 @@ def _arrivals(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:
         yield Arrival(request, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
 
 
-def _refuse(config: RunConfig, backend: str, **defaults: object) -> None:
+def _refuse(config: RunConfig, backend: str, defaults: Mapping[str, object]) -> None:
     for name, default in defaults.items():
         if getattr(config, name) != default:
             raise ConfigError(f"--{name.replace('_', '-')} applies to --backend {backend} only")

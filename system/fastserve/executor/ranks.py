@@ -7,13 +7,14 @@ import secrets
 import selectors
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,10 +24,11 @@ from torch.distributed import TCPStore
 import fastserve
 from fastserve.config import CacheConfig, ModelConfig
 from fastserve.errors import ConfigError, RankError
-from fastserve.kvcache import Transfer
+from fastserve.kvcache import Direction, Transfer
 from fastserve.models import SequenceInput
 from fastserve.models.source import model_digest, resolve_model
-from fastserve.parallel.channel import Channel, ChannelClosed, Message, parse_address
+from fastserve.parallel.channel import Channel, ChannelClosed, Message, frame, parse_address
+from fastserve.request import Request
 from fastserve.worker.protocol import RankConfig, copy_frame, run_frame, versions
 from fastserve.worker.runner import require_runner
 from fastserve.worker.sampler import SamplingLike
@@ -181,6 +183,61 @@ class RankGroup:
                 if message.kind == "tokens":
                     self.idle()
                     return message.numbers[1:]
+
+    # -- measuring -----------------------------------------------------------------------------------------------
+
+    def probe(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> tuple[float, ...]:
+        """Seconds that each stage takes for its part of an iteration, all of them at the same time, with all-reduces
+        and without sends: as in a full pipeline, where stages share cores and memory. While nothing else runs."""
+        answers = self._ask(run_frame(0, sequences, sampling, "probe"), "probed")
+        return tuple(numbers[0] * 1e-9 for numbers in answers)
+
+    def all_reduce_times(self, sizes: Sequence[int], repeats: int = 15) -> list[tuple[int, float]]:
+        """Bytes and median seconds of all-reduces, the mean over stages; while nothing else runs."""
+        return self._exchange_times("all_reduce", sizes, repeats)
+
+    def send_times(self, sizes: Sequence[int], repeats: int = 15) -> list[tuple[int, float]]:
+        """Bytes and mean seconds in which a stage receives what the one before has sent while that computes on (the
+        mean over stages); likewise."""
+        return self._exchange_times("send", sizes, repeats)
+
+    def copy_time(self, direction: Direction, blocks: Sequence[int]) -> float:
+        """Seconds until every rank has copied its part of these blocks between its pools; likewise."""
+        transfer = Transfer(Request("", 0.0, 1, []), direction, tuple(blocks), tuple(blocks), 0)
+        start = time.perf_counter()
+        self.copy([(0, transfer)])
+        num_left = self.world_size
+        while num_left:
+            num_left -= sum(message.kind == "copied" for message in self.poll(self.config.timeout_s))
+        self.idle()
+        return time.perf_counter() - start
+
+    def _exchange_times(self, what: str, sizes: Sequence[int], repeats: int) -> list[tuple[int, float]]:
+        answers = self._ask(frame("exchange", sizes, what=what, repeats=repeats), "exchanged")
+        seconds = [statistics.mean(times) * 1e-9 for times in zip(*filter(None, answers), strict=True)]
+        return list(zip(sizes, seconds, strict=True))
+
+    def _ask(self, data: bytes, kind: str) -> list[list[int]]:
+        """Have all work on it; what each stage answers, from the first."""
+        answers: dict[int, list[int]] = {}
+        self._send(data)
+        while len(answers) < self.config.pipeline_parallel_size:
+            for message in self.poll(self.config.timeout_s):
+                if message.kind == kind:
+                    answers[message.numbers[0]] = message.numbers[1:]
+        self.idle()
+        return [answers[stage] for stage in sorted(answers)]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within, ranks that were started here stand still, whatever they do: they take no processor."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in self._processes.values():
+                process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Have the ranks end; those started here that do not are killed."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fastserve.latency.communication import StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 
+T = TypeVar("T")
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 """Prompt lengths and decode context lengths of one iteration."""
 
@@ -22,6 +25,15 @@ class Measurement:
     prefill_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     seconds: float
+
+
+class StageTimes(NamedTuple):
+    """Seconds of an iteration in a full pipeline."""
+
+    stages: tuple[float, ...]
+    """Of each stage, from the first."""
+    channel_s: float
+    """For telling the ranks, and for hearing from them: what is left of the time until the slowest has answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +120,58 @@ def measure(
     repeats: int,
     on_measured: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
-    """Time each shape with `run(prefill_lens, context_lens) -> seconds`: once to warm up, then the median of `repeats`.
+    """Time each shape with `run(prefill_lens, context_lens) -> seconds`; the median of what `sample` gives."""
+    return [
+        Measurement(prefill, context, statistics.median(samples))
+        for (prefill, context), samples in zip(shapes, sample(run, shapes, repeats, on_measured), strict=True)
+    ]
+
+
+def sample(
+    run: Callable[[Sequence[int], Sequence[int]], T],
+    shapes: Sequence[Shape],
+    repeats: int,
+    on_measured: Callable[[], None] = lambda: None,
+) -> list[list[T]]:
+    """What `run(prefill_lens, context_lens)` gives for each shape: once to warm up, then `repeats` times.
 
     Repeats go round the whole grid, so that a slow spell of the machine spreads over all points.
     """
     for prefill_lens, context_lens in shapes:
         run(prefill_lens, context_lens)
         on_measured()
-    times: list[list[float]] = [[] for _ in shapes]
+    times: list[list[T]] = [[] for _ in shapes]
     for _ in range(repeats):
         for samples, (prefill_lens, context_lens) in zip(times, shapes, strict=True):
             samples.append(run(prefill_lens, context_lens))
             on_measured()
-    return [
-        Measurement(prefill, context, statistics.median(samples))
-        for (prefill, context), samples in zip(shapes, times, strict=True)
-    ]
+    return times
+
+
+def by_stage(
+    shapes: Sequence[Shape],
+    samples: Sequence[Sequence[StageTimes]],
+    link: StageLink | None,
+    average: Callable[[Iterable[float]], float],
+) -> list[list[Measurement]]:
+    """For each stage its average time of each shape, of which `samples` has some.
+
+    The stages of a full pipeline move on together, when the slowest has ended, receiving and being told included. Where
+    their times vary, that takes longer than the stage that is slowest on average: this one is given the difference.
+    """
+    channel_s = average(each.channel_s for of_shape in samples for each in of_shape)
+    stages: list[list[Measurement]] = [[] for _ in samples[0][0].stages]
+    for (prefill_lens, context_lens), of_shape in zip(shapes, samples, strict=True):
+        receiving_s = link.transfer_time(sum(prefill_lens) + len(context_lens)) if link else 0.0
+        added = [channel_s, *[receiving_s] * (len(stages) - 1)]
+        times = [average(each.stages[stage] for each in of_shape) for stage in range(len(stages))]
+        if len(stages) > 1:
+            busy = [seconds + more for seconds, more in zip(times, added, strict=True)]
+            step = average(max(map(operator.add, each.stages, added)) for each in of_shape)
+            times[busy.index(max(busy))] += max(0.0, step - max(busy))
+        for measurements, seconds in zip(stages, times, strict=True):
+            measurements.append(Measurement(prefill_lens, context_lens, seconds))
+    return stages
 
 
 def fit(measurements: Sequence[Measurement], *, by_batch_size: bool = False, curve: bool = False) -> FittedLatency:

@@ -84,9 +84,9 @@ class Channel:
         """
         try:
             data = self._socket.recv(_CHUNK_BYTES)
-        except TimeoutError:
-            return []
         except OSError as error:
+            if isinstance(error, TimeoutError) and error.errno is None:  # Ours, and not the connection's.
+                return []
             raise ChannelClosed(f"{type(error).__name__}: {error}") from None
         if not data:
             raise ChannelClosed("the connection was closed")

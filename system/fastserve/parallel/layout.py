@@ -18,7 +18,7 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     stage_layers: tuple[int, ...] | None = None
-    """Layers of each stage, from the first; None: as even as can be (`even_stages`)."""
+    """Layers of each stage, from the first; None: of equal weight, as far as can be (`balanced_stages`)."""
 
     def __post_init__(self) -> None:
         require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
@@ -47,7 +47,7 @@ class ParallelConfig:
                 "one at least"
             )
         if self.stage_layers is None:
-            return even_stages(model.num_layers, stages)
+            return balanced_stages(model, stages)
         if sum(self.stage_layers) != model.num_layers:
             raise ConfigError(
                 f"stage_layers={self.stage_layers} has {sum(self.stage_layers)} layers in all, model {model.name} has "
@@ -153,12 +153,20 @@ class Place:
         return range(self.shard * share, (self.shard + 1) * share)
 
 
-def even_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage. What is left over goes to the middle ones, then to the first: the last has the vocabulary,
-    the first the embedding, which costs less."""
-    share, left = divmod(num_layers, num_stages)
-    order = [*range(1, num_stages - 1), 0]
-    return tuple(share + (stage in order[:left]) for stage in range(num_stages))
+def balanced_stages(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, such that the stages have as equal a share of the weights as can be.
+
+    The last stage has the output projection too, which in a small model weighs as much as several layers. The embedding
+    counts nothing: an iteration reads a few of its rows.
+    """
+    layer, vocabulary = model.layer_parameters(), model.vocab_size * model.hidden_size
+    layers = [1] * num_stages
+    weights = [layer] * (num_stages - 1) + [layer + vocabulary]
+    for _ in range(model.num_layers - num_stages):
+        lightest = weights.index(min(weights))
+        layers[lightest] += 1
+        weights[lightest] += layer
+    return tuple(layers)
 
 
 def tensor_parallel_sizes(model: ModelConfig) -> list[int]:

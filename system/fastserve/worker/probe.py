@@ -6,18 +6,21 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 from fastserve.clock import WallClock
 from fastserve.kvcache import Direction
+from fastserve.latency.profiler import StageTimes
 from fastserve.models import SequenceInput
 from fastserve.request import SamplingParams
 from fastserve.worker.copier import make_copier
 from fastserve.worker.runner import Runner
+from fastserve.worker.sampler import SamplingLike
 from fastserve.worker.worker import Worker
 
 
-class Probe:
-    """Runs iterations of given shapes on a runner whose cache holds nothing yet."""
+class Shapes:
+    """Sequences of given shapes for a runner whose cache holds nothing yet."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -26,8 +29,8 @@ class Probe:
         config = runner.model_config
         self._token_ids = [rng.randrange(config.vocab_size) for _ in range(2 * config.max_model_len)]
 
-    def iteration_time(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> float:
-        """Seconds for one iteration of these prompts and one decode token at each of these contexts."""
+    def sequences(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> list[SequenceInput]:
+        """These prompts, and one decode token at each of these contexts."""
         sequences: list[SequenceInput] = []
         next_block = next_token = 0
         for length, computed in [(n, 0) for n in prefill_lens] + [(1, n - 1) for n in context_lens]:
@@ -39,12 +42,44 @@ class Probe:
             first = next_token % (len(self._token_ids) - length)
             next_token += length
             sequences.append(SequenceInput(self._token_ids[first : first + length], computed, table))
+        return sequences
+
+
+class Probe(Shapes):
+    """Times iterations of given shapes on a worker, or on ranks one stage after the other."""
+
+    def iteration_time(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> float:
+        """Seconds for one iteration of these prompts and one decode token at each of these contexts."""
+        sequences = self.sequences(prefill_lens, context_lens)
         params = [SamplingParams()] * len(sequences)
         if not prefill_lens:  # As an engine does while the last iteration runs.
             self._runner.prepare(sequences)
         start = time.perf_counter()
         self._runner.execute(sequences, params)
         return time.perf_counter() - start
+
+
+class Stages(Runner, Protocol):
+    """A group of ranks."""
+
+    def probe(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> tuple[float, ...]:
+        """Seconds that each stage takes for its part, all at the same time."""
+
+
+class StageProbe(Shapes):
+    """Times the stages of a group of ranks."""
+
+    def __init__(self, ranks: Stages) -> None:
+        super().__init__(ranks)
+        self._ranks = ranks
+
+    def stage_times(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> StageTimes:
+        """Of one iteration of these prompts and one decode token at each of these contexts."""
+        sequences = self.sequences(prefill_lens, context_lens)
+        params = [SamplingParams()] * len(sequences)
+        start = time.perf_counter()
+        stages = self._ranks.probe(sequences, params)
+        return StageTimes(stages, max(0.0, time.perf_counter() - start - max(stages)))
 
 
 def copy_bandwidth(worker: Worker, repeats: int = 5) -> float:

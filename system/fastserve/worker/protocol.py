@@ -10,6 +10,10 @@ ready                                 →
 free: the first stage has ended one   →
 tokens: the last stage has ended one  →
 copied: a transfer                    →
+                                      ←  probe: an iteration, of which each stage computes its part by itself
+probed: how long that took a stage    →
+                                      ←  exchange: sizes of messages between ranks to be timed
+exchanged: how long they took a stage →
 alive: what it does, every second     →
 failed: why, at any time              →
                                       ←  stop
@@ -36,6 +40,8 @@ from fastserve.worker.sampler import SamplingLike
 
 DIRECTIONS = tuple(Direction)
 """By their number on the wire."""
+WORK = ("run", "probe", "exchange")
+"""Messages that a rank computes for, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +101,10 @@ class _Sampling(NamedTuple):
 _GREEDY = _Sampling(0.0, 1.0, None, None)
 
 
-def run_frame(index: int, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> bytes:
-    """The message that has every rank compute iteration number `index`."""
+def run_frame(
+    index: int, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], kind: str = "run"
+) -> bytes:
+    """The message that has every rank compute iteration number `index`, or with "probe" its part of one by itself."""
     numbers = [index, len(sequences)]
     for one in sequences:
         token_ids, block_table = one.token_ids, one.block_table
@@ -104,9 +112,9 @@ def run_frame(index: int, sequences: Sequence[SequenceInput], sampling: Sequence
         numbers += token_ids
         numbers += block_table
     if not any(params.temperature for params in sampling):
-        return frame("run", numbers)
+        return frame(kind, numbers)
     drawn = [(p.temperature, p.top_p, p.top_k, p.seed) if p.temperature else None for p in sampling]
-    return frame("run", numbers, sampling=drawn)
+    return frame(kind, numbers, sampling=drawn)
 
 
 def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[SamplingLike]]:

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,10 @@ from fastserve.config import EngineOptions
 from fastserve.errors import ConfigError, FastServeError, RankError
 from fastserve.models.source import model_digest, resolve_model
 from fastserve.parallel.channel import Channel, ChannelClosed, Message, parse_address
-from fastserve.parallel.groups import Progress, join, leave
+from fastserve.parallel.groups import Progress, Ranks, join, leave
+from fastserve.parallel.timing import time_all_reduces, time_sends
 from fastserve.worker.copier import BlockCopier, make_copier
-from fastserve.worker.protocol import RankConfig, parse_copies, parse_run, versions
+from fastserve.worker.protocol import WORK, RankConfig, parse_copies, parse_run, versions
 from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks
 from fastserve.worker.worker import Worker, find_device
 
@@ -87,6 +89,7 @@ class Rank:
         self._stop_by = float("inf")
         """When the process ends, having been told to stop; others it waits for may be gone already."""
         self._worker: Worker | None = None
+        self._ranks = Ranks()
         self._copier: BlockCopier | None = None
         self._progress = Progress()
         self._num_submitted = self._num_ended = 0
@@ -121,6 +124,7 @@ class Rank:
         finally:
             if self._copier is not None:
                 self._copier.close()
+        self._worker = self._copier = None  # NCCL parts only once the graphs that use it have gone.
         leave()
 
     def _report_failure(self, error: Exception) -> None:
@@ -162,7 +166,7 @@ class Rank:
         if message is None:
             return
         ranks = join(place, self._identity.world_size, torch.device(device), self._store, _JOIN_TIMEOUT_S)
-        self._progress = ranks.progress
+        self._ranks, self._progress = ranks, ranks.progress
         worker = Worker(
             model,
             num_gpu_blocks=message.fields["gpu_blocks"],
@@ -191,6 +195,9 @@ class Rank:
         tells_tokens = place.is_last_stage and place.shard == 0
         tells_free = place.is_first_stage and place.shard == 0 and not tells_tokens
         while (message := self._next_message()) is not None:
+            if message.kind != "run":
+                self._measure(message, worker)
+                continue
             index, sequences, sampling = parse_run(message)
             tokens = worker.launch(sequences, sampling)()
             self._num_ended += 1
@@ -198,6 +205,26 @@ class Rank:
                 self._channel.send("tokens", (index, *tokens))
             elif tells_free:
                 self._channel.send("free", (index,))
+
+    def _measure(self, message: Message, worker: Worker) -> None:
+        """Time an iteration of this stage by itself, or messages between ranks; the first shard tells."""
+        ranks, place = self._ranks, worker.place
+        if message.kind == "probe":
+            _, sequences, sampling = parse_run(message)
+            with _disconnected(ranks):
+                start = time.perf_counter()
+                worker.launch(sequences, sampling)()
+                seconds = [time.perf_counter() - start]
+        else:
+            sizes, repeats, like = message.numbers, message.fields["repeats"], worker.gpu_cache
+            if message.fields["what"] == "all_reduce":
+                seconds = time_all_reduces(ranks, sizes, like, repeats)
+            else:
+                seconds = time_sends(place, ranks, sizes, like, repeats)
+        self._num_ended += 1
+        if place.shard == 0:
+            answer = "probed" if message.kind == "probe" else "exchanged"
+            self._channel.send(answer, (place.stage, *(int(each * 1e9) for each in seconds)))
 
     def _tick(self, *_: object) -> None:
         self._progress.count += 1
@@ -235,7 +262,7 @@ class Rank:
         elif message.kind == "stop":
             self._stop_by = time.monotonic() + _STOP_S
         else:
-            self._num_submitted += message.kind == "run"
+            self._num_submitted += message.kind in WORK
             self._messages.append(message)
 
     def _start_copies(self, message: Message) -> None:
@@ -287,6 +314,20 @@ class Rank:
         os._exit(1)
 
 
+@contextlib.contextmanager
+def _disconnected(ranks: Ranks) -> Iterator[None]:
+    """Within, no activations go from stage to stage."""
+    neighbours = ranks.neighbours
+    if neighbours is None:
+        yield
+        return
+    neighbours.connected = False
+    try:
+        yield
+    finally:
+        neighbours.connected = True
+
+
 def run_rank(engine: str, store: str | None, model: str | None) -> None:
     """Connect to the engine at `engine` and serve it; `store` is the address of the process group's, if not torchrun's.
 
@@ -305,7 +346,6 @@ def run_rank(engine: str, store: str | None, model: str | None) -> None:
         if store is None:
             raise
         sys.exit(1)  # The engine that started it has been told, and says so.
-    channel.close()
 
 
 def _connect(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from fastserve.errors import ConfigError
 from harness.plots.page import Page
-from harness.plots.style import metric_label, policy_style
+from harness.plots.style import SeriesStyle, metric_label, series_styles
 from harness.plots.tables import Tables
 
 TOLERANCE = 0.1
@@ -43,24 +43,22 @@ def draw_fidelity(tables: Tables) -> Page:
     height = max(4.6, 1.9 + 0.27 * len(table))
     page = Page(tables.experiment["title"], 1, 2, height, width_ratios=(1, 1.05))
     times, errors = page.flat
-    _draw_times(times, table)
+    series = dict.fromkeys(zip(table["label"], table["policy"], strict=True))
+    styles = series_styles([{"name": label, "policy": policy} for label, policy in series])
+    _draw_times(times, table, styles)
     _draw_errors(errors, table, quantities)
-    series = dict.fromkeys(zip(table["policy"], table["label"], strict=True))
-    policies = [policy for policy, _ in series]
     page.legend(
         [
-            Line2D([], [], color=color, marker=marker, linestyle="none", markersize=7, label=label)
-            for policy, label in series
-            for color, marker in [policy_style(policy, policies)]
+            Line2D([], [], color=style.color, marker=style.marker, linestyle="none", markersize=7, label=label)
+            for label, style in styles.items()
         ]
     )
     return page
 
 
-def _draw_times(axes: Axes, table: pd.DataFrame) -> None:
-    policies = list(table["policy"])
+def _draw_times(axes: Axes, table: pd.DataFrame, styles: Mapping[str, SeriesStyle]) -> None:
     for row in table.to_dict("records"):
-        color, marker = policy_style(row["policy"], policies)
+        color, marker, _ = styles[row["label"]]
         for quantity, fill in _TIMES.items():
             axes.plot(
                 row[f"real_{quantity}"], row[f"sim_{quantity}"], zorder=3, color=color, marker=marker, **_filled(fill)

@@ -1,0 +1,76 @@
+"""What ranks measure: stages by themselves, messages between ranks, copies; and that it leaves no trace."""
+
+from collections.abc import Iterator
+
+import pytest
+
+torch = pytest.importorskip("torch")
+psutil = pytest.importorskip("psutil")
+
+from fastserve.executor.ranks import RankGroup  # noqa: E402
+from fastserve.kvcache import Direction  # noqa: E402
+from fastserve.models import SequenceInput  # noqa: E402
+from fastserve.request import SamplingParams  # noqa: E402
+from fastserve.worker.probe import StageProbe  # noqa: E402
+from support.ranks import rank_group  # noqa: E402
+from support.tokens import make_reference  # noqa: E402
+
+SHAPES = [(1, 3), (2, 2)]
+"""Tensor by pipeline parallel."""
+PROMPTS = [SequenceInput([5, 6, 7, 8], 0, [0]), SequenceInput([9, 10], 0, [1])]
+GREEDY = [SamplingParams()] * 2
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"tp{shape[0]}-pp{shape[1]}")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
+    model = make_reference("opt", tmp_path_factory.mktemp("opt"), num_layers=4)[0]
+    with rank_group(model, *request.param, num_gpu_blocks=40, num_host_blocks=20, timeout_s=60.0) as group:
+        yield group
+
+
+def test_each_stage_is_timed_by_itself_and_then_works_with_the_others_again(ranks: RankGroup) -> None:
+    before = ranks.execute(PROMPTS, GREEDY)
+    for _ in range(3):
+        seconds = ranks.probe(PROMPTS, GREEDY)
+        assert len(seconds) == ranks.config.pipeline_parallel_size
+        assert all(0 < each < 10 for each in seconds)
+    assert ranks.execute(PROMPTS, GREEDY) == before
+
+
+def test_the_channel_is_what_the_slowest_stage_leaves(ranks: RankGroup) -> None:
+    times = StageProbe(ranks).stage_times([12], [20, 30])
+    assert len(times.stages) == ranks.config.pipeline_parallel_size
+    assert 0 < times.channel_s < 10
+
+
+def test_messages_between_ranks_are_timed_by_size(ranks: RankGroup) -> None:
+    sizes = [256, 1 << 24]
+    for times in (ranks.send_times(sizes, 3), ranks.all_reduce_times(sizes, 3)):
+        assert [size for size, _ in times] == sizes
+    assert ranks.send_times(sizes, 3)[0][1] > 0
+    if ranks.config.tensor_parallel_size > 1:
+        small, large = ranks.all_reduce_times(sizes, 3)
+        assert 0 < small[1] < large[1]
+
+
+def test_copies_are_timed_until_the_last_rank_has_ended(ranks: RankGroup) -> None:
+    for direction in Direction:
+        assert 0 < ranks.copy_time(direction, [3, 1, 7]) < 10
+
+
+def test_frozen_ranks_stand_still_and_then_go_on(ranks: RankGroup) -> None:
+    before = ranks.execute(PROMPTS, GREEDY)
+    workers = [child for child in psutil.Process().children() if "fastserve.worker" in child.cmdline()]
+    assert len(workers) == ranks.world_size
+    ranks.run(PROMPTS, GREEDY)
+    with ranks.frozen():
+        ranks.poll(0.2)  # What was on its way.
+        assert {worker.status() for worker in workers} == {psutil.STATUS_STOPPED}
+        assert not ranks.poll(0.3)
+    tokens: list[int] = []
+    while not tokens:
+        for message in ranks.poll(5.0):
+            if message.kind == "tokens":
+                tokens = message.numbers[1:]
+    ranks.idle()
+    assert tokens == before
