@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastserve.console import run_app
+from fastserve.console import parse_stage_layers, run_app
 from fastserve.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 from fastserve.options import option_names
@@ -229,16 +229,6 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
             raise ConfigError(f"--set takes key=value, got {setting!r}")
         parsed[key] = value
     return parsed
-
-
-def parse_stage_layers(text: str | None) -> tuple[int, ...] | None:
-    """`5,7` as numbers."""
-    try:
-        return None if text is None else tuple(int(layers) for layers in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--stage-layers takes whole numbers with commas between, such as 5,7, not {text!r}"
-        ) from None
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
