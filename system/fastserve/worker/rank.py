@@ -310,7 +310,8 @@ class Rank:
 
     def _end(self, why: str) -> None:
         """End the process at once, whatever the other thread does."""
-        print(f"error: rank {self._identity.rank}: {why}", file=sys.stderr, flush=True)
+        if self._store is None:  # Else the engine that started it has said what there is to say.
+            print(f"error: rank {self._identity.rank}: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
