@@ -71,7 +71,7 @@ def idle_ranks(kind: type[IdleRank], tensor: int, batch: int, timeout_s: float =
     for process in processes:
         process.start()
     config = RankConfig(
-        MODEL, "dummy", "cpu", "float32", 0, BLOCK_SIZE, batch, 2048, None, tensor, 1, None, tensor, None, timeout_s
+        MODEL, "dummy", block_size=BLOCK_SIZE, max_batch_size=batch, tensor_parallel_size=tensor, timeout_s=timeout_s
     )
     group = RankGroup(config, address=f"127.0.0.1:{port}", num_gpu_blocks=1, num_host_blocks=0)
     try:

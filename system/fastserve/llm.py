@@ -154,7 +154,6 @@ class LLM:
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,
                 stage_layers=parallel.stage_layers,
-                ranks_on_host=parallel.world_size,
                 torch_threads=max(1, torch.get_num_threads() // parallel.world_size) if ranks is None else None,
                 timeout_s=rank_timeout_s,
             )

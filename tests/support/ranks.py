@@ -8,28 +8,10 @@ from typing import Any
 from fastserve.executor.ranks import RankGroup
 from fastserve.worker.protocol import RankConfig
 
-BLOCK_SIZE = 16
-
 
 def rank_config(model: str | Path, tensor: int, pipeline: int, **changes: Any) -> RankConfig:
-    fields: dict[str, Any] = {
-        "model": str(model),
-        "load_format": "auto",
-        "device": "cpu",
-        "dtype": "float32",
-        "seed": 0,
-        "block_size": BLOCK_SIZE,
-        "max_batch_size": 4,
-        "token_budget": 2048,
-        "max_model_len": None,
-        "tensor_parallel_size": tensor,
-        "pipeline_parallel_size": pipeline,
-        "stage_layers": None,
-        "ranks_on_host": tensor * pipeline,
-        "torch_threads": 1,
-        "timeout_s": 8.0,
-    }
-    return RankConfig(**fields | changes)
+    shape = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    return RankConfig(str(model), **{"max_batch_size": 4, "torch_threads": 1} | shape | changes)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class RankGroup:
     """As many processes as the model is divided over, ready to compute.
 
     Args:
-        config: what they are told; `ranks_on_host` is found out.
+        config: what they are told.
         address: HOST:PORT at which to wait for ranks that torchrun starts; None: start them here.
         num_gpu_blocks: of every rank's pool on its device; None: as many as fit on the rank with the least room.
         num_host_blocks: of every rank's host pool; None: likewise.
@@ -262,7 +262,7 @@ class RankGroup:
                 self._start(listener.getsockname()[1], token)
             else:
                 print(f"waiting for {self.world_size} ranks at {host}:{port}", file=sys.stderr, flush=True)
-            found: dict[int, _Peer] = {}
+            found: set[int] = set()
             while len(found) < self.world_size:
                 self._require_running(found)
                 if time.monotonic() > deadline:
@@ -278,18 +278,16 @@ class RankGroup:
                 peer = self._greet(connection, token)
                 if peer is None:
                     continue
-                if (
-                    peer.hello["world_size"] != self.world_size
-                    or peer.rank in found
-                    or not 0 <= peer.rank < self.world_size
-                ):
+                self._peers.append(peer)
+                known = range(self.world_size)
+                if peer.hello["world_size"] != self.world_size or peer.rank in found or peer.rank not in known:
                     raise ConfigError(
                         f"{peer} of {peer.hello['world_size']} came, but this engine has {self.world_size} ranks "
                         f"({self.config.tensor_parallel_size} shards x {self.config.pipeline_parallel_size} stages), "
                         "each once; start as many"
                     )
-                found[peer.rank] = peer
-        self._peers = [found[rank] for rank in sorted(found)]
+                found.add(peer.rank)
+        self._peers.sort(key=lambda peer: peer.rank)
         for peer in self._peers:
             self._selector.register(peer.channel, selectors.EVENT_READ, peer)
 
@@ -332,7 +330,7 @@ class RankGroup:
         channel.close()
         return None
 
-    def _require_running(self, found: dict[int, _Peer]) -> None:
+    def _require_running(self, found: set[int]) -> None:
         for rank, process in self._processes.items():
             if rank not in found and process.poll() is not None:
                 raise RankError(f"rank {rank} {_ending(process.returncode)} before it could be reached; see its output")

@@ -46,27 +46,27 @@ WORK = ("run", "probe", "exchange")
 
 @dataclass(frozen=True, slots=True)
 class RankConfig:
-    """What every rank is told, the same for all."""
+    """What every rank is told. Defaults are those of `LLM`."""
 
     model: str
-    load_format: str
-    device: str
+    load_format: str = "auto"
+    device: str = "cpu"
     """"cpu" or "cuda"; of several GPUs a rank takes the one of its number on its machine."""
-    dtype: str
-    seed: int
-    block_size: int
-    max_batch_size: int
-    token_budget: int
-    max_model_len: int | None
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    stage_layers: tuple[int, ...] | None
-    ranks_on_host: int
-    """Ranks that share the memory of this one's machine."""
-    torch_threads: int | None
+    dtype: str = "float32"
+    seed: int = 0
+    block_size: int = 16
+    max_batch_size: int = 16
+    token_budget: int = 2048
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    torch_threads: int | None = None
     """Threads a rank computes with; None leaves it torch's choice."""
-    timeout_s: float
+    timeout_s: float = 8.0
     """Silence after which the other side is given up."""
+    ranks_on_host: int = 1
+    """Ranks that share the memory of this one's machine: told each by the group, which finds out."""
 
     @property
     def parallel(self) -> ParallelConfig:
