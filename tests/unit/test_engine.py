@@ -2,6 +2,8 @@ import math
 
 import pytest
 
+from fastserve.errors import RankError
+from fastserve.executor.base import IterationResult
 from fastserve.request import RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration
 from support.engines import arrival, make_engine
@@ -66,6 +68,29 @@ def test_stop_tokens_end_a_request() -> None:
     while engine.has_unfinished:
         engine.step()
     assert job.metrics.output_tokens == 1
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_an_executor_that_fails_ends_the_engine_and_keeps_what_was_finished(num_stages: int) -> None:
+    engine = make_engine("fastserve-fcfs", num_stages=num_stages)
+    engine.jumps = False
+    collect, left = engine.executor.collect, iter(range(8))
+
+    def collect_a_few() -> IterationResult:
+        if next(left, None) is None:
+            raise RankError("rank 1 is gone")
+        return collect()
+
+    engine.executor.collect = collect_a_few  # type: ignore[method-assign]
+    arrivals = [arrival("a", 0, 8, 2), arrival("b", 0, 8, 50), arrival("c", 0, 8, 50), arrival("late", 900, 8, 2)]
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        engine.run(arrivals)
+    statuses = {job.request.request_id: job.request.status for job in engine.last_run}
+    assert statuses == {"a": RequestStatus.FINISHED, "b": RequestStatus.FAILED, "c": RequestStatus.FAILED}
+    assert [job.error for job in engine.last_run] == ["", "rank 1 is gone", "rank 1 is gone"]
+    assert not engine.has_unfinished
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        engine.add_request(*arrival("d", 0, 8, 2))
 
 
 def test_a_policy_that_schedules_nothing_is_reported_as_its_bug() -> None:
