@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ from fastserve.latency.profiler import (
     times_between,
     with_overhead,
 )
-from fastserve.llm import LLM, resolve_model
+from fastserve.llm import LLM
+from fastserve.models.source import resolve_model
 from fastserve.parallel.layout import ParallelConfig
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import Iteration
@@ -131,21 +133,20 @@ def measure_profile(config: ProfileConfig, name: str, begin: Begin) -> Profile:
     """
     require_int("repeats", config.repeats, 1)
     require_int("num_host_blocks", config.num_host_blocks or 1, 1)
-    model, _ = resolve_model(config.model, config.load_format)
+    model, model_dir = resolve_model(config.model, config.load_format)
     options = EngineOptions(
         config.max_batch_size, config.token_budget, config.block_size, config.num_gpu_blocks, config.num_host_blocks
     )
     options.scheduler_config()
     config.parallel.layers_by_stage(model)
     if config.parallel.world_size == 1:
-        return _measure_worker(config, model, options, name, begin)
+        return _measure_worker(config, model, model_dir, options, name, begin)
     return _measure_ranks(config, model, name, begin)
 
 
 def _measure_worker(
-    config: ProfileConfig, model: ModelConfig, options: EngineOptions, name: str, begin: Begin
+    config: ProfileConfig, model: ModelConfig, model_dir: Path | None, options: EngineOptions, name: str, begin: Begin
 ) -> Profile:
-    _, model_dir = resolve_model(config.model, config.load_format)
     blocks = config.num_gpu_blocks or default_num_blocks(model, options, config.device, config.dtype)
     worker = Worker(
         model,

@@ -42,7 +42,8 @@ class DistributedExecutor(Executor):
         """Iterations not collected, and when they were submitted."""
         self._results: deque[tuple[list[int], float]] = deque()
         """Tokens of the oldest of those, and when they came."""
-        self._num_in_first_stage = 0
+        self._in_first_stage: int | None = None
+        """The iteration that the first stage has not ended."""
         self._num_transfers = 0
         self._copying: dict[int, _Copying] = {}
         self._copied: list[FinishedTransfer] = []
@@ -58,7 +59,7 @@ class DistributedExecutor(Executor):
     @property
     def can_submit(self) -> bool:
         """Whether the first stage has ended all it was given."""
-        return not self._num_in_first_stage
+        return self._in_first_stage is None
 
     @property
     def can_collect(self) -> bool:
@@ -70,9 +71,8 @@ class DistributedExecutor(Executor):
         """Tell the ranks."""
         if iteration.requests:
             start = self._clock.now()
-            self._ranks.run(self._inputs.sequences(iteration), self._inputs.sampling(iteration))
+            self._in_first_stage = self._ranks.run(self._inputs.sequences(iteration), self._inputs.sampling(iteration))
             self._running.append((iteration, start))
-            self._num_in_first_stage += 1
         transfers = (*iteration.swap_out, *iteration.swap_in)
         if transfers:
             numbered = list(enumerate(transfers, self._num_transfers))
@@ -129,8 +129,9 @@ class DistributedExecutor(Executor):
                 self._results.append((numbers[1:], now))
             elif message.kind == "copied":
                 self._part_copied(numbers[0], now - numbers[1] * 1e-9, now)
-            if message.kind == "free" or (message.kind == "tokens" and self.max_in_flight == 1):
-                self._num_in_first_stage -= 1
+            # By number: of what a probe ran before, the first stage may be heard of after the last.
+            if message.kind in ("free", "tokens") and numbers[0] == self._in_first_stage:
+                self._in_first_stage = None
         if len(self._results) == len(self._running) and not self._copying:
             self._ranks.idle()
         return True

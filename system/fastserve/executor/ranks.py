@@ -178,11 +178,8 @@ class RankGroup:
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
         """`run` while nothing else runs, and wait for the tokens."""
         self.run(sequences, sampling)
-        while True:
-            for message in self.poll(self.config.timeout_s):
-                if message.kind == "tokens":
-                    self.idle()
-                    return message.numbers[1:]
+        (tokens,) = self._await("tokens", 1)
+        return tokens.numbers[1:]
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
@@ -206,10 +203,7 @@ class RankGroup:
         transfer = Transfer(Request("", 0.0, 1, []), direction, tuple(blocks), tuple(blocks), 0)
         start = time.perf_counter()
         self.copy([(0, transfer)])
-        num_left = self.world_size
-        while num_left:
-            num_left -= sum(message.kind == "copied" for message in self.poll(self.config.timeout_s))
-        self.idle()
+        self._await("copied", self.world_size)
         return time.perf_counter() - start
 
     def _exchange_times(self, what: str, sizes: Sequence[int], repeats: int) -> list[tuple[int, float]]:
@@ -219,14 +213,17 @@ class RankGroup:
 
     def _ask(self, data: bytes, kind: str) -> list[list[int]]:
         """Have all work on it; what each stage answers, from the first."""
-        answers: dict[int, list[int]] = {}
         self._send(data)
-        while len(answers) < self.config.pipeline_parallel_size:
-            for message in self.poll(self.config.timeout_s):
-                if message.kind == kind:
-                    answers[message.numbers[0]] = message.numbers[1:]
+        answers = self._await(kind, self.config.pipeline_parallel_size)
+        return [numbers for _, *numbers in sorted(message.numbers for message in answers)]
+
+    def _await(self, kind: str, count: int) -> list[Message]:
+        """So many messages of that kind, which end all work there is."""
+        found: list[Message] = []
+        while len(found) < count:
+            found += [message for message in self.poll(self.config.timeout_s) if message.kind == kind]
         self.idle()
-        return [answers[stage] for stage in sorted(answers)]
+        return found
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -347,13 +344,17 @@ class RankGroup:
     def _gather(self, kind: str, deadline: float) -> list[Message]:
         """The answer of that kind of every rank, by rank."""
         answers: dict[int, Message] = {}
+        blame_at = float("inf")
         while len(answers) < self.world_size:
             for key, _ in self._selector.select(0.2):
                 for message in self._receive(key.data):
                     if message.kind == kind:
                         answers[key.data.rank] = message
-            if any(peer.is_lost for peer in self._peers):
-                self._blame()
+            lost = {peer.rank for peer in self._peers if peer.is_lost}
+            if lost:  # Most fail alike: whichever is heard of first, the first of them is named.
+                blame_at = min(blame_at, time.monotonic() + _BLAME_S)
+                if len(lost | answers.keys()) == self.world_size or time.monotonic() > blame_at:
+                    self._blame()
             if time.monotonic() > deadline:
                 late = [peer for peer in self._peers if peer.rank not in answers]
                 raise RankError(f"{late[0]} is not {kind} in time; {len(late)} of {self.world_size} ranks are not")
