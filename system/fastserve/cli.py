@@ -11,6 +11,7 @@ import typer
 
 from fastserve.console import Progress, parse_stage_layers, run_app
 from fastserve.errors import OutputError
+from fastserve.settings import parse_settings, resolve_settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -86,6 +87,84 @@ def profile(
     for line in describe(measured):
         print(line)
     print(f"wrote {out}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="Model directory or preset.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="Scheduling policy: see `fastbench policies`, or package.module:Class.")
+    ] = "fastserve",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FASTSERVE_API_KEY", help="Ask clients for this key.", show_envvar=True)
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model.  [default: its own name]")
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Unfinished requests to hold; those beyond are answered 429.")
+    ] = 10_000,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to finish what was begun, when told to stop.")
+    ] = 30.0,
+    page: Annotated[bool, typer.Option(help="A live page at /.")] = True,
+    backend: Annotated[
+        str, typer.Option(help="engine: a real model; sim: none, in real time by --profile, tokens are numbers.")
+    ] = "engine",
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Latency profile: what sim takes; for policies that need one, in place of measuring."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Directory of a tokenizer.  [default: the model's]")] = None,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights (a preset needs it).")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of dummy weights.")] = 0,
+    torch_threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads torch computes with.  [default: its own choice]")
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks that share each layer.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Stages that the layers are divided into.")] = 1,
+    stage_layers: Annotated[
+        str | None, typer.Option(help="Layers of each stage, as 5,7.  [default: of equal weight]")
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT at which to wait for ranks that torchrun starts.  [default: start them here]"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Option of the engine or the policy."),
+    ] = None,
+) -> None:
+    """Serve a model behind OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
+    from fastserve.server.app import ServerOptions
+    from fastserve.server.model import ModelOptions
+    from fastserve.server.serve import serve as serve_model
+
+    engine_options, policy_options = resolve_settings(policy, parse_settings(set_ or []))
+    options = ModelOptions(
+        model=model,
+        backend=backend,
+        profile=profile,
+        policy=policy,
+        policy_options=policy_options,
+        engine_options=engine_options,
+        served_name=served_model_name,
+        tokenizer=tokenizer,
+        load_format=load_format,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        torch_threads=torch_threads,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        stage_layers=parse_stage_layers(stage_layers),
+        ranks=ranks,
+    )
+    serve_model(options, ServerOptions(api_key or None, max_requests, page, drain_timeout), host, port)
 
 
 def main() -> None:

@@ -49,8 +49,17 @@ class Observer:
     def on_arrival(self, job: Job) -> None:
         """A request has entered the system."""
 
+    def on_submit(self, iteration: Iteration) -> None:
+        """A decision is carried out from now on; one without requests may still move or drop caches."""
+
     def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
         """An iteration has ended and its requests have not advanced yet."""
+
+    def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
+        """A request has a new token; `previous_s` is when it got the one before, None for its first.
+
+        If it was the last, the status is FINISHED already; it leaves, with `on_done`, when its policy lets it.
+        """
 
     def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
         """No iteration was started, and these requests, if any, were due and waited for a transfer. If there are none,
@@ -64,6 +73,45 @@ class Observer:
 
     def on_done(self, job: Job) -> None:
         """A request has left the system."""
+
+
+class Observers(Observer):
+    """Several observers as one, told in the order given."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_arrival(self, job: Job) -> None:  # noqa: D102 (as in Observer)
+        for observer in self._observers:
+            observer.on_arrival(job)
+
+    def on_submit(self, iteration: Iteration) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_submit(iteration)
+
+    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_iteration(engine, iteration, start_s, end_s)
+
+    def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_token(job, token, at_s, previous_s)
+
+    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_stall(engine, stalled, start_s, end_s)
+
+    def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_swap_wait(stalled, start_s, end_s)
+
+    def on_transfer(self, finished: FinishedTransfer) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_transfer(finished)
+
+    def on_done(self, job: Job) -> None:  # noqa: D102
+        for observer in self._observers:
+            observer.on_done(job)
 
 
 class Engine:
@@ -118,7 +166,7 @@ class Engine:
         if self.error is not None:
             raise self.error
         job = Job(request, params, self.eos_token_ids)
-        job.error = self._why_never(request, params)
+        job.error = self.why_never(request.request_id, request.num_prompt_tokens, params.max_tokens)
         if job.error:
             request.status = RequestStatus.REJECTED
             return job
@@ -151,6 +199,30 @@ class Engine:
         if self.observer:
             self.observer.on_done(job)
         return True
+
+    def why_never(self, name: str, num_prompt_tokens: int, max_tokens: int) -> str:
+        """Why no schedule could ever serve request `name` of that prompt and output; empty if one can.
+
+        Rests on nothing that changes: any thread may ask.
+        """
+        total = num_prompt_tokens + max_tokens
+        sizes = f"request {name}: prompt of {num_prompt_tokens} tokens + output of up to {max_tokens}"
+        if self.max_model_len is not None and total > self.max_model_len:
+            return f"{sizes} exceeds the model's context of {self.max_model_len} tokens"
+        # The last token generated is never fed back, so it needs no room.
+        needed, blocks = self.kv.blocks_for(total - 1), self.kv.config.num_gpu_blocks
+        if needed > blocks:
+            return (
+                f"{sizes} needs {needed} cache blocks of {self.kv.block_size} tokens, the GPU pool has {blocks}; "
+                "raise num_gpu_blocks or shorten the request"
+            )
+        return ""
+
+    @property
+    def longest_request(self) -> int:
+        """Prompt and output tokens of the longest request that `why_never` has nothing against."""
+        room = self.kv.config.num_gpu_blocks * self.kv.block_size + 1
+        return room if self.max_model_len is None else min(room, self.max_model_len)
 
     @property
     def has_unfinished(self) -> bool:
@@ -234,6 +306,8 @@ class Engine:
     def _submit(self, iteration: Iteration) -> None:
         jobs = self.jobs
         self.executor.submit(iteration)
+        if self.observer:
+            self.observer.on_submit(iteration)
         for request in iteration.requests:
             request.in_flight = True
         for request in iteration.preempted:
@@ -278,8 +352,9 @@ class Engine:
         duration = end - start
         jobs = self.jobs
         num_advanced = len(iteration.requests)
-        if self.observer:
-            self.observer.on_iteration(self, iteration, start, end)
+        observer = self.observer
+        if observer:
+            observer.on_iteration(self, iteration, start, end)
         for request, num_scheduled, token in zip(
             iteration.requests, iteration.num_scheduled_tokens, result.tokens, strict=True
         ):
@@ -308,6 +383,8 @@ class Engine:
                 request.token_ids.append(token)
             if request.num_tokens >= job.max_tokens or token in job.stop_token_ids:
                 request.status = RequestStatus.FINISHED
+            if observer:
+                observer.on_token(job, token, end, last_token_s)
         num_waiting = len(jobs) - self._num_jobs_in_flight
         self._num_jobs_in_flight -= num_advanced
         finished: list[Job] = []
@@ -317,8 +394,8 @@ class Engine:
                 job.finished_s = end
                 finished.append(job)
                 self.executor.remove_request(request)
-                if self.observer:
-                    self.observer.on_done(job)
+                if observer:
+                    observer.on_done(job)
         self.iterations.append(
             IterationRecord(
                 start,
@@ -447,21 +524,3 @@ class Engine:
 
     def _tokens_to_come(self, request: Request) -> int:
         return self.jobs[request.request_id].max_tokens - request.num_tokens
-
-    def _why_never(self, request: Request, params: SamplingParams) -> str:
-        """Why no schedule could ever serve the request; empty if one can."""
-        total = request.num_prompt_tokens + params.max_tokens
-        sizes = (
-            f"request {request.request_id}: prompt of {request.num_prompt_tokens} tokens "
-            f"+ output of up to {params.max_tokens}"
-        )
-        if self.max_model_len is not None and total > self.max_model_len:
-            return f"{sizes} exceeds the model's context of {self.max_model_len} tokens"
-        # The last token generated is never fed back, so it needs no room.
-        needed, blocks = self.kv.blocks_for(total - 1), self.kv.config.num_gpu_blocks
-        if needed > blocks:
-            return (
-                f"{sizes} needs {needed} cache blocks of {self.kv.block_size} tokens, the GPU pool has {blocks}; "
-                "raise num_gpu_blocks or shorten the request"
-            )
-        return ""

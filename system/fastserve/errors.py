@@ -26,6 +26,10 @@ class OutputError(FastServeError):
     """A result that could not be written."""
 
 
+class ServerError(FastServeError):
+    """A server to be measured that does not answer, or not as an OpenAI-compatible one does."""
+
+
 class RankError(FastServeError):
     """A rank of a distributed engine died, hangs or failed, and the engine has ended with it."""
 

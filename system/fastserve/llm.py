@@ -26,6 +26,7 @@ from fastserve.options import build_options
 from fastserve.parallel.layout import ParallelConfig
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import find_policy
+from fastserve.tokenizer import has_tokenizer, load_tokenizer
 from fastserve.worker import Worker
 from fastserve.worker.probe import Probe
 from fastserve.worker.protocol import RankConfig
@@ -42,7 +43,7 @@ class RequestOutput:
     token_ids: list[int]
     """Generated tokens, without the prompt; empty if the request was rejected."""
     text: str | None
-    """Decoded by the model directory's tokenizer; None without one."""
+    """Decoded by the tokenizer; None without one."""
     error: str
     """Why the request was rejected or failed; empty otherwise."""
     metrics: RequestMetrics
@@ -77,6 +78,7 @@ class LLM:
         profile: a latency profile for policies that need one. None: measured here, in a few seconds.
         worker: an existing one of the same model, device, dtype and block size, with pools at least as large; `seed`
             and `load_format` are then its own. Engines may use it one after the other. None: a new one is made.
+        tokenizer: a directory with one, in Hugging Face format. None: the model directory's, if it has one.
 
     Raises ConfigError for what is unknown, out of range or too large for memory, CheckpointError for a bad directory,
     RankError for a rank that fails, dies or hangs.
@@ -106,6 +108,7 @@ class LLM:
         seed: int = 0,
         profile: str | None = None,
         worker: Worker | None = None,
+        tokenizer: str | Path | None = None,
     ) -> None:
         if host_link_gb_per_s is not None:
             raise ConfigError(
@@ -195,7 +198,10 @@ class LLM:
             max_model_len=context,
             eos_token_ids=self.model_config.eos_token_ids,
         )
-        self._tokenizer = _load_tokenizer(model_dir)
+        if tokenizer is None and Path(model).is_dir() and has_tokenizer(model):
+            tokenizer = model
+        self.tokenizer: Any = None if tokenizer is None else load_tokenizer(tokenizer)
+        """Of transformers, or None."""
         self._num_requests = 0
 
     def generate(
@@ -272,10 +278,12 @@ class LLM:
         if (prompts is None) == (prompt_token_ids is None):
             raise ConfigError("give either prompts or prompt_token_ids")
         if prompts is not None:
-            if self._tokenizer is None:
-                raise ConfigError("text prompts need a tokenizer in the model directory; give prompt_token_ids instead")
+            if self.tokenizer is None:
+                raise ConfigError(
+                    "text prompts need a tokenizer, which the model directory lacks; give prompt_token_ids instead"
+                )
             texts = [prompts] if isinstance(prompts, str) else prompts
-            return [self._tokenizer.encode(text) for text in texts]
+            return [self.tokenizer.encode(text) for text in texts]
         assert prompt_token_ids is not None
         vocab_size = self.model_config.vocab_size
         for ids in prompt_token_ids:
@@ -292,7 +300,7 @@ class LLM:
             request.request_id,
             request.token_ids[: request.num_prompt_tokens],
             generated,
-            None if self._tokenizer is None else self._tokenizer.decode(generated, skip_special_tokens=True),
+            None if self.tokenizer is None else self.tokenizer.decode(generated, skip_special_tokens=True),
             job.error,
             job.metrics,
         )
@@ -323,13 +331,3 @@ class NoLatency:
     ) -> float:
         """Raise RuntimeError."""
         raise RuntimeError("the policy asks for iteration times: its class must say needs_latency = True")
-
-
-def _load_tokenizer(model_dir: Path | None) -> Any:
-    if model_dir is None or not any(
-        (model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(model_dir))

@@ -1,4 +1,4 @@
-"""An engine in virtual time: the real scheduler and cache manager on a simulated executor. Imports no torch."""
+"""A simulated engine: the real scheduler and cache manager on a simulated executor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.clock import VirtualClock
+from fastserve.clock import Clock, VirtualClock
 from fastserve.config import CacheConfig, EngineOptions
 from fastserve.engine import Engine
 from fastserve.executor.simulated import SimulatedExecutor
@@ -23,9 +23,11 @@ def simulated_engine(
     policy: str = "fastserve",
     policy_options: Mapping[str, Any] | None = None,
     options: EngineOptions | None = None,
+    clock: Clock | None = None,
 ) -> Engine:
     """An engine that takes the time `profile` says, with the cache that fits the profile's hardware.
 
+    In virtual time, or with a WallClock in real time, for a server: its tokens are then numbered.
     Raises ConfigError for an unknown policy or option. Bounded by the cache, not by the model's context: lengths are
     the workload's, and a simulation has no position embeddings to run out of; set `max_model_len` to bound it.
     """
@@ -38,14 +40,19 @@ def simulated_engine(
         bytes_per_token=profile.kv_bytes_per_token,
     )
     kv = KVCacheManager(cache)
-    clock = VirtualClock()
+    real_time = clock is not None
+    clock = clock or VirtualClock()
     host_link = profile.host_link
     if options.host_link_gb_per_s is not None:
         host_link = dataclasses.replace(host_link, bandwidth_bytes_per_s=options.host_link_gb_per_s * 1e9)
     limits = options.scheduler_config(profile.pipeline_parallel_size)
     scheduler = make_scheduler(policy, policy_options or {}, limits, kv, profile.latency)
-    executor = SimulatedExecutor(profile.stages, host_link, clock, stage_link=profile.stage_link)
-    return Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
+    executor = SimulatedExecutor(
+        profile.stages, host_link, clock, stage_link=profile.stage_link, number_tokens=real_time
+    )
+    engine = Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
+    engine.jumps = not real_time  # The tokens of iterations computed ahead could not be told one by one.
+    return engine
 
 
 def _or_default(value: int | None, default: int) -> int:

@@ -11,10 +11,11 @@ PACKAGE = ROOT / "system/fastserve"
 # Each room may import itself and the rooms before it; `errors`, `config` and the like come before all.
 ORDER = [
     {"errors"},
-    {"config", "options", "clock", "console", "files"},
+    {"config", "options", "clock", "console", "files", "tokenizer"},
     {"request", "presets", "parallel.layout", "parallel"},
     {"latency", "kvcache"},
     {"scheduler"},
+    {"settings"},
     {"executor.base", "executor.simulated", "executor"},
     {"job"},
     {"engine", "timeline"},
@@ -24,7 +25,7 @@ ORDER = [
     {"worker"},
     {"executor.local", "executor.distributed", "executor.inputs", "executor.ranks"},
     {"llm"},
-    {"profiling"},
+    {"profiling", "server"},
     {"cli"},
 ]
 TORCH_FREE = ["simulation", "engine", "timeline", "scheduler", "kvcache", "latency", "executor.simulated"]

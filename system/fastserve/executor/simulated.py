@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastserve.clock import VirtualClock
+from fastserve.clock import Clock
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
 from fastserve.kvcache import Direction
 from fastserve.latency import HostLink, LatencyModel, StageLink, decode_times
@@ -29,12 +29,17 @@ class SimulatedExecutor(Executor):
         self,
         stages: Sequence[LatencyModel],
         host_link: HostLink,
-        clock: VirtualClock,
+        clock: Clock,
         *,
         stage_link: StageLink | None = None,
+        number_tokens: bool = False,
     ) -> None:
         """`stages` from the first to the last, each as long as its own part of an iteration takes; `stage_link` between
-        two of them, None for sends that take no time."""
+        two of them, None for sends that take no time. `clock` is a virtual one, or a real one that is slept on.
+
+        A token is 0, or with `number_tokens` its place in the output, so that a client of a simulated server sees if
+        one is lost or comes twice.
+        """
         self.max_in_flight = len(stages)
         self._kinds = tuple(dict.fromkeys(stages))
         """Stages that are equal take the same time, which is computed once."""
@@ -42,6 +47,7 @@ class SimulatedExecutor(Executor):
         self._host_link = host_link
         self._stage_link = stage_link
         self._clock = clock
+        self._number_tokens = number_tokens
         self._stages_free_at = [0.0] * len(stages)
         self._links_free_at = [0.0] * len(stages)
         """Of the link into each stage; the first has none."""
@@ -75,7 +81,10 @@ class SimulatedExecutor(Executor):
             end = self._stages_free_at[0] = now + seconds[0]
             if self.max_in_flight > 1:
                 end = self._through_later_stages(end, seconds, sum(prefill_lens) + len(context_lens))
-            self._computing.append(IterationResult((0,) * len(iteration.requests), now, end))
+            tokens: tuple[int, ...] = (0,) * len(iteration.requests)
+            if self._number_tokens:
+                tokens = tuple(request.num_output_tokens for request in iteration.requests)
+            self._computing.append(IterationResult(tokens, now, end))
 
     def _through_later_stages(self, end: float, seconds: Sequence[float], num_tokens: int) -> float:
         """When the last stage ends an iteration that the first ends at `end`; `seconds` by kind of stage."""

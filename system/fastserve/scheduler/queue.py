@@ -42,6 +42,9 @@ class _Line:
     def __bool__(self) -> bool:
         return bool(self.main or self.put_back)
 
+    def __len__(self) -> int:
+        return len(self.main) + len(self.put_back)
+
     def insert(self, request: Request) -> None:
         position = request.position
         main = self.main
@@ -187,6 +190,11 @@ class MultiLevelQueue:
                 break
             places -= self._levels[number].size
         return places >= 0
+
+    def sizes(self) -> list[tuple[int, int, int, int]]:
+        """Of each level that has anyone: its number, and how many have no cache, have it on the GPU, have it away."""
+        levels = ((number, self._levels[number]) for number in self._in_order)
+        return [(number, *map(len, level.parts)) for number, level in levels if level.size]  # type: ignore[misc]
 
     # -- walks -------------------------------------------------------------------------------------------------
 

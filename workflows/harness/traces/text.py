@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from fastserve.errors import ConfigError
+from fastserve.tokenizer import load_tokenizer
 from harness.traces.lengths import IntArray
 
 _BYTES_PER_TOKEN = 4
@@ -33,14 +32,7 @@ def token_counter(tokenizer: str | None) -> TokenCounter:
         return TokenCounter(
             f"token counts APPROXIMATED as UTF-8 bytes / {_BYTES_PER_TOKEN} (no tokenizer)", _approximate
         )
-    if not Path(tokenizer).is_dir():
-        raise ConfigError(f"tokenizer {tokenizer!r} is not a directory; give one in Hugging Face format")
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as error:  # the library raises many types for a directory it cannot use
-        raise ConfigError(f"tokenizer {tokenizer!r} could not be loaded: {error}") from error
+    loaded = load_tokenizer(tokenizer)
 
     def count(texts: Sequence[str]) -> IntArray:
         lengths = [

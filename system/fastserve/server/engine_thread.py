@@ -1,0 +1,240 @@
+"""The engine's thread: takes requests from the event loop, steps the engine, and hands tokens back.
+
+The two sides meet in a queue of commands, one way, and one call into the loop an iteration, the other. The engine never
+waits for the loop, and so for no client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from fastserve.engine import Observer, Observers
+from fastserve.job import Job
+from fastserve.request import Request, RequestStatus, SamplingParams
+from fastserve.server.model import ServedModel
+from fastserve.server.streams import FinishReason, Token, TokenStream
+
+T = TypeVar("T")
+
+_LONGEST_WAIT_S = 0.005
+"""How long an engine that can do nothing but wait for a transfer or a stage does not look whether anyone has come."""
+_FINISHES_REMEMBERED = 64
+_MOST_RETRY_AFTER_S = 60
+
+
+class EngineThread:
+    """Runs an engine that it has made. `add`, `abort` and `call` are the event loop's; all else is the thread's."""
+
+    def __init__(self, build: Callable[[], ServedModel], observer: Observer) -> None:
+        """Make the model in the thread, since some settings are each thread's own, and wait for it.
+
+        `observer` is told what happens, in the thread. Raises what `build` raises.
+        """
+        self.error: Exception | None = None
+        """What ended the engine: it takes no more requests."""
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_failure: Callable[[Exception], None] | None = None
+        self._open: dict[str, TokenStream] = {}
+        """Unfinished requests, as the event loop knows them."""
+        self._finished_at: deque[float] = deque(maxlen=_FINISHES_REMEMBERED)
+        built: Future[ServedModel] = Future()
+        self._thread = threading.Thread(target=self._main, args=(build, observer, built), name="engine", daemon=True)
+        self._thread.start()
+        self.model = built.result()
+        self.clock = self.model.engine.clock
+
+    # -- for the event loop --------------------------------------------------------------------------------------
+
+    def attach(self, on_failure: Callable[[Exception], None]) -> None:
+        """Hand tokens to the running event loop from now on, and tell it by `on_failure` what ended the engine."""
+        self._loop, self._on_failure = asyncio.get_running_loop(), on_failure
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were added and have neither ended nor been aborted."""
+        return len(self._open)
+
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> TokenStream:
+        """Take a request that `Engine.why_never` has nothing against; it arrives now."""
+        stream = TokenStream(request_id, params.max_tokens)
+        request = Request.from_tokens(request_id, self.clock.now(), prompt)
+        request.max_output_tokens = params.max_tokens  # What its user declares.
+        self._open[request_id] = stream
+        self._command(lambda: self._add(request, params, stream))
+        return stream
+
+    def abort(self, stream: TokenStream, reason: str = "") -> None:
+        """End a request, if it has not ended; with a reason its stream fails, else nobody reads it any more."""
+        if self._open.pop(stream.request_id, None) is not None:
+            if reason:
+                stream.fail(reason)
+            self._command(lambda: self._abort(stream.request_id))
+
+    def abort_all(self, reason: str) -> int:
+        """End all requests, whose streams fail with `reason`; returns how many there were."""
+        streams = list(self._open.values())
+        for stream in streams:
+            self.abort(stream, reason)
+        return len(streams)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns in the engine's thread, between two iterations."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._command(command)
+        return await asyncio.wrap_future(future)
+
+    def retry_after_s(self, num_requests: int) -> int:
+        """Seconds in which so many requests will probably have left, by how fast they left of late."""
+        if len(self._finished_at) < 2:
+            return 1
+        since = self.clock.now() - self._finished_at[0]
+        return max(1, min(_MOST_RETRY_AFTER_S, math.ceil(num_requests * since / len(self._finished_at))))
+
+    def stop(self) -> None:
+        """End the thread after the iteration that it computes, and close the model."""
+        self._loop = None
+        self._command(self._set_stopping)
+        self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def _hand_over(self, tokens: list[tuple[TokenStream, Token | str]]) -> None:
+        for stream, token in tokens:
+            if isinstance(token, str):
+                self._open.pop(stream.request_id, None)
+                stream.fail(token)
+                continue
+            if token.finish_reason is not None:
+                self._open.pop(stream.request_id, None)
+                self._finished_at.append(self.clock.now())
+            stream.put(token)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _main(
+        self,
+        build: Callable[[], ServedModel],
+        observer: Observer,
+        built: Future[ServedModel],
+    ) -> None:
+        try:
+            model = build()
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        self._engine = engine = model.engine
+        self._delivery = _Delivery()
+        engine.observer = Observers(observer, self._delivery)
+        built.set_result(model)
+        try:
+            while True:
+                while self._commands:
+                    self._commands.popleft()()
+                if self._stopping:
+                    return
+                if self.error is None and (engine.has_unfinished or engine.executor.num_transfers_in_flight):
+                    self._step()
+                else:
+                    self._wake.wait()
+                    self._wake.clear()
+        finally:
+            model.close()
+
+    def _step(self) -> None:
+        engine = self._engine
+        try:
+            engine.step(engine.clock.now() + _LONGEST_WAIT_S)
+        except Exception as error:
+            self.error = error
+            if self._loop is not None and self._on_failure is not None:
+                self._loop.call_soon_threadsafe(self._on_failure, error)
+        del engine.iterations[:-1]  # A run's record; a server has no end.
+        self._deliver()
+
+    def _deliver(self) -> None:
+        tokens = self._delivery.take()
+        if tokens and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._hand_over, tokens)
+
+    def _add(self, request: Request, params: SamplingParams, stream: TokenStream) -> None:
+        if self.error is not None:
+            self._delivery.fail(stream, str(self.error))
+            self._deliver()
+            return
+        self._delivery.expect(stream)
+        job = self._engine.add_request(request, params)
+        if job.is_done:
+            self._delivery.on_done(job)
+            self._deliver()
+
+    def _abort(self, request_id: str) -> None:
+        self._delivery.forget(request_id)
+        self._engine.abort(request_id)
+
+    def _set_stopping(self) -> None:
+        self._stopping = True
+
+
+class _Delivery(Observer):
+    """Gathers what came of a step for the streams that wait for it."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, TokenStream] = {}
+        self._last_tokens: dict[str, int] = {}
+        """Of those that have their last token and have not left: it is told with the end."""
+        self._gathered: list[tuple[TokenStream, Token | str]] = []
+
+    def expect(self, stream: TokenStream) -> None:
+        self._streams[stream.request_id] = stream
+
+    def forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._last_tokens.pop(request_id, None)
+
+    def fail(self, stream: TokenStream, reason: str) -> None:
+        self._gathered.append((stream, reason))
+
+    def take(self) -> list[tuple[TokenStream, Token | str]]:
+        gathered, self._gathered = self._gathered, []
+        return gathered
+
+    def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
+        request = job.request
+        stream = self._streams.get(request.request_id)
+        if stream is None:
+            return
+        if request.status is RequestStatus.ACTIVE:
+            self._gathered.append((stream, Token(token, None)))
+        else:
+            self._last_tokens[request.request_id] = token
+
+    def on_done(self, job: Job) -> None:
+        request = job.request
+        stream = self._streams.pop(request.request_id, None)
+        if stream is None:
+            return
+        if request.status is RequestStatus.FINISHED:
+            token = self._last_tokens.pop(request.request_id)
+            reason: FinishReason = "stop" if token in job.stop_token_ids else "length"
+            self._gathered.append((stream, Token(token, reason)))
+        else:
+            self._last_tokens.pop(request.request_id, None)
+            self.fail(stream, job.error or f"the request was {request.status.value}")

@@ -1,0 +1,123 @@
+"""What is served: an engine with its name and its tokenizer, real or simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastserve.clock import WallClock
+from fastserve.config import EngineOptions
+from fastserve.engine import Engine
+from fastserve.errors import ConfigError
+from fastserve.latency import load_profile
+from fastserve.server.text import TextCodec
+from fastserve.simulation import simulated_engine
+from fastserve.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, under which policy, on what; the fields are those of `fastserve.LLM`, of the same names."""
+
+    model: str | None = None
+    backend: str = "engine"
+    """engine, or sim: no model at all; iterations take the time that `profile` says, and tokens are numbers."""
+    profile: str | None = None
+    policy: str = "fastserve"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
+    served_name: str | None = None
+    """What clients call it. None: the name of the preset, the directory or the profile."""
+    tokenizer: str | None = None
+    load_format: str = "auto"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    torch_threads: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    ranks: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("engine", "sim"):
+            raise ConfigError(f"unknown backend {self.backend!r}; known: engine, sim")
+        if self.backend == "sim":
+            if self.profile is None:
+                raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
+            for name, default in _OF_A_REAL_ENGINE.items():
+                if getattr(self, name) != default:
+                    raise ConfigError(f"--{name.replace('_', '-')} applies to --backend engine only")
+        elif self.model is None:
+            raise ConfigError("--model is missing: a directory in Hugging Face format or a preset")
+
+
+_OF_A_REAL_ENGINE = {
+    name: ModelOptions.__dataclass_fields__[name].default
+    for name in (
+        "model", "load_format", "device", "dtype", "seed", "torch_threads", "tensor_parallel_size",
+        "pipeline_parallel_size", "stage_layers", "ranks",
+    )
+}  # fmt: skip
+"""What only a real engine takes, with the defaults."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An engine and what a server says of it."""
+
+    name: str
+    engine: Engine
+    codec: TextCodec
+    vocab_size: int | None
+    """Token ids are below this; None in a simulation, where any will do."""
+    close: Callable[[], None]
+
+    @property
+    def policy(self) -> str:
+        """Name of the scheduling policy."""
+        return self.engine.scheduler.name
+
+
+def load_served_model(options: ModelOptions) -> ServedModel:
+    """Build what the options say; raises what `LLM` or `simulated_engine` raise."""
+    return _simulated(options) if options.backend == "sim" else _real(options)
+
+
+def _simulated(options: ModelOptions) -> ServedModel:
+    assert options.profile is not None
+    engine = simulated_engine(
+        load_profile(options.profile), options.policy, options.policy_options, options.engine_options, WallClock()
+    )
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    name = options.served_name or options.profile
+    return ServedModel(name, engine, TextCodec(tokenizer), None, engine.executor.close)
+
+
+def _real(options: ModelOptions) -> ServedModel:
+    import torch
+
+    from fastserve.llm import LLM
+
+    if options.torch_threads is not None:
+        torch.set_num_threads(options.torch_threads)
+    assert options.model is not None
+    llm = LLM(
+        options.model,
+        load_format=options.load_format,
+        policy=options.policy,
+        policy_options=options.policy_options,
+        device=options.device,
+        dtype=options.dtype,
+        tensor_parallel_size=options.tensor_parallel_size,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        stage_layers=options.stage_layers,
+        ranks=options.ranks,
+        seed=options.seed,
+        profile=options.profile,
+        tokenizer=options.tokenizer,
+        **asdict(options.engine_options),
+    )
+    name = options.served_name or llm.model_config.name
+    return ServedModel(name, llm.engine, TextCodec(llm.tokenizer), llm.model_config.vocab_size, llm.close)

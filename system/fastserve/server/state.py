@@ -1,0 +1,101 @@
+"""How the engine stands at a moment, for those who watch it: /metrics and the live page."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, TypedDict
+
+from fastserve.engine import Engine, Observer
+from fastserve.job import Job
+from fastserve.request import Request, RequestStatus
+
+_RECENT = 20
+
+
+class Pool(TypedDict):
+    """Blocks of a pool."""
+
+    blocks: int
+    free: int
+
+
+class EngineState(TypedDict):
+    """Plain data, ready for JSON."""
+
+    now_s: float
+    max_batch_size: int
+    queues: list[dict[str, int]]
+    running: list[dict[str, Any]]
+    gpu: Pool
+    host: Pool
+    block_size: int
+    block_bytes: int
+    moving: dict[str, int]
+    """GPU blocks whose contents are on their way out, and in."""
+
+
+def engine_state(engine: Engine) -> EngineState:
+    """To be asked for in the engine's thread, between two iterations."""
+    now = engine.clock.now()
+    scheduler, kv, cache = engine.scheduler, engine.kv, engine.kv.config
+    running = [_running(engine.jobs[request_id], now) for request_id in scheduler.running if request_id in engine.jobs]
+    return {
+        "now_s": now,
+        "max_batch_size": scheduler.config.num_places,
+        "queues": [
+            {"level": level, "fresh": fresh, "resident": resident, "away": away}
+            for level, fresh, resident, away in scheduler.queue.sizes()
+        ],
+        "running": running,
+        "gpu": {"blocks": cache.num_gpu_blocks, "free": kv.num_free_gpu_blocks},
+        "host": {"blocks": cache.num_host_blocks, "free": kv.num_free_host_blocks},
+        "block_size": cache.block_size,
+        "block_bytes": cache.block_bytes,
+        "moving": {"out": kv.num_vacating_blocks, "in": kv.num_arriving_blocks},
+    }
+
+
+def _running(job: Job, now: float) -> dict[str, Any]:
+    request = job.request
+    return {
+        "id": request.request_id,
+        "level": request.level,
+        "prompt_tokens": request.num_prompt_tokens,
+        "output_tokens": request.num_output_tokens,
+        "age_s": now - request.arrival_s,
+        "preemptions": job.preemptions,
+    }
+
+
+class RecentRequests(Observer):
+    """The requests that left last."""
+
+    def __init__(self) -> None:
+        self._newest_first: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The newest first, as plain data. To be asked for in the engine's thread."""
+        return list(self._newest_first)
+
+    def on_done(self, job: Job) -> None:  # noqa: D102
+        request = job.request
+        assert job.finished_s is not None
+        self._newest_first.appendleft(
+            {
+                "id": request.request_id,
+                "status": request.status.value,
+                "finish_reason": _finish_reason(request, job),
+                "prompt_tokens": request.num_prompt_tokens,
+                "output_tokens": request.num_output_tokens,
+                "ttft_s": None if job.first_token_s is None else job.first_token_s - request.arrival_s,
+                "jct_s": job.finished_s - request.arrival_s,
+                "preemptions": job.preemptions,
+                "finished_s": job.finished_s,
+            }
+        )
+
+
+def _finish_reason(request: Request, job: Job) -> str:
+    if request.status is RequestStatus.FINISHED:
+        return "length" if request.num_tokens >= job.max_tokens else "stop"
+    return "abort" if request.status is RequestStatus.ABORTED else "error"

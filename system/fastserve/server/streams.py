@@ -1,0 +1,60 @@
+"""What the engine's thread hands to the event loop: the tokens of each request, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Literal, NamedTuple
+
+from fastserve.errors import FastServeError
+
+FinishReason = Literal["length", "stop", "abort", "error"]
+
+
+class Token(NamedTuple):
+    """A generated token, and how the output ended if it was the last."""
+
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+class StreamEnded(FastServeError):
+    """A request left the engine before its last token; says why."""
+
+
+class TokenStream:
+    """The tokens of one request, from the engine's thread to the coroutine that sends them.
+
+    All but the request's id and length belong to the event loop. It holds at most the request's `max_tokens`, so a
+    client that reads slowly keeps nobody waiting.
+    """
+
+    def __init__(self, request_id: str, max_tokens: int) -> None:
+        self.request_id = request_id
+        self.max_tokens = max_tokens
+        self._tokens: list[Token] = []
+        self._error: StreamEnded | None = None
+        self._news = asyncio.Event()
+
+    def put(self, token: Token) -> None:
+        """A token has come."""
+        self._tokens.append(token)
+        self._news.set()
+
+    def fail(self, reason: str) -> None:
+        """No more tokens will come, for this reason."""
+        self._error = StreamEnded(reason)
+        self._news.set()
+
+    async def batches(self) -> AsyncIterator[list[Token]]:
+        """All tokens that have come since the last time, each once, up to the last. Raises StreamEnded if it fails."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            tokens, self._tokens = self._tokens, []
+            if tokens:
+                yield tokens
+                if tokens[-1].finish_reason is not None:
+                    return
+            if self._error is not None:
+                raise self._error

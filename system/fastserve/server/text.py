@@ -1,0 +1,144 @@
+"""Between text and tokens: prompts in, generated tokens out as they come, and the texts that stop them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastserve.server.errors import bad_request
+
+_PROMPT_TOKENS_SEEN = 8
+"""Of the prompt's end, what a decoder is shown: a token's text depends on those before it."""
+
+
+class TextCodec:
+    """The served model's tokenizer, or none.
+
+    Without one, prompts are token ids, and the text of a token is its number: what a client prints and counts is there,
+    and what needs real text (text prompts, chats, stop texts) is refused.
+    """
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        """`tokenizer`: of transformers, backed by the tokenizers library."""
+        self._tokenizer = tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be told from tokens."""
+        return self._tokenizer is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt. APIError 400 without a tokenizer."""
+        self._require("a text prompt", "prompt", "give token ids")
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation in the tokenizer's chat template, up to where the assistant is to speak."""
+        self._require("a chat", "messages", "use /v1/completions with token ids")
+        if not self._tokenizer.chat_template:
+            raise bad_request("the model's tokenizer has no chat template; use /v1/completions", "messages")
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # A template is a program, and says by whatever exception what it does not take.
+            raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
+        # The template has written the special tokens there are.
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def decoder(self, prompt: Sequence[int], stop: Sequence[str]) -> Detokenizer:
+        """A decoder of what follows `prompt`, that ends at the first of the texts `stop`."""
+        if not stop:
+            return Detokenizer(self._token_texts(prompt))
+        self._require("stop", "stop", "use stop_token_ids")
+        return StoppingDetokenizer(self._token_texts(prompt), stop)
+
+    def _token_texts(self, prompt: Sequence[int]) -> _TokenTexts:
+        if self._tokenizer is None:
+            return _Numbers()
+        return _Texts(self._tokenizer.backend_tokenizer, list(prompt[-_PROMPT_TOKENS_SEEN:]))
+
+    def _require(self, what: str, param: str, instead: str) -> None:
+        if self._tokenizer is None:
+            raise bad_request(
+                f"{what} needs a tokenizer and this server has none; {instead}, or start it with --tokenizer DIR", param
+            )
+
+
+class _TokenTexts:
+    """The text that each token adds."""
+
+    def text_of(self, token: int) -> str:
+        """Empty while a character is incomplete."""
+        raise NotImplementedError
+
+
+class _Numbers(_TokenTexts):
+    def text_of(self, token: int) -> str:
+        return f" {token}"
+
+
+class _Texts(_TokenTexts):
+    def __init__(self, tokenizer: Any, prompt_end: list[int]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._new_stream = lambda: DecodeStream(prompt_end, skip_special_tokens=True)
+        self._tokenizer, self._stream = tokenizer, self._new_stream()
+
+    def text_of(self, token: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception as error:
+            # Bytes that are no text can make what was decoded so far change its mind. Go on after them.
+            if "prefix" not in str(error):
+                raise
+            self._stream = self._new_stream()
+            return self._stream.step(self._tokenizer, token) or ""
+
+
+class Detokenizer:
+    """Turns generated tokens into text, one by one."""
+
+    stopped = False
+    """Whether a text to stop at was generated: nothing more is to come."""
+
+    def __init__(self, tokens: _TokenTexts) -> None:
+        self._tokens = tokens
+
+    def add(self, token: int) -> str:
+        """The text that can be shown now that this token is there; may be empty."""
+        return self._tokens.text_of(token)
+
+    def end(self) -> str:
+        """The text kept back until now, at the end of the output."""
+        return ""
+
+
+class StoppingDetokenizer(Detokenizer):
+    """One that ends before the first of some texts, and keeps back what may be its beginning."""
+
+    def __init__(self, tokens: _TokenTexts, stop: Sequence[str]) -> None:
+        super().__init__(tokens)
+        self._stop = stop
+        self._kept = ""
+
+    def add(self, token: int) -> str:  # noqa: D102 (as above)
+        if self.stopped:
+            return ""
+        text = self._kept + super().add(token)
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._kept = True, ""
+            return text[: min(found)]
+        shown = len(text) - self._longest_beginning(text)
+        self._kept = text[shown:]
+        return text[:shown]
+
+    def end(self) -> str:  # noqa: D102
+        kept, self._kept = self._kept, ""
+        return kept
+
+    def _longest_beginning(self, text: str) -> int:
+        """How many characters at the end of `text` may be the beginning of a stop."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
