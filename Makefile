@@ -7,10 +7,10 @@ BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile workflows/profiles
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce smoke gpu test soak lint format bench clean
+.PHONY: help setup reproduce smoke real-vllm gpu test soak lint format bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 setup: .venv/installed  ## build .venv from requirements.txt, once
 
@@ -28,6 +28,9 @@ reproduce: setup  ## run every experiment, draw every figure (figures/), write r
 
 smoke: setup  ## the same pipeline on a few small points, in under two minutes
 	$(SNAKEMAKE)/smoke -- smoke
+
+real-vllm: setup  ## install vLLM into .venv-vllm and measure it beside our server (docs/real-vllm.md)
+	$(SNAKEMAKE)/$(PROFILE) real-vllm
 
 gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchmarks, recorded runs (docs/cluster.md)
 	@PYTHONPATH=system:workflows:. $(PYTHON) workflows/scripts/gpu_session.py $(GPU_OPTIONS)

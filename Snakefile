@@ -2,6 +2,7 @@
 #   snakemake -c all              everything of workflows/config: the target `report`
 #   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, fidelity, headline
 #   snakemake -c all recorded     what was measured on GPUs (results/recorded), simulated again, compared and drawn
+#   snakemake -c all real-vllm    installs vLLM into .venv-vllm and measures it beside our server; no part of the report
 #   snakemake -c all smoke        a small one of each kind, in under two minutes
 #   snakemake --report FILE.html  the report, after any of these
 from snakemake.utils import min_version
@@ -66,14 +67,26 @@ for _group, _names in GROUPS.items():
         localrule: True
 
 
+for _name in EXTERNAL:
+
+    rule:
+        name:
+            _name
+        input:
+            results_of(_name),
+        localrule: True
+
+
 localrules:
     report,
     headline,
     recorded,
     smoke,
+    install_vllm,
 
 
 include: "workflows/rules/runs.smk"
+include: "workflows/rules/external.smk"
 include: "workflows/rules/tables.smk"
 include: "workflows/rules/figures.smk"
 include: "workflows/rules/recorded.smk"

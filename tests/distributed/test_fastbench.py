@@ -70,7 +70,7 @@ def test_a_lost_rank_leaves_what_was_finished(tmp_path: Path) -> None:
     [
         (("--stage-layers", "1,x"), "--stage-layers takes whole numbers"),
         (("--tensor-parallel-size", "3"), "tensor_parallel_size=3 does not divide the 4 attention heads"),
-        (("--backend", "sim", "--model", "x"), "--model applies to --backend engine only"),
+        (("--backend", "sim", "--model", "x"), "--model applies to --backend engine or http only"),
     ],
 )
 def test_bad_shapes(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -9,6 +9,7 @@ from jsonschema import Draft202012Validator
 from fastserve.errors import ConfigError
 from harness.claims import check_claims
 from harness.experiments import batches_of, check_experiment, linked, points_of, run_name, with_defaults
+from harness.runner import RunConfig
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 CONFIG = WORKFLOWS / "config"
@@ -141,6 +142,13 @@ def test_everything_that_determines_a_run_is_in_its_name():
     assert len(names) == 8
     (config, *_) = [point.config for point in points_of(with_defaults(tiny()))]
     assert run_name(config).startswith("vllm-")
+
+
+def test_what_is_not_said_is_not_in_a_name():
+    """Or every field that RunConfig gets would rename all runs, and a pipeline repeat them."""
+    assert run_name(RunConfig(policy="vllm", rate=2.0)) == "vllm-93b3f2f931b4"
+    assert run_name(RunConfig(policy="vllm", rate=2.0, dtype="float32")) == "vllm-93b3f2f931b4"
+    assert run_name(RunConfig(policy="vllm", rate=2.0, dtype="float16")) != "vllm-93b3f2f931b4"
 
 
 def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():

@@ -24,7 +24,7 @@ from fastserve.errors import ConfigError
 from fastserve.files import check_writable, written_whole
 from harness.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
-from harness.results import PERCENTILES, SUMMARIZED
+from harness.results import PERCENTILES, SUMMARIZED, why_late
 from harness.runner import RunConfig, run
 
 METRICS = tuple(f"{statistic}_{name}" for name in SUMMARIZED for statistic in ("mean", *map("p{}".format, PERCENTILES)))
@@ -128,6 +128,8 @@ class Result:
         )
         if failed:
             yield f"{failed} of {failed + finished} requests were refused and count in no latency: see `fastbench run`"
+        if late := why_late([row for rows in self.summaries.values() for row in rows]):
+            yield late
 
     def write(self, out: Path) -> None:
         """Write capacity.csv, a row per measured rate and seed, and capacity.json. OutputError if the disk refuses."""
@@ -216,7 +218,7 @@ def bisect(measure: Callable[[float], float], objective: Objective) -> None:
 
 
 def _pool(backend: str, num_runs: int) -> ProcessPoolExecutor | None:
-    """Processes for runs side by side; none for real engines, whose times they would disturb."""
+    """Processes for runs side by side; none for real engines and servers, whose times they would disturb."""
     workers = min(num_runs, os.cpu_count() or 1) if backend == "sim" else 1
     if workers == 1:
         return None

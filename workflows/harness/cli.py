@@ -23,19 +23,28 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.callback()
 def fastbench() -> None:
-    """Benchmark LLM serving schedulers, in simulation or on a real engine."""
+    """Benchmark LLM serving schedulers, in simulation, on a real engine or on a server."""
 
 
-Backend = Annotated[str, typer.Option(help="sim: virtual time from a profile; engine: a real model.")]
-Policy = Annotated[str, typer.Option(help="See `fastbench policies`, or package.module:Class.")]
+Backend = Annotated[
+    str, typer.Option(help="sim: virtual time from a profile; engine: a real model; http: a server elsewhere.")
+]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="See `fastbench policies`, or package.module:Class.", show_default="fastserve; http: the server's own"
+    ),
+]
 Trace = Annotated[str, typer.Option(help="Request lengths: see `fastbench traces`.")]
 Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=4, constant or trace.")]
 Profile = Annotated[str | None, typer.Option(help="Latency profile: see `fastbench profiles`, or a .json.")]
-Model = Annotated[str | None, typer.Option(help="Model directory or preset (engine).")]
+Model = Annotated[str | None, typer.Option(help="Model directory or preset (engine); name it is served under (http).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (engine).")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (engine).")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights (engine).")]
-Tokenizer = Annotated[str | None, typer.Option(help="Directory of a tokenizer, to count a trace's text.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Directory of a tokenizer, to count a trace's text, and for --prompts text.")
+]
 TorchThreads = Annotated[
     int | None, typer.Option(min=1, help="Threads torch computes with (engine); its own choice if not given.")
 ]
@@ -48,6 +57,19 @@ RanksAddress = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="Wait here for ranks started by torchrun (engine); else they are started."),
 ]
+Url = Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible server (http).")]
+Prompts = Annotated[str, typer.Option(help="ids, or text for servers that take no token ids (http).")]
+VocabSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Token ids sent are below it (http).", show_default="the server's, or else 1000"),
+]
+MaxConcurrency = Annotated[
+    int | None, typer.Option(min=1, help="Requests under way at a time (http); those kept back are late.")
+]
+DrainLimit = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="Time after the last arrival to finish in, else aborted (http).")
+]
+Warmup = Annotated[int, typer.Option(min=0, help="Short requests before the clock starts, not recorded (http).")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the engine or the policy.")
 ]
@@ -56,7 +78,7 @@ Settings = Annotated[
 @app.command()
 def run(
     backend: Backend = "sim",
-    policy: Policy = "fastserve",
+    policy: Policy = "",
     trace: Trace = "sharegpt",
     arrivals: Arrivals = "poisson",
     rate: Annotated[float | None, typer.Option(help="Requests per second; optional with trace arrivals.")] = None,
@@ -79,6 +101,12 @@ def run(
     pipeline_parallel_size: PipelineParallel = 1,
     stage_layers: StageLayers = None,
     ranks: RanksAddress = None,
+    url: Url = None,
+    prompts: Prompts = "ids",
+    vocab_size: VocabSize = None,
+    max_concurrency: MaxConcurrency = None,
+    drain_limit: DrainLimit = 600.0,
+    warmup: Warmup = 0,
     set_: Settings = None,
 ) -> None:
     """Serve a workload and write requests.parquet, iterations.parquet, summary.json and meta.json."""
@@ -101,9 +129,15 @@ def run(
         pipeline_parallel_size=pipeline_parallel_size,
         stage_layers=parse_stage_layers(stage_layers),
         ranks=ranks,
+        url=url,
+        prompts=prompts,
+        vocab_size=vocab_size,
+        max_concurrency=max_concurrency,
+        drain_limit_s=drain_limit,
+        warmup=warmup,
         settings=parse_settings(set_ or []),
     )
-    folder = out or Path("results") / f"{backend}-{policy.replace(':', '.')}-seed{seed}"
+    folder = out or Path("results") / f"{_file_name(config)}-seed{seed}"
     summary = run_benchmark(config, folder, timeline)
     print(f"{summary['finished']} finished, {summary['failed']} failed in {summary['duration_s']:.1f} s")
     for name, label, unit in (
@@ -126,7 +160,7 @@ def capacity(
         str, typer.Option(help="A latency of summary.json: mean_, p50_, p90_, p95_ or p99_ of a quantity.")
     ] = "mean_normalized_latency_s",
     backend: Backend = "sim",
-    policy: Policy = "fastserve",
+    policy: Policy = "",
     trace: Trace = "sharegpt",
     arrivals: Arrivals = "poisson",
     num_requests: Annotated[
@@ -158,6 +192,12 @@ def capacity(
     tensor_parallel_size: TensorParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
     stage_layers: StageLayers = None,
+    url: Url = None,
+    prompts: Prompts = "ids",
+    vocab_size: VocabSize = None,
+    max_concurrency: MaxConcurrency = None,
+    drain_limit: DrainLimit = 600.0,
+    warmup: Warmup = 0,
     set_: Settings = None,
 ) -> None:
     """Find the highest rate that meets an SLO and write capacity.csv and capacity.json.
@@ -184,10 +224,16 @@ def capacity(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         stage_layers=parse_stage_layers(stage_layers),
+        url=url,
+        prompts=prompts,
+        vocab_size=vocab_size,
+        max_concurrency=max_concurrency,
+        drain_limit_s=drain_limit,
+        warmup=warmup,
         settings=parse_settings(set_ or []),
     )
     objective = Objective(slo, metric, parse_seeds(seeds), low, high, tolerance)
-    folder = out or Path("results") / f"capacity-{backend}-{policy.replace(':', '.')}"
+    folder = out or Path("results") / f"capacity-{_file_name(config)}"
     result = find_capacity(config, objective, folder, lambda line: print(line, file=sys.stderr, flush=True))
     print("\n".join(result.describe()))
     print(f"wrote {folder}")
@@ -218,6 +264,11 @@ def profiles() -> None:
     for name in list_profiles():
         profile = load_profile(name)
         print(f"{name:28} {profile.hardware}, {profile.engine}, KV cache {profile.kv_capacity_tokens} tokens")
+
+
+def _file_name(config: RunConfig) -> str:
+    """Backend and policy, where one is known before a server is asked."""
+    return "-".join(filter(None, (config.backend, config.policy.replace(":", "."))))
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:

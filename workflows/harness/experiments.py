@@ -22,7 +22,7 @@ from harness.runner import RunConfig, resolve_settings
 from harness.traces import load_trace
 
 Experiment = Mapping[str, Any]
-BOTH = "both"
+BOTH, SERVED = "both", "http"
 _DIGITS = 12
 _TOKENS_A_BATCH = 4_000_000
 """Output tokens of a batch of runs, about: some 20 s of the slowest policies, so that starting up is a small part."""
@@ -104,9 +104,10 @@ def linked(experiments: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 def points_of(experiment: Experiment) -> Iterator[Point]:
     """All points: panel by panel, series by series, then in the order of the table of points, then by seed.
 
-    None of an experiment on both backends, which `harness.fidelity` carries out by itself.
+    None of what is carried out as a whole: an experiment on both backends (`harness.fidelity`), or of servers
+    (`harness.served`).
     """
-    if experiment["backend"] == BOTH:
+    if experiment["backend"] in (BOTH, SERVED):
         return
     for panel in experiment["panels"]:
         for series in experiment["series"]:
@@ -151,8 +152,13 @@ def check_experiment(name: str, experiment: Experiment) -> None:
 
 
 def run_name(config: RunConfig) -> str:
-    """Policy and digest of everything that determines the run."""
-    return f"{_file_name(config.policy)}-{_digest(asdict(config))}"
+    """Policy and digest of everything that determines the run, as far as it is not the default.
+
+    So a field that RunConfig gets later renames no run.
+    """
+    defaults = asdict(RunConfig())
+    changed = {name: value for name, value in asdict(config).items() if value != defaults[name]}
+    return f"{_file_name(config.policy)}-{_digest(changed)}"
 
 
 def batches_of(experiments: Iterable[Experiment]) -> dict[str, Batch]:

@@ -15,7 +15,7 @@ from typing import Any
 from harness.workload import Workload
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "triton")
+_PACKAGES = ("aiohttp", "numpy", "pyarrow", "torch", "transformers", "triton")
 COMMIT_VARIABLE = "FASTSERVE_COMMIT"
 """Environment variable that says the commit where the code is a copy without a checkout; it wins."""
 

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,10 @@ import pyarrow.parquet as pq
 from fastserve.engine import IterationRecord
 from fastserve.errors import OutputError
 from fastserve.job import RequestMetrics
+from harness.intervals import FloatArray
+
+if TYPE_CHECKING:
+    from harness.http_replay import Exchange
 
 REQUEST_COLUMNS = {
     "request_id": pa.string(),
@@ -35,20 +39,26 @@ REQUEST_COLUMNS = {
     "swap_in_bytes": pa.int64(),
     "recomputed_tokens": pa.int64(),
 }
+CLIENT_COLUMNS = {"sent_s": pa.float64(), "token_s": pa.list_(pa.float64())}
+"""Further columns of a run over HTTP: when a request was sent, and when each event with a token came."""
 SUMMARIZED = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
 """Quantities of which a summary gives mean_, p50_, p90_, p95_ and p99_."""
 COUNTED = ("preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens")
 """Columns of which a summary gives the sum over all requests."""
 PERCENTILES = (50, 90, 95, 99)
+_LATE_S = 0.01
 
 
-def request_table(metrics: Sequence[RequestMetrics]) -> pa.Table:
-    """A row per request, in the order given; times that never came are null."""
-    columns = {
-        name: pa.array([getattr(row, name) for row in metrics], type_, from_pandas=True)
-        for name, type_ in REQUEST_COLUMNS.items()
-    }
-    return pa.table(columns)
+def request_table(
+    metrics: Sequence[RequestMetrics | Exchange], columns: Mapping[str, pa.DataType] = REQUEST_COLUMNS
+) -> pa.Table:
+    """A row per request, in the order given; times that never came are null, and so is what a client cannot see."""
+    return pa.table(
+        {
+            name: pa.array([getattr(row, name) for row in metrics], type_, from_pandas=True)
+            for name, type_ in columns.items()
+        }
+    )
 
 
 def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
@@ -63,8 +73,10 @@ def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
     )
 
 
-def summarize(metrics: Sequence[RequestMetrics], num_iterations: int) -> dict[str, Any]:
+def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str, int | None]) -> dict[str, Any]:
     """The measured part of summary.json: seconds, seconds a token, tokens a second; null where nothing was measured.
+
+    `counted` has what was counted over the whole run: `iterations` and COUNTED.
 
     `jct` is arrival to last token; `normalized_latency` is that over the output length; `ttft` is arrival to first
     token; `tpot` is the mean time of the tokens after the first, of requests that have any.
@@ -87,7 +99,7 @@ def summarize(metrics: Sequence[RequestMetrics], num_iterations: int) -> dict[st
         "finished": len(finished),
         "failed": len(metrics) - len(finished),
         "duration_s": duration,
-        "iterations": num_iterations,
+        "iterations": counted["iterations"],
         "output_tokens_per_s": float(output.sum()) / duration if duration else None,
     }
     for name in SUMMARIZED:
@@ -95,9 +107,34 @@ def summarize(metrics: Sequence[RequestMetrics], num_iterations: int) -> dict[st
         summary[f"mean_{name}"] = float(values.mean()) if len(values) else None
         for percentile in PERCENTILES:
             summary[f"p{percentile}_{name}"] = float(np.percentile(values, percentile)) if len(values) else None
-    for name in COUNTED:
-        summary[name] = sum(getattr(row, name) for row in metrics)
-    return summary
+    return summary | {name: counted[name] for name in COUNTED}
+
+
+def count(metrics: Sequence[RequestMetrics], num_iterations: int) -> dict[str, int | None]:
+    """What `summarize` takes as counted, from what is known of each request."""
+    return {"iterations": num_iterations} | {name: sum(getattr(row, name) for row in metrics) for name in COUNTED}
+
+
+def summarize_lateness(lateness_s: FloatArray) -> dict[str, float | None]:
+    """Keys of the summary of a run over HTTP: how much later than they should requests were sent, in seconds."""
+    return {
+        "p99_send_lateness_s": float(np.percentile(lateness_s, 99)) if len(lateness_s) else None,
+        "max_send_lateness_s": float(lateness_s.max()) if len(lateness_s) else None,
+    }
+
+
+def why_late(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Says so if in one of these runs requests were sent so late that it shows in the latencies; else empty."""
+    p99, longest = (
+        max((summary.get(f"{statistic}_send_lateness_s") or 0.0 for summary in summaries), default=0.0)
+        for statistic in ("p99", "max")
+    )
+    if p99 <= _LATE_S:
+        return ""
+    return (
+        f"requests were sent up to {longest:.3g} s late (P99 {p99:.3g} s), which is part of their latencies: the "
+        "client, or the connection to the server, did not keep the schedule"
+    )
 
 
 class RunFolder:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastserve.config import EngineOptions
+from fastserve.config import EngineOptions, require_int
 from fastserve.console import Progress
 from fastserve.engine import Arrival, Engine, Observer
-from fastserve.errors import ConfigError, RankError
+from fastserve.errors import ConfigError, RankError, ServerError
 from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
@@ -19,15 +20,26 @@ from fastserve.options import build_options, option_names
 from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import find_policy
 from fastserve.timeline import Timeline
+from fastserve.tokenizer import load_tokenizer
 from harness.meta import run_meta
-from harness.results import RunFolder, iteration_table, request_table, summarize
+from harness.results import (
+    CLIENT_COLUMNS,
+    REQUEST_COLUMNS,
+    RunFolder,
+    count,
+    iteration_table,
+    request_table,
+    summarize,
+    summarize_lateness,
+    why_late,
+)
 from harness.workload import Workload, make_workload
 
 if TYPE_CHECKING:
     from fastserve.executor.ranks import RankGroup
     from fastserve.worker import Worker
 
-BACKENDS = ("sim", "engine")
+BACKENDS = ("sim", "engine", "http")
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,8 @@ class RunConfig:
     """Everything that determines a run. `settings` are the `--set` options: of the engine or of the policy."""
 
     backend: str = "sim"
-    policy: str = "fastserve"
+    policy: str = ""
+    """Empty: `fastserve`, or over HTTP what the server says of itself."""
     trace: str = "sharegpt"
     arrivals: str = "poisson"
     rate: float | None = None
@@ -43,6 +56,7 @@ class RunConfig:
     seed: int = 0
     profile: str | None = None
     model: str | None = None
+    """Directory or preset; over HTTP the name it is served under, None for the first."""
     device: str = "cpu"
     dtype: str = "float32"
     load_format: str = "auto"
@@ -55,17 +69,39 @@ class RunConfig:
     """Layers of each stage; None: as many as give each the same weight."""
     ranks: str | None = None
     """HOST:PORT at which the engine waits for ranks that torchrun starts; None: it starts them itself."""
+    url: str | None = None
+    """Address of the server that is driven over HTTP."""
+    prompts: str = "ids"
+    """What is sent over HTTP as a prompt: token "ids", or the "text" that the tokenizer makes of them."""
+    vocab_size: int | None = None
+    """Token ids sent over HTTP are below it. None: what server and tokenizer say, or else 1,000."""
+    max_concurrency: int | None = None
+    """Requests under way over HTTP at a time; None: all that are due."""
+    drain_limit_s: float = 600.0
+    """How long after the last scheduled arrival requests over HTTP may take before they are aborted."""
+    warmup: int = 0
+    """Short requests over HTTP before the clock starts."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.policy and self.backend != "http":
+            object.__setattr__(self, "policy", "fastserve")
 
-_OF_AN_ENGINE = {
-    name: RunConfig.__dataclass_fields__[name].default
-    for name in (
-        "model", "device", "dtype", "load_format", "torch_threads", "tensor_parallel_size", "pipeline_parallel_size",
-        "stage_layers", "ranks",
-    )
+
+_TAKEN_BY = {
+    "profile": ("sim", "engine"),
+    "settings": ("sim", "engine"),
+    "model": ("engine", "http"),
+    **dict.fromkeys(
+        (
+            "device", "dtype", "load_format", "torch_threads", "tensor_parallel_size", "pipeline_parallel_size",
+            "stage_layers", "ranks",
+        ),
+        ("engine",),
+    ),
+    **dict.fromkeys(("url", "prompts", "vocab_size", "max_concurrency", "drain_limit_s", "warmup"), ("http",)),
 }  # fmt: skip
-"""What only a real engine takes, with the defaults."""
+"""Which backends take what not all of them do."""
 
 
 def run(
@@ -81,25 +117,27 @@ def run(
     With `timeline`, a trace of the run is written to that file too; nothing else changes. Without it, `observer` is
     told what happens. A real engine takes `worker`, if given, of the same model and with pools at least as large as the
     run's, in place of one of its own, or if it is of several ranks `ranks`: runs one after the other then load the
-    model once.
+    model once. A server over HTTP has its engine elsewhere, and takes none of these.
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then. If a rank
     of the engine is lost, RankError, after the files are written: what was finished is kept, and the rest has failed.
+    Likewise ServerError if a server finishes not one request.
     """
+    if config.backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
+    _refuse_what_is_not_taken(config)
+    if config.backend == "http":
+        if any(each is not None for each in (timeline, observer, worker, ranks)):
+            raise ConfigError("--backend http sees no engine: leave out --timeline, an observer, a worker and ranks")
+        return _run_over_http(config, out)
     options, policy_settings = resolve_settings(config.policy, config.settings)
     if config.backend == "sim":
         if worker is not None:
             raise ConfigError("a worker was given for --backend sim, which has none; leave it out")
-        _refuse(config, "engine", _OF_AN_ENGINE)
         if config.profile is None:
             raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
-    elif config.backend == "engine":
-        if config.model is None:
-            raise ConfigError("--backend engine needs --model: a directory in Hugging Face format or a preset")
-    else:
-        raise ConfigError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
-    workload = make_workload(
-        config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer
-    )
+    elif config.model is None:
+        raise ConfigError("--backend engine needs --model: a directory in Hugging Face format or a preset")
+    workload = _workload(config)
     recorder = None
     if timeline is not None:
         check_writable(timeline)
@@ -107,15 +145,8 @@ def run(
     with RunFolder(out) as folder:
         jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer, worker, ranks)
         metrics = [job.metrics for job in jobs]
-        summary = {
-            "policy": config.policy,
-            "backend": config.backend,
-            "rate": config.rate,
-            "num_requests": config.num_requests,
-            "seed": config.seed,
-            **summarize(metrics, len(engine.iterations)),
-        }
-        resolved = {**asdict(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
+        summary = _what_ran(config) | summarize(metrics, count(metrics, len(engine.iterations)))
+        resolved = {**_taken(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
         resolved["engine"] |= asdict(engine.kv.config)
         del resolved["settings"]
         rejected = [job.error for job in jobs if job.request.status is RequestStatus.REJECTED]
@@ -149,6 +180,64 @@ def resolve_settings(policy: str, settings: Mapping[str, Any]) -> tuple[EngineOp
     build_options(options_class, policy_settings, f"policy {policy!r}")
     engine_settings = {name: value for name, value in settings.items() if name in of_engine}
     return build_options(EngineOptions, engine_settings, "the engine"), policy_settings
+
+
+def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
+    if config.url is None:
+        raise ConfigError("--backend http needs --url: the address of a server, such as http://127.0.0.1:8000")
+    if config.prompts not in ("ids", "text"):
+        raise ConfigError(f"--prompts must be ids or text, not {config.prompts!r}")
+    if config.prompts == "text" and config.tokenizer is None:
+        raise ConfigError("--prompts text needs --tokenizer: the directory of one in Hugging Face format")
+    if config.vocab_size is not None:
+        require_int("vocab_size", config.vocab_size, 1)
+    from harness.http_replay import DEFAULT_VOCABULARY, ReplayOptions, replay
+    from harness.http_server import contact
+
+    options = ReplayOptions(config.max_concurrency, config.drain_limit_s, config.warmup)
+    workload = _workload(config)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer and config.prompts == "text" else None
+    server = contact(config.url, config.model)
+    vocabularies = (server.vocab_size, len(tokenizer) if tokenizer else None)
+    vocab_size = config.vocab_size or min(filter(None, vocabularies), default=DEFAULT_VOCABULARY)
+    config = replace(
+        config,
+        policy=server.policy(config.policy),
+        model=server.model,
+        url=server.public_url,
+        vocab_size=vocab_size,
+    )
+    with RunFolder(out) as folder:
+        with Progress(f"{config.policy} over http", len(workload)) as progress:
+            replayed = replay(server, workload, options, vocab_size, tokenizer, progress.advance)
+        exchanges = replayed.exchanges
+        summary = _what_ran(config) | summarize(exchanges, replayed.counted) | summarize_lateness(replayed.lateness_s)
+        error = None
+        if not summary["finished"]:
+            error = ServerError(
+                f"not one of {len(exchanges)} requests finished; {replayed.errors()[0]}; {out / 'meta.json'} has more"
+            )
+        meta = run_meta(_taken(config), workload, replayed.errors(RequestStatus.REJECTED), error)
+        folder.write(
+            request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS),
+            iteration_table([]),
+            summary,
+            meta | {"failed": replayed.errors(RequestStatus.FAILED, RequestStatus.ABORTED)[:20], **replayed.meta},
+        )
+    for warning in filter(None, (why_late([summary]), *replayed.warnings)):
+        print(f"warning: {warning}", file=sys.stderr)
+    if error is not None:
+        raise error
+    return summary
+
+
+def _workload(config: RunConfig) -> Workload:
+    return make_workload(config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer)
+
+
+def _what_ran(config: RunConfig) -> dict[str, Any]:
+    """The first keys of summary.json."""
+    return {name: getattr(config, name) for name in ("policy", "backend", "rate", "num_requests", "seed")}
 
 
 def _serve(
@@ -213,7 +302,14 @@ def _arrivals(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:
         yield Arrival(request, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
 
 
-def _refuse(config: RunConfig, backend: str, defaults: Mapping[str, object]) -> None:
-    for name, default in defaults.items():
-        if getattr(config, name) != default:
-            raise ConfigError(f"--{name.replace('_', '-')} applies to --backend {backend} only")
+def _taken(config: RunConfig) -> dict[str, Any]:
+    """The configuration, without what its backend does not take."""
+    return {name: value for name, value in asdict(config).items() if config.backend in _TAKEN_BY.get(name, BACKENDS)}
+
+
+def _refuse_what_is_not_taken(config: RunConfig) -> None:
+    defaults = RunConfig()
+    for name, backends in _TAKEN_BY.items():
+        if config.backend not in backends and getattr(config, name) != getattr(defaults, name):
+            option = {"settings": "set"}.get(name, name.removesuffix("_s").replace("_", "-"))
+            raise ConfigError(f"--{option} applies to --backend {' or '.join(backends)} only")

@@ -1,17 +1,19 @@
 # What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
 import re
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
+from baselines.external.environment import RECIPES, has_nvidia_gpu
 from fastserve.errors import FastServeError
 from harness.agreement import recorded_folders
 from harness.captions import Finding
 from harness.claims import check_claims, claimed_experiments
-from harness.experiments import BOTH, batches_of, check_experiment, linked, points_of, with_defaults
+from harness.experiments import BOTH, SERVED, batches_of, check_experiment, linked, points_of, with_defaults
 
 BASE = Path(workflow.basedir)
 SCHEMA = workflow.source_path("../schemas/experiment.schema.yaml")
@@ -63,7 +65,9 @@ validate(config, workflow.source_path("../schemas/config.schema.yaml"))
 try:
     FULL = read_experiments(located(config["experiments"]))
     SMOKE = read_experiments(BASE / "workflows/config/smoke", "smoke/")
-    EXPERIMENTS = FULL | SMOKE
+    # Targets of their own, not of the report: they install what they measure.
+    EXTERNAL = read_experiments(BASE / "workflows/config/external")
+    EXPERIMENTS = EXTERNAL | FULL | SMOKE
     CLAIMS = read_yaml(located(config["claims"])) if config["claims"] else {"claims": []}
     validate(CLAIMS, CLAIMS_SCHEMA)
     check_claims(CLAIMS["claims"], FULL)
@@ -78,9 +82,11 @@ BATCH_OF_RUN = {run: name for name, batch in BATCHES.items() for run in batch.ru
 GROUPS = {}
 for _name in FULL:
     GROUPS.setdefault(_name.partition("-")[0], []).append(_name)
-_taken = sorted({"report", "headline", "smoke", "recorded"} & GROUPS.keys())
+_taken = sorted(({"report", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & FULL.keys()))
 if _taken:
     raise WorkflowError(f"an experiment's name may not begin with {_taken[0]!r}, which is a target")
+
+VLLM = BASE / ".venv-vllm"
 
 
 # What was measured on GPUs, by the name of its folder below results/recorded.
@@ -133,6 +139,26 @@ def batch_files(name):
 def definition(wildcards):
     """A params function: the experiment, so that a step is repeated if it changes."""
     return EXPERIMENTS[wildcards.experiment]
+
+
+@cache
+def vllm_kind():
+    """Which vLLM is installed and measured."""
+    if config["vllm"] != "auto":
+        return config["vllm"]
+    return "cuda" if has_nvidia_gpu() else "cpu"
+
+
+def has_vllm(name):
+    """Whether an experiment measures vLLM's own server."""
+    return any(series.get("server", "").startswith("vllm") for series in EXPERIMENTS[name]["series"])
+
+
+def served_definition(wildcards):
+    """A params function: the experiment, on the device that the vLLM in it is for."""
+    experiment = EXPERIMENTS[wildcards.experiment]
+    device = {"device": vllm_kind()} if has_vllm(wildcards.experiment) else {}
+    return experiment | {"run": device | experiment["run"]}
 
 
 def configs_of_batch(wildcards):

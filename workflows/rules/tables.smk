@@ -1,5 +1,6 @@
 # From batches to tables: cheap, and repeated when their own code changes.
 ruleorder: measure_fidelity > collect
+ruleorder: measure_served > collect
 
 
 rule collect:

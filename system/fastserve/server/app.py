@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.responses import HTMLResponse, Response
@@ -30,7 +31,10 @@ _TOKENIZED_AT_ONCE = 4096
 """Characters of a prompt up to which tokenizing is quicker than handing it to another thread."""
 _LARGEST_BODY = 32 * 2**20
 _BEARER = HTTPBearer(auto_error=False, description="The key that the server was started with, if with one.")
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclass(frozen=True)
@@ -184,16 +188,16 @@ def create_app(server: Server) -> FastAPI:
     )
     install_error_handlers(app)
     app.add_middleware(BodyLimit)
-    authorized = Depends(_authorization(server.options.api_key))
-    app.include_router(_openai_routes(server), dependencies=[Depends(_BEARER), authorized])
+    app.state.api_key = server.options.api_key
+    app.include_router(_openai_routes(server), dependencies=[Depends(_BEARER)])
     app.include_router(_operation_routes(server))
     if server.options.page:
-        app.include_router(_page_routes(server, authorized))
+        app.include_router(_page_routes(server))
     return app
 
 
 def _openai_routes(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", route_class=_KeyFirst)
     model = server.engine.model
 
     @routes.post("/completions", responses=_STREAMED, response_model=None)
@@ -266,7 +270,7 @@ def _operation_routes(server: Server) -> APIRouter:
     return routes
 
 
-def _page_routes(server: Server, authorized: Any) -> APIRouter:
+def _page_routes(server: Server) -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     html = files("fastserve.server").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -274,10 +278,12 @@ def _page_routes(server: Server, authorized: Any) -> APIRouter:
     async def page() -> Response:
         return HTMLResponse(html, headers={"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"})
 
-    @routes.get("/page/state", dependencies=[authorized])
+    @routes.get("/page/state", dependencies=[Depends(_authorize)])
     async def state() -> Response:
         engine = server.engine
-        standing, recent = await engine.call(lambda: (engine_state(engine.model.engine), server.recent.rows()))
+        standing, totals, recent = await engine.call(
+            lambda: (engine_state(engine.model.engine), dict(server.metrics.totals), server.recent.rows())
+        )
         about = {
             "model": engine.model.name,
             "policy": engine.model.policy,
@@ -286,25 +292,39 @@ def _page_routes(server: Server, authorized: Any) -> APIRouter:
             "uptime_s": server.uptime_s,
         }
         return json_response(
-            {**about, **standing, "totals": server.metrics.totals(), "recent": recent},
+            {**about, **standing, "totals": totals, "recent": recent},
             headers={"cache-control": "no-store"},
         )
 
     return routes
 
 
-def _authorization(api_key: str | None) -> Callable[[Request], Coroutine[Any, Any, None]]:
-    async def authorize(http: Request) -> None:
-        if api_key is None:
-            return
-        given = await _BEARER(http)
-        if given is None or not hmac.compare_digest(given.credentials.encode(), api_key.encode()):
-            raise APIError(
-                401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-                code="invalid_api_key", headers={"www-authenticate": "Bearer"},
-            )  # fmt: skip
+async def _authorize(http: Request) -> None:
+    """Raise APIError 401 unless the request has the server's key, if there is one."""
+    api_key = http.app.state.api_key
+    if api_key is None:
+        return
+    given = await _BEARER(http)
+    # A header's bytes are read as Latin-1.
+    if given is None or not hmac.compare_digest(given.credentials.encode("latin-1"), api_key.encode()):
+        raise APIError(
+            401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key", headers={"www-authenticate": "Bearer"},
+        )  # fmt: skip
 
-    return authorize
+
+class _KeyFirst(APIRoute):
+    """A route that reads nothing of a request's body before its key."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI has it."""
+        handle = super().get_route_handler()
+
+        async def authorized(http: Request) -> Response:
+            await _authorize(http)
+            return await handle(http)
+
+        return authorized
 
 
 class BodyLimit:

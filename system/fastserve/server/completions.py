@@ -83,8 +83,8 @@ class Answer(ABC):
         """A whole choice's own part."""
 
     @abstractmethod
-    def chunk_choice(self, text: str) -> dict[str, Any]:
-        """A piece's own part."""
+    def chunk_content(self, text: str) -> str:
+        """A piece's own part, as JSON; its text is JSON already."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """A first event's choice, before any token."""
@@ -138,10 +138,11 @@ class Answer(ABC):
         yield f"{usage}data: [DONE]\n\n".encode()
 
     def _written(self, piece: Piece) -> str:
-        choice = {"index": piece.choice, **self.chunk_choice(piece.text)}
-        if self._body.return_token_ids:
-            choice["token_ids"] = [piece.token_id]
-        return json.dumps({**choice, "logprobs": None, "finish_reason": piece.finish_reason})
+        # JSON by hand: there is one for every token.
+        token = f', "token_ids": [{piece.token_id}]' if self._body.return_token_ids else ""
+        reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
+        content = self.chunk_content(json.dumps(piece.text))
+        return f'{{"index": {piece.choice}, {content}{token}, "logprobs": null, "finish_reason": {reason}}}'
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes of all choices, as it comes."""
@@ -179,12 +180,13 @@ class Answer(ABC):
         async for tokens in choice.stream.batches():
             pieces: list[Piece] = []
             for token_id, reason in tokens:
-                text = detokenizer.add(token_id)
+                text = "" if reason == "stop" else detokenizer.add(token_id)
+                if reason is not None:
+                    text += detokenizer.end()
                 if detokenizer.stopped:
                     self._engine.abort(choice.stream)
                     yield [*pieces, Piece(choice.index, text, token_id, "stop")]
                     return
-                text = text if reason is None else text + detokenizer.end()
                 pieces.append(Piece(choice.index, text, token_id, reason))
             yield pieces
 
@@ -207,8 +209,8 @@ class TextAnswer(Answer):
     def choice(self, text: str) -> dict[str, Any]:  # noqa: D102 (as above)
         return {"text": text}
 
-    def chunk_choice(self, text: str) -> dict[str, Any]:  # noqa: D102
-        return {"text": text}
+    def chunk_content(self, text: str) -> str:  # noqa: D102
+        return f'"text": {text}'
 
 
 class ChatAnswer(Answer):
@@ -219,8 +221,8 @@ class ChatAnswer(Answer):
     def choice(self, text: str) -> dict[str, Any]:  # noqa: D102
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def chunk_choice(self, text: str) -> dict[str, Any]:  # noqa: D102
-        return {"delta": {"content": text}}
+    def chunk_content(self, text: str) -> str:  # noqa: D102
+        return f'"delta": {{"content": {text}}}'
 
     def opening(self, index: int) -> dict[str, Any] | None:  # noqa: D102
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}

@@ -12,13 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastserve.engine import Observer, Observers
 from fastserve.job import Job
 from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.server.model import ServedModel
-from fastserve.server.streams import FinishReason, Token, TokenStream
+from fastserve.server.streams import Token, TokenStream, finish_reason
 
 T = TypeVar("T")
 
@@ -42,6 +42,8 @@ class EngineThread:
         self._wake = threading.Event()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()
+        """Held by whoever calls into the loop, which may not close meanwhile."""
         self._on_failure: Callable[[Exception], None] | None = None
         self._open: dict[str, TokenStream] = {}
         """Unfinished requests, as the event loop knows them."""
@@ -56,7 +58,13 @@ class EngineThread:
 
     def attach(self, on_failure: Callable[[Exception], None]) -> None:
         """Hand tokens to the running event loop from now on, and tell it by `on_failure` what ended the engine."""
-        self._loop, self._on_failure = asyncio.get_running_loop(), on_failure
+        with self._loop_lock:
+            self._loop, self._on_failure = asyncio.get_running_loop(), on_failure
+
+    def detach(self) -> None:
+        """Leave the event loop alone from now on: it may be closed."""
+        with self._loop_lock:
+            self._loop = None
 
     @property
     def num_unfinished(self) -> int:
@@ -91,6 +99,8 @@ class EngineThread:
         future: Future[T] = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -108,7 +118,7 @@ class EngineThread:
 
     def stop(self) -> None:
         """End the thread after the iteration that it computes, and close the model."""
-        self._loop = None
+        self.detach()
         self._command(self._set_stopping)
         self._thread.join()
 
@@ -145,45 +155,44 @@ class EngineThread:
         engine.observer = Observers(observer, self._delivery)
         built.set_result(model)
         try:
-            while True:
-                while self._commands:
-                    self._commands.popleft()()
-                if self._stopping:
-                    return
-                if self.error is None and (engine.has_unfinished or engine.executor.num_transfers_in_flight):
-                    self._step()
-                else:
-                    self._wake.wait()
-                    self._wake.clear()
+            while not self._stopping:
+                try:
+                    self._turn()
+                except Exception as error:
+                    self.error = error
+                    self._delivery.fail_all(str(error))
+                    self._tell_loop(self._on_failure, error)
+                tokens = self._delivery.take()
+                if tokens:
+                    self._tell_loop(self._hand_over, tokens)
         finally:
             model.close()
 
-    def _step(self) -> None:
+    def _turn(self) -> None:
+        """What there is to do: a command, or else an iteration, or else to wait for a command."""
         engine = self._engine
-        try:
+        if self._commands:
+            self._commands.popleft()()
+        elif self.error is None and (engine.has_unfinished or engine.executor.num_transfers_in_flight):
             engine.step(engine.clock.now() + _LONGEST_WAIT_S)
-        except Exception as error:
-            self.error = error
-            if self._loop is not None and self._on_failure is not None:
-                self._loop.call_soon_threadsafe(self._on_failure, error)
-        del engine.iterations[:-1]  # A run's record; a server has no end.
-        self._deliver()
+            del engine.iterations[:-1]  # A run's record; a server has no end.
+        else:
+            self._wake.wait()
+            self._wake.clear()
 
-    def _deliver(self) -> None:
-        tokens = self._delivery.take()
-        if tokens and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._hand_over, tokens)
+    def _tell_loop(self, callback: Callable[[Any], None] | None, about: Any) -> None:
+        with self._loop_lock:
+            if self._loop is not None and callback is not None:
+                self._loop.call_soon_threadsafe(callback, about)
 
     def _add(self, request: Request, params: SamplingParams, stream: TokenStream) -> None:
+        self._delivery.expect(stream)
         if self.error is not None:
             self._delivery.fail(stream, str(self.error))
-            self._deliver()
             return
-        self._delivery.expect(stream)
         job = self._engine.add_request(request, params)
         if job.is_done:
             self._delivery.on_done(job)
-            self._deliver()
 
     def _abort(self, request_id: str) -> None:
         self._delivery.forget(request_id)
@@ -198,8 +207,6 @@ class _Delivery(Observer):
 
     def __init__(self) -> None:
         self._streams: dict[str, TokenStream] = {}
-        self._last_tokens: dict[str, int] = {}
-        """Of those that have their last token and have not left: it is told with the end."""
         self._gathered: list[tuple[TokenStream, Token | str]] = []
 
     def expect(self, stream: TokenStream) -> None:
@@ -207,34 +214,31 @@ class _Delivery(Observer):
 
     def forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        self._last_tokens.pop(request_id, None)
 
     def fail(self, stream: TokenStream, reason: str) -> None:
+        self.forget(stream.request_id)
         self._gathered.append((stream, reason))
+
+    def fail_all(self, reason: str) -> None:
+        for stream in list(self._streams.values()):
+            self.fail(stream, reason)
 
     def take(self) -> list[tuple[TokenStream, Token | str]]:
         gathered, self._gathered = self._gathered, []
         return gathered
 
     def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
+        stream = self._streams.get(job.request.request_id)
+        if stream is not None and not job.is_done:  # The last one is told with the end.
+            self._gathered.append((stream, Token(token, None)))
+
+    def on_done(self, job: Job) -> None:
         request = job.request
         stream = self._streams.get(request.request_id)
         if stream is None:
             return
-        if request.status is RequestStatus.ACTIVE:
-            self._gathered.append((stream, Token(token, None)))
-        else:
-            self._last_tokens[request.request_id] = token
-
-    def on_done(self, job: Job) -> None:
-        request = job.request
-        stream = self._streams.pop(request.request_id, None)
-        if stream is None:
-            return
         if request.status is RequestStatus.FINISHED:
-            token = self._last_tokens.pop(request.request_id)
-            reason: FinishReason = "stop" if token in job.stop_token_ids else "length"
-            self._gathered.append((stream, Token(token, reason)))
+            self.forget(request.request_id)
+            self._gathered.append((stream, Token(request.token_ids[-1], finish_reason(job))))
         else:
-            self._last_tokens.pop(request.request_id, None)
             self.fail(stream, job.error or f"the request was {request.status.value}")

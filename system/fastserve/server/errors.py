@@ -63,8 +63,13 @@ def install_error_handlers(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             reason = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
             return json_response(error_body(400, reason), 400)
+        if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+            reason = "the body must be a JSON object, sent with 'Content-Type: application/json'"
+            return json_response(error_body(400, reason), 400)
         place = ".".join(map(str, first["loc"][1:2]))
         # Where a field may be of several kinds, it has failed to be each of them.
-        reasons = dict.fromkeys(each["msg"] for each in error.errors() if each["loc"][:2] == first["loc"][:2])
+        reasons = dict.fromkeys(
+            each["msg"].removeprefix("Value error, ") for each in error.errors() if each["loc"][:2] == first["loc"][:2]
+        )
         message = " / ".join(reasons)
         return json_response(error_body(400, f"{place}: {message}" if place else message, place or None), 400)

@@ -7,10 +7,11 @@ value that changes nothing: a client that asks for something must not be given s
 from __future__ import annotations
 
 import random
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fastserve.request import SamplingParams
 from fastserve.server.errors import bad_request
@@ -18,6 +19,16 @@ from fastserve.server.errors import bad_request
 _INT64 = 2**63 - 1
 _INT32 = 2**31 - 1
 
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate at character {error.start}, which no text has") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1)]
@@ -69,6 +80,11 @@ class GenerationRequest(BaseModel):
     }
     """Values, beside null, of what is not supported that change nothing."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
     @model_validator(mode="after")
     def _check(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
@@ -81,7 +97,9 @@ class GenerationRequest(BaseModel):
             value = getattr(self, name)
             if value is not None and value not in neutral:
                 shown = ", ".join(repr(one) for one in neutral)
-                raise bad_request(f"{name}={value!r} is not supported by this server; leave it out or {shown}", name)
+                raise bad_request(
+                    f"{name}={reprlib.repr(value)} is not supported by this server; leave it out or {shown}", name
+                )
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -104,7 +122,9 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: (
+        Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    )
     """One prompt or several, as text or token ids; each is a choice of the answer."""
     max_tokens: int = Field(16, ge=1, le=_INT32)
 
@@ -135,7 +155,7 @@ class TextPart(BaseModel):
     """A part of a message's content; text is the only kind there is."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -143,9 +163,9 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
+    role: Text
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
 
     def as_dict(self) -> dict[str, str]:
         """As chat templates take it."""

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from fastserve.engine import Engine, Observer
 from fastserve.job import Job
-from fastserve.request import Request, RequestStatus
+from fastserve.server.streams import finish_reason
 
 _RECENT = 20
 
@@ -84,7 +84,7 @@ class RecentRequests(Observer):
             {
                 "id": request.request_id,
                 "status": request.status.value,
-                "finish_reason": _finish_reason(request, job),
+                "finish_reason": finish_reason(job),
                 "prompt_tokens": request.num_prompt_tokens,
                 "output_tokens": request.num_output_tokens,
                 "ttft_s": None if job.first_token_s is None else job.first_token_s - request.arrival_s,
@@ -93,9 +93,3 @@ class RecentRequests(Observer):
                 "finished_s": job.finished_s,
             }
         )
-
-
-def _finish_reason(request: Request, job: Job) -> str:
-    if request.status is RequestStatus.FINISHED:
-        return "length" if request.num_tokens >= job.max_tokens else "stop"
-    return "abort" if request.status is RequestStatus.ABORTED else "error"

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Literal, NamedTuple
 
 from fastserve.errors import FastServeError
+from fastserve.job import Job
+from fastserve.request import RequestStatus
 
 FinishReason = Literal["length", "stop", "abort", "error"]
 
@@ -16,6 +18,13 @@ class Token(NamedTuple):
 
     token_id: int
     finish_reason: FinishReason | None
+
+
+def finish_reason(job: Job) -> FinishReason:
+    """How a request ended that has left the engine."""
+    if job.request.status is RequestStatus.FINISHED:
+        return "stop" if job.request.token_ids[-1] in job.stop_token_ids else "length"
+    return "abort" if job.request.status is RequestStatus.ABORTED else "error"
 
 
 class StreamEnded(FastServeError):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from fastserve.server.errors import bad_request
 
 _PROMPT_TOKENS_SEEN = 8
 """Of the prompt's end, what a decoder is shown: a token's text depends on those before it."""
+_MOST_TOKENS_DECODED = 64
+"""How long one waits for text: a model can go on with bytes that are no character for ever."""
+_MOST_BYTES_OF_A_CHARACTER = 4
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextCodec:
@@ -72,6 +77,10 @@ class _TokenTexts:
         """Empty while a character is incomplete."""
         raise NotImplementedError
 
+    def end(self) -> str:
+        """What is left of a character that was never completed."""
+        return ""
+
 
 class _Numbers(_TokenTexts):
     def text_of(self, token: int) -> str:
@@ -79,21 +88,43 @@ class _Numbers(_TokenTexts):
 
 
 class _Texts(_TokenTexts):
-    def __init__(self, tokenizer: Any, prompt_end: list[int]) -> None:
-        from tokenizers.decoders import DecodeStream
+    """Decodes each token with those before it, from the last place but one at which no character was incomplete.
 
-        self._new_stream = lambda: DecodeStream(prompt_end, skip_special_tokens=True)
-        self._tokenizer, self._stream = tokenizer, self._new_stream()
+    What is shown stays shown. Where bytes that are no text make a tokenizer change its mind about those before them,
+    what has changed is added.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_end: list[int]) -> None:
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._ids = prompt_end
+        self._num_complete = len(prompt_end)
+        """Of those, how many come before the last place at which no character was incomplete."""
+        self._shown: str = self._decode(prompt_end)
+        """Of their text; the prompt's is not to come again."""
 
     def text_of(self, token: int) -> str:
-        try:
-            return self._stream.step(self._tokenizer, token) or ""
-        except Exception as error:
-            # Bytes that are no text can make what was decoded so far change its mind. Go on after them.
-            if "prefix" not in str(error):
-                raise
-            self._stream = self._new_stream()
-            return self._stream.step(self._tokenizer, token) or ""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        num_replaced = len(text) - len(text.rstrip(_REPLACEMENT))
+        if num_replaced and len(self._ids) < _MOST_TOKENS_DECODED:
+            # A character's first bytes, of which some tokenizers write one replacement and some one for each.
+            text = text[: len(text) - min(num_replaced, _MOST_BYTES_OF_A_CHARACTER - 1)]
+            if not text.startswith(self._shown):
+                return ""
+            added, self._shown = text[len(self._shown) :], text
+            return added
+        added = self._beyond_shown(text)
+        if added or len(self._ids) >= _MOST_TOKENS_DECODED:
+            self._ids = self._ids[self._num_complete :]
+            self._num_complete, self._shown = len(self._ids), self._decode(self._ids)
+        return added
+
+    def end(self) -> str:
+        return self._beyond_shown(self._decode(self._ids))
+
+    def _beyond_shown(self, text: str) -> str:
+        alike = takewhile(lambda characters: characters[0] == characters[1], zip(text, self._shown, strict=False))
+        return text[sum(1 for _ in alike) :]
 
 
 class Detokenizer:
@@ -111,7 +142,7 @@ class Detokenizer:
 
     def end(self) -> str:
         """The text kept back until now, at the end of the output."""
-        return ""
+        return self._tokens.end()
 
 
 class StoppingDetokenizer(Detokenizer):
@@ -123,9 +154,15 @@ class StoppingDetokenizer(Detokenizer):
         self._kept = ""
 
     def add(self, token: int) -> str:  # noqa: D102 (as above)
-        if self.stopped:
-            return ""
-        text = self._kept + super().add(token)
+        return "" if self.stopped else self._up_to_stop(super().add(token))
+
+    def end(self) -> str:  # noqa: D102
+        text = "" if self.stopped else self._up_to_stop(super().end())
+        kept, self._kept = self._kept, ""
+        return text + kept
+
+    def _up_to_stop(self, added: str) -> str:
+        text = self._kept + added
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped, self._kept = True, ""
@@ -133,10 +170,6 @@ class StoppingDetokenizer(Detokenizer):
         shown = len(text) - self._longest_beginning(text)
         self._kept = text[shown:]
         return text[:shown]
-
-    def end(self) -> str:  # noqa: D102
-        kept, self._kept = self._kept, ""
-        return kept
 
     def _longest_beginning(self, text: str) -> int:
         """How many characters at the end of `text` may be the beginning of a stop."""

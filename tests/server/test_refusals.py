@@ -1,0 +1,300 @@
+"""What is refused is refused clearly: a status, and OpenAI's error that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+from fastserve.server.app import ServerOptions
+from support.servers import Reply, RunningServer, running, simulated
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+@pytest.fixture(autouse=True)
+def _goes_on(quick: RunningServer) -> Iterator[None]:
+    """Whatever was refused, the server serves, and nothing of it is left."""
+    yield
+    assert quick.post({"prompt": [1], "max_tokens": 1}).status == 200
+    quick.check_empty()
+
+
+def refused(reply: Reply, status: int, param: str | None, *says: str) -> dict[str, Any]:
+    assert reply.status == status
+    error = reply.error
+    assert error["param"] == param
+    for words in says:
+        assert words in error["message"]
+    assert error["type"] == {401: "authentication_error", 404: "not_found_error"}.get(status, "invalid_request_error")
+    return error
+
+
+UNSUPPORTED = {
+    "n": [2, 0],
+    "logit_bias": [{"5": 1}],
+    "presence_penalty": [0.5],
+    "frequency_penalty": [-1],
+    "repetition_penalty": [1.1],
+    "min_tokens": [1],
+}
+OF_TEXT = UNSUPPORTED | {"echo": [True], "best_of": [2], "suffix": ["x"], "logprobs": [0, 5], "prompt_logprobs": [0]}
+OF_CHAT = UNSUPPORTED | {
+    "logprobs": [True],
+    "top_logprobs": [3],
+    "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, float("nan")],
+    "functions": [[{"name": "f"}]],
+    "response_format": [{"type": "json_object"}, {}],
+}
+NEUTRAL = {
+    "n": 1,
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        (path, name, value)
+        for path, fields in ((TEXT, OF_TEXT), (CHAT, OF_CHAT))
+        for name, values in fields.items()
+        for value in values
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_asked_for_and_not_there(quick: RunningServer, path: str, name: str, value: Any, stream: bool) -> None:
+    body = {"prompt": [1]} if path == TEXT else {"messages": MESSAGES}
+    reply = quick.post({**body, name: value, "stream": stream}, path)
+    refused(reply, 400, name, f"{name}=", "is not supported by this server; leave it out")
+
+
+def test_what_changes_nothing_is_no_matter(quick: RunningServer) -> None:
+    more = {"echo": False, "best_of": 1, "suffix": "", "logprobs": None, "user": "someone", "unknown": [1]}
+    assert quick.post({"prompt": [1], **NEUTRAL, **more}).status == 200
+    more = {
+        "logprobs": False,
+        "top_logprobs": 0,
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+    }
+    reply = quick.post({"messages": MESSAGES, **NEUTRAL, **more}, CHAT)
+    refused(reply, 400, "messages", "a chat needs a tokenizer and this server has none; use /v1/completions")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "says"),
+    [
+        ({"prompt": None}, "prompt", "Field required"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [[]]}, "prompt", "at least 1 item"),
+        ({"prompt": [[1], []]}, "prompt", "at least 1 item"),
+        ({"prompt": 5}, "prompt", "valid string"),
+        ({"prompt": {"a": 1}}, "prompt", "valid list"),
+        ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
+        ({"prompt": [2**31]}, "prompt", "less than or equal to 2147483647"),
+        ({"prompt": [1, "a"]}, "prompt", "valid integer"),
+        ({"prompt": [1.5]}, "prompt", "valid integer"),
+        ({"prompt": [float("nan")]}, "prompt", "finite"),
+        ({"prompt": "text"}, "prompt", "needs a tokenizer and this server has none; give token ids"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": "many"}, "max_tokens", "valid integer"),
+        ({"max_tokens": 10**30}, "max_tokens", "less than or equal to 2147483647"),
+        ({"max_tokens": float("inf")}, "max_tokens", "finite"),
+        ({"temperature": float("nan")}, "temperature", "finite"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"seed": 2**63}, "seed", "9223372036854775807"),
+        ({"seed": "x"}, "seed", "valid integer"),
+        ({"stop": 5}, "stop", "valid string"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop": "a"}, "stop", "needs a tokenizer and this server has none; use stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
+        ({"stream": "maybe"}, "stream", "valid boolean"),
+        ({"stream": True, "stream_options": 5}, "stream_options", "dictionary"),
+        ({"stream_options": {"include_usage": True}}, None, "stream_options is for stream: true only"),
+        ({"logit_bias": {"1": float("nan")}}, "logit_bias", "finite"),
+        ({"model": 5}, "model", "valid string"),
+    ],
+)
+def test_what_is_not_valid(quick: RunningServer, changes: dict[str, Any], param: str | None, says: str) -> None:
+    refused(quick.post({"prompt": [1]} | changes), 400, param, says)
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "a", [{}], [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], [{"role": 5}]]
+)
+def test_messages_that_are_not_valid(quick: RunningServer, messages: Any) -> None:
+    refused(quick.post({"messages": messages}, CHAT), 400, "messages")
+
+
+def test_a_request_that_can_never_be_served_is_told_its_numbers(quick: RunningServer) -> None:
+    most = quick.get("/v1/models").json["data"][0]["max_model_len"]
+    assert most == 65_537
+    error = refused(quick.post({"prompt": [1] * 9, "max_tokens": most - 8}), 400, "max_tokens")
+    assert error["message"] == (
+        "prompt of 9 tokens + output of up to 65529 needs 4097 cache blocks of 16 tokens, the GPU pool has 4096; "
+        "raise num_gpu_blocks or shorten the request"
+    )
+    assert error["code"] == "context_length_exceeded"
+    stream = quick.stream(prompt=[1] * 9, max_tokens=most - 9, return_token_ids=True)
+    assert stream.tokens(3) == [0, 1, 2]
+    stream.close()
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_a_model_that_is_not_served(quick: RunningServer, path: str) -> None:
+    reply = quick.post({"model": "\ud800", "prompt": [1], "messages": MESSAGES}, path)
+    error = refused(reply, 404, "model", "is not served here; this server has 'quick'")
+    assert error["code"] == "model_not_found"
+    refused(quick.get("/v1/models/a/b"), 404, "model", "model 'a/b' is not served here")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"prompt": [1]', "the body is not JSON: Expecting ',' delimiter at character 14"),
+        (b"", "the body must be a JSON object, sent with 'Content-Type: application/json'"),
+        (b"[]", "the body must be a JSON object"),
+        (b"5", "the body must be a JSON object"),
+        (b'"text"', "the body must be a JSON object"),
+        (b"null", "the body must be a JSON object"),
+        (b'{"prompt": "\xff"}', "There was an error parsing the body"),
+        (b"[" * 100_000, "There was an error parsing the body"),
+        (b'{"prompt": [1], "seed": ' + b"9" * 5000 + b"}", "There was an error parsing the body"),
+        (b'{"prompt": [1], "max_tokens": 1e999}', "finite"),
+    ],
+)
+def test_a_body_that_is_none(quick: RunningServer, content: bytes, says: str) -> None:
+    reply = quick.post(content)
+    assert reply.status == 400
+    assert says in reply.error["message"]
+
+
+@pytest.mark.parametrize("depth", range(50, 1000, 50))
+def test_a_body_that_is_deep(quick: RunningServer, depth: int) -> None:
+    deep = '{"a":' * depth + "1" + "}" * depth
+    reply = quick.post(f'{{"messages": {json.dumps(MESSAGES)}, "response_format": {deep}}}'.encode(), CHAT)
+    assert reply.status == 400
+    assert reply.error["param"] == "response_format"
+    assert len(reply.error["message"]) < 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_of_another_kind(quick: RunningServer, kind: str) -> None:
+    reply = quick.post({"prompt": [1]}, headers={"Content-Type": kind})
+    refused(reply, 400, None, "the body must be a JSON object, sent with 'Content-Type: application/json'")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large(quick: RunningServer, chunked: bool) -> None:
+    piece, count = b" " * 2**20, 33
+    content = iter([piece] * count) if chunked else piece * count
+    headers = {"Content-Type": "application/json"}
+    try:
+        reply = quick.ask("POST", TEXT, content, headers)
+    except (BrokenPipeError, ConnectionResetError):
+        pytest.fail("it was not told why")
+    refused(reply, 413, None, "the body is larger than 32 MiB")
+
+
+def test_as_many_prompts_as_the_server_holds_and_no_more() -> None:
+    with running(simulated, ServerOptions(max_requests=3)) as server:
+        assert server.post({"prompt": [[1]] * 3, "max_tokens": 2}).status == 200
+        refused(
+            server.post({"prompt": [[1]] * 4}), 400, "prompt", "4 prompts in one request; this server holds 3 at most"
+        )
+        server.check_empty()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", TEXT, 405),
+        ("GET", TEXT, 405),
+        ("POST", "/v1/models", 405),
+        ("DELETE", "/health", 405),
+        ("GET", "/v1/embeddings", 404),
+        ("POST", "/v1/responses", 404),
+        ("GET", "/v1/completions/x", 404),
+    ],
+)
+def test_what_there_is_no_such_thing_as(quick: RunningServer, method: str, path: str, status: int) -> None:
+    reply = quick.ask(method, path)
+    refused(reply, status, None)
+    assert (status == 405) == ("allow" in reply.headers)
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+KEY = "ключ 1"
+"""Not one that the openai package would send, but one that a command line may have."""
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[RunningServer]:
+    with running(simulated, ServerOptions(api_key=KEY)) as server:
+        yield server
+
+
+PROTECTED = [
+    ("POST", TEXT, b'{"prompt": [1]}'),
+    ("POST", CHAT, b"{}"),
+    ("GET", "/v1/models", b""),
+    ("GET", "/v1/models/quick", b""),
+    ("GET", "/page/state", b""),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "content"), PROTECTED)
+@pytest.mark.parametrize(
+    "given",
+    ["", f"Bearer {KEY}x", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer{KEY}", "Bearer \xff\xfe"],
+)
+def test_without_the_key_nothing_is_told(
+    locked: RunningServer, method: str, path: str, content: bytes, given: str
+) -> None:
+    encoded = given.encode("latin-1") if "\xff" in given else given.encode()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": encoded.decode("latin-1")} if given else {})
+    reply = locked.ask(method, path, content, headers)
+    error = refused(reply, 401, None, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
+    assert error["code"] == "invalid_api_key"
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'{"prompt": "text", "model": "gpt"}', b" " * (33 * 2**20)])
+def test_the_key_comes_before_the_body(locked: RunningServer, content: bytes) -> None:
+    # Of a body that is too large it reads no more than it must.
+    if len(content) < 1000:
+        refused(locked.post(content), 401, None)
+    else:
+        stream = locked.stream(prompt=[1])
+        assert stream.response.status == 401
+        stream.close()
+
+
+def test_with_the_key(locked: RunningServer) -> None:
+    for scheme in ("Bearer", "bearer"):
+        headers = {"Authorization": f"{scheme} {KEY}".encode().decode("latin-1")}
+        assert locked.post({"prompt": [1]}, headers=headers).status == 200
+        assert locked.get("/page/state", headers).status == 200
+        assert locked.get("/v1/models/quick", headers).status == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/version", "/", "/openapi.json"])
+def test_whoever_watches_needs_no_key(locked: RunningServer, path: str) -> None:
+    assert locked.get(path).status == 200

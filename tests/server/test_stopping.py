@@ -1,0 +1,223 @@
+"""How the command ends: drained, cut off, or not begun at all, with what it says and its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+from fastserve import cli
+from fastserve.errors import ConfigError
+from fastserve.server.app import Server, ServerOptions
+from fastserve.server.engine_thread import EngineThread
+from fastserve.server.metrics import ServerMetrics
+from fastserve.server.serve import bound_socket, run_server
+from fastserve.server.state import RecentRequests
+from support.servers import DONE, LONG_S, Command, command, profile, simulated, token_ids
+
+CUT_OFF = "error: 1 requests were cut off; a longer --drain-timeout lets them finish"
+ENDLESS = 50_000
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a simulated server, with iterations of 2 ms."""
+    path = tmp_path_factory.mktemp("profile") / "slow.json"
+    profile(0.002).save(path)
+    return ["--backend", "sim", "--profile", str(path), "--served-model-name", "slow"]
+
+
+def health(server: Command) -> int:
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+
+
+def until_arrived(server: Command, count: int) -> None:
+    """Wait until so many requests have."""
+    arrived = 0.0
+    while arrived < count:
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+            connection.request("GET", "/page/state")
+            arrived = json.load(connection.getresponse())["totals"]["requests"]
+
+
+def ask(server: Command, body: bytes) -> int:
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+        return response.status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_finishes_what_it_has_begun_and_takes_nobody_new(simulation: list[str], number: signal.Signals) -> None:
+    with command(*simulation) as server, ThreadPoolExecutor() as clients:
+        assert server.said == [f"serving slow by fastserve at http://127.0.0.1:{server.port}"]
+        stream = server.stream(prompt=[1], max_tokens=500)
+        assert stream.tokens(2) == [0, 1]
+        whole = clients.submit(ask, server, b'{"prompt": [1], "max_tokens": 500}')
+        until_arrived(server, 2)
+        server.signal(number)
+        said = server.until_said("SIG")
+        assert said in [f"{number.name}: finishing {count} requests, for at most 30 s" for count in range(3)]
+        while True:
+            try:
+                assert health(server) == 503
+            except ConnectionRefusedError:
+                break
+            except ConnectionResetError:  # It stopped listening just then.
+                pass
+        *events, last = stream
+        assert [token for event in events for token in token_ids(event)] == list(range(2, 500))
+        assert last == DONE
+        assert whole.result() == 200
+        assert server.end() == (0, [])
+
+
+def test_who_takes_too_long_is_told_and_cut_off(simulation: list[str]) -> None:
+    with command(*simulation, "--drain-timeout", "0.1") as server:
+        stream = server.stream(prompt=[1], max_tokens=ENDLESS)
+        assert stream.tokens(2) == [0, 1]
+        server.signal()
+        *events, last = stream
+        assert [token for event in events for token in token_ids(event)] == list(range(2, len(events) + 2))
+        assert last["error"]["message"] == "the server is stopping and could not wait longer"
+        assert last["error"]["type"] == "server_error"
+        assert server.end() == (2, ["SIGTERM: finishing 1 requests, for at most 0.1 s", CUT_OFF])
+
+
+def test_a_second_signal_cuts_off_at_once(simulation: list[str]) -> None:
+    with command(*simulation, "--drain-timeout", "1000") as server, ThreadPoolExecutor() as clients:
+        whole = clients.submit(ask, server, f'{{"prompt": [1], "max_tokens": {ENDLESS}}}'.encode())
+        stream = server.stream(prompt=[1], max_tokens=ENDLESS)
+        assert stream.tokens(2) == [0, 1]
+        until_arrived(server, 2)
+        server.signal()
+        assert server.until_said("SIGTERM") == "SIGTERM: finishing 2 requests, for at most 1000 s"
+        server.signal()
+        *_, last = stream
+        assert last["error"]["message"] == "the server was told to stop at once"
+        assert whole.result() == 503
+        assert server.end() == (2, [CUT_OFF.replace("1", "2")])
+
+
+def test_who_neither_asks_nor_leaves_does_not_keep_it(simulation: list[str]) -> None:
+    with command(*simulation, "--drain-timeout", "0.1") as server, socket.socket() as idle, socket.socket() as half:
+        for connection in (idle, half):
+            connection.connect(("127.0.0.1", server.port))
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        assert health(server) == 200
+        server.signal()
+        assert server.end() == (2, ["SIGTERM: finishing 0 requests, for at most 0.1 s", CUT_OFF])
+        assert idle.recv(1) == b""
+
+
+# -- what cannot be served -------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says on its one line before it exits with status 2."""
+    monkeypatch.setattr(sys, "argv", ["fastserve", "serve", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err.removeprefix("error: ").rstrip("\n")
+
+
+SIM = ["--backend", "sim", "--port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing: a directory in Hugging Face format or a preset"),
+        (SIM, "--backend sim needs --profile; `fastbench profiles` lists those shipped"),
+        (["--backend", "cloud"], "unknown backend 'cloud'; known: engine, sim"),
+        ([*SIM, "--profile", "none"], "no profile 'none': give the path of a .json file"),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--policy", "best"], "unknown policy 'best'"),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--device", "cuda"], "--device applies to --backend engine only"),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--model", "opt-tiny"],
+            "--model applies to --backend engine only",
+        ),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--tokenizer", "./none"], "tokenizer './none' is not a directory"),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed=1"], "unknown option 'speed'; valid for policy"),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed"], "--set takes key=value, got 'speed'"),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--model", "opt-126m", "--port", "0"], "unknown model preset 'opt-126m'"),
+        (["--model", "./nowhere", "--port", "0"], "model directory './nowhere' does not exist"),
+        (["--model", "opt-tiny", "--port", "0"], "preset 'opt-tiny' has no weights"),
+    ],
+)
+def test_what_is_wrong_is_said_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in run(monkeypatch, capfd, *arguments)
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = run(monkeypatch, capfd, "--model", "./nowhere", "--port", str(port))
+    assert said == f"cannot serve at 127.0.0.1:{port}: Address already in use; choose another --port"
+
+
+def test_a_port_that_somebody_takes_while_the_model_is_loaded() -> None:
+    metrics = ServerMetrics()
+    engine = EngineThread(simulated, metrics)
+    with bound_socket("127.0.0.1", 0) as ours:
+        port = ours.getsockname()[1]
+        with bound_socket("127.0.0.1", port) as theirs:
+            theirs.listen()
+            server = Server(ServerOptions(), engine, metrics, RecentRequests())
+            with pytest.raises(ConfigError, match=f"cannot serve at 127.0.0.1:{port}: Address already in use"):
+                asyncio.run(run_server(server, ours))
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_requests": 0}, "max_requests must be an integer of at least 1, got 0"),
+        ({"drain_timeout_s": 0.0}, "drain_timeout_s must be a finite number above 0"),
+        ({"drain_timeout_s": float("nan")}, "drain_timeout_s must be a finite number above 0"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerOptions(**options)
+
+
+def test_a_real_model_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("FASTSERVE_API_KEY", "secret")
+    arguments = ["--model", "opt-tiny", "--load-format", "dummy", "--policy", "fastserve-fcfs", "--torch-threads", "1"]
+    with command(*arguments, "--no-page", "--set", "num_gpu_blocks=20", "--set", "max_batch_size=2") as server:
+        assert server.said == [f"serving opt-tiny by fastserve-fcfs at http://127.0.0.1:{server.port}"]
+        body = b'{"prompt": [1, 2, 3], "max_tokens": 8, "ignore_eos": true}'
+        assert ask(server, body) == 401
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+            headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
+            connection.request("POST", "/v1/completions", body, headers)
+            assert json.load(connection.getresponse())["usage"]["completion_tokens"] == 8
+            connection.request("GET", "/")
+            assert connection.getresponse().status == 404
+        server.signal()
+        assert server.end() == (0, ["SIGTERM: finishing 0 requests, for at most 30 s"])

@@ -1,0 +1,169 @@
+"""Our server, driven by `vllm bench serve` as it is: every request must succeed, and both must count the same tokens.
+
+Starts `fastserve serve` on a small model and calls the client from vLLM's environment (.venv-vllm, which `make
+real-vllm` installs) with different data sets, arrivals and prompts. The exit status is 0 when all agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from baselines.external.environment import python_of
+from baselines.external.process import ServerProcess, free_port
+from fastserve.errors import ConfigError, FastServeError
+from harness.model_folder import write_model_folder
+from harness.points import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 128,
+    "max_position_embeddings": 512,
+    "word_embed_proj_dim": 64,
+}
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the client."""
+
+    name: str
+    num_prompts: int
+    arguments: tuple[str, ...]
+
+
+def calls(trace: Path) -> list[Call]:
+    """Different data sets, arrivals, prompts and limits; `trace` is a file for the timed one."""
+    random = ("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "24")
+    timed = ("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--timed-trace-sec-multiplier", "0.001")
+    return [
+        Call("all at once", 32, (*random, "--request-rate", "inf")),
+        Call("Poisson arrivals", 24, (*random, "--request-rate", "20")),
+        Call("bursty arrivals, other lengths", 24, (
+            *random, "--random-range-ratio", "0.5", "--request-rate", "20", "--burstiness", "0.3",
+        )),
+        Call("at most four at a time, backend vllm", 16, (*random, "--max-concurrency", "4", "--backend", "vllm")),
+        Call("sampled, chat", 16, (
+            *random, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--temperature", "0.8",
+            "--top-p", "0.9",
+        )),
+        Call("timed trace, token ids", 20, timed),
+    ]  # fmt: skip
+
+
+def write_trace(path: Path) -> None:
+    """Twenty requests in two seconds, in the form of public traces: chunks of 16 tokens, of which some are shared."""
+    rows = [
+        {"timestamp": 100 * i, "input_length": 16 * (1 + i % 5), "output_length": 4 + 3 * i, "hash_ids": hashes}
+        for i in range(20)
+        for hashes in [[0, *range(10 * i + 1, 10 * i + 1 + i % 5)]]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def carry_out(call: Call, vllm: Path, url: str, model: Path, folder: Path) -> Mapping[str, Any]:
+    """The client's result. Raises ConfigError with its last lines if it fails."""
+    command = [str(vllm / "bin" / "vllm"), "bench", "serve", "--base-url", url, "--tokenizer", str(model)]
+    if "--backend" not in call.arguments:
+        command += ["--backend", "openai"]
+    # Without a first request to see whether the server is there, which it would not count.
+    command += ["--num-prompts", str(call.num_prompts), "--ready-check-timeout-sec", "0", "--disable-tqdm"]
+    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json", *call.arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode:
+        last = "\n  ".join((done.stdout + done.stderr).splitlines()[-20:])
+        raise ConfigError(f"{call.name}: `{' '.join(command)}` ended with status {done.returncode}:\n  {last}")
+    return read_json(folder / "result.json")  # type: ignore[no-any-return]
+
+
+def counted(url: str) -> dict[str, float]:
+    """The server's own totals: tokens and finished requests."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    connection.request("GET", "/metrics")
+    families = text_string_to_metric_families(connection.getresponse().read().decode())
+    totals = {"output": 0.0, "prompt": 0.0, "finished": 0.0}
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name == "fastserve_output_tokens_total":
+            totals["output"] = sample.value
+        elif sample.name == "fastserve_prompt_tokens_total":
+            totals["prompt"] = sample.value
+        elif sample.name == "fastserve_requests_total" and sample.labels.get("outcome") == "finished":
+            totals["finished"] = sample.value
+    return totals
+
+
+def disagreements(call: Call, result: Mapping[str, Any], ours: Mapping[str, float]) -> list[str]:
+    """What is not as it should be; `ours` is what the server counted during the call."""
+    pairs = {
+        "requests": (result["completed"], call.num_prompts, ours["finished"]),
+        "output tokens": (result["total_output_tokens"], ours["output"]),
+        "prompt tokens": (result["total_input_tokens"], ours["prompt"]),
+    }
+    return [f"{what}: {' and '.join(map(str, values))}" for what, values in pairs.items() if len(set(values)) > 1]
+
+
+def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
+    """Make all calls (those whose names contain one of `chosen`) and print what came of them; whether all is well."""
+    if not python_of(vllm).exists():
+        raise ConfigError(f"no vLLM is installed at {vllm}; `make real-vllm` does it")
+    well = True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, trace, url = folder / "model", folder / "trace.jsonl", f"http://127.0.0.1:{free_port()}"
+        write_model_folder(ARCHITECTURE, model)
+        write_trace(trace)
+        command = [sys.executable, "-m", "fastserve.cli", "serve", "--model", str(model), "--policy", policy]
+        command += ["--port", str(urlsplit(url).port), "--no-page", "--set", "num_gpu_blocks=256"]
+        with ServerProcess("fastserve serve", command, url, folder / "server.log") as server:
+            server.wait_until_ready(120)
+            for call in calls(trace):
+                if chosen and not any(part in call.name for part in chosen):
+                    continue
+                before = counted(url)
+                result = carry_out(call, vllm, url, model, folder)
+                ours = {what: total - before[what] for what, total in counted(url).items()}
+                wrong = disagreements(call, result, ours)
+                well &= not wrong
+                print(
+                    f"{call.name}: {result['completed']} of {call.num_prompts} requests, "
+                    f"{result['total_output_tokens']} tokens, TTFT {result['mean_ttft_ms']:.1f} ms, "
+                    f"TPOT {result['mean_tpot_ms']:.2f} ms: {'; '.join(wrong) or 'as the server counts'}",
+                    flush=True,
+                )
+    return well
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm", help="the environment vLLM is installed in")
+    parser.add_argument("--policy", default="fastserve", help="of our server")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="calls whose names contain it")
+    options = parser.parse_args()
+    try:
+        sys.exit(0 if drive(options.vllm, options.policy, options.only) else 1)
+    except FastServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
