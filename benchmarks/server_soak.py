@@ -139,8 +139,9 @@ def main() -> None:
         FAST.save(profile)
         command = [
             sys.executable, "-m", "fastserve.cli", "serve", "--backend", "sim", "--profile", str(profile),
-            "--port", "0", "--no-page", "--policy", arguments.policy, *(word for setting in SETTINGS for word in ("--set", setting)),
+            "--policy", arguments.policy, "--port", "0", "--no-page",
         ]  # fmt: skip
+        command += [word for setting in SETTINGS for word in ("--set", setting)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             line = server.stderr.readline()

@@ -13,6 +13,7 @@ from fastserve.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 from fastserve.options import option_names
 from fastserve.scheduler import list_policies
+from fastserve.settings import parse_settings
 from harness.capacity_search import Objective, find_capacity
 from harness.runner import RunConfig
 from harness.runner import run as run_benchmark
@@ -269,17 +270,6 @@ def profiles() -> None:
 def _file_name(config: RunConfig) -> str:
     """Backend and policy, where one is known before a server is asked."""
     return "-".join(filter(None, (config.backend, config.policy.replace(":", "."))))
-
-
-def parse_settings(settings: list[str]) -> dict[str, str]:
-    """`key=value` texts as a mapping."""
-    parsed = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set takes key=value, got {setting!r}")
-        parsed[key] = value
-    return parsed
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

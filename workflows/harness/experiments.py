@@ -18,7 +18,8 @@ import numpy as np
 
 from fastserve.errors import ConfigError
 from fastserve.latency import load_profile
-from harness.runner import RunConfig, resolve_settings
+from fastserve.settings import resolve_settings
+from harness.runner import RunConfig
 from harness.traces import load_trace
 
 Experiment = Mapping[str, Any]

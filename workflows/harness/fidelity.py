@@ -40,8 +40,9 @@ from fastserve.latency import HostLink, Profile, StageLink, fit_link
 from fastserve.latency.profiler import Shape, StageTimes, by_stage, fit, residuals, times_between, with_overhead
 from fastserve.parallel.layout import ParallelConfig
 from fastserve.scheduler import Iteration
+from fastserve.settings import resolve_settings
 from harness.points import write_csv
-from harness.runner import RunConfig, resolve_settings, run
+from harness.runner import RunConfig, run
 from harness.workload import make_workload
 
 if TYPE_CHECKING:

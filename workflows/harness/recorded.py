@@ -32,9 +32,10 @@ from fastserve.errors import ConfigError, FastServeError
 from fastserve.executor.base import FinishedTransfer
 from fastserve.files import check_writable
 from fastserve.latency import load_profile
+from fastserve.settings import resolve_settings
 from harness.fidelity import AT_ONCE, service_rate, simulated
 from harness.points import write_json
-from harness.runner import RunConfig, resolve_settings, run
+from harness.runner import RunConfig, run
 
 if TYPE_CHECKING:
     from fastserve.worker import Worker

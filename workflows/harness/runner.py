@@ -16,9 +16,8 @@ from fastserve.errors import ConfigError, RankError, ServerError
 from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
-from fastserve.options import build_options, option_names
 from fastserve.request import Request, RequestStatus, SamplingParams
-from fastserve.scheduler import find_policy
+from fastserve.settings import resolve_settings
 from fastserve.timeline import Timeline
 from fastserve.tokenizer import load_tokenizer
 from harness.meta import run_meta
@@ -161,25 +160,6 @@ def run(
     if engine.error is not None:
         raise engine.error
     return summary
-
-
-def resolve_settings(policy: str, settings: Mapping[str, Any]) -> tuple[EngineOptions, dict[str, Any]]:
-    """The engine's options, and the policy's settings, checked.
-
-    Raises ConfigError for a value out of range and for a name that is neither's, and then names both's.
-    """
-    options_class = find_policy(policy).Options
-    of_engine, of_policy = option_names(EngineOptions), option_names(options_class)
-    for name in settings:
-        if name not in of_engine and name not in of_policy:
-            raise ConfigError(
-                f"unknown option {name!r}; valid for policy {policy!r}: {', '.join(of_policy) or 'none'}; "
-                f"for the engine: {', '.join(of_engine)}"
-            )
-    policy_settings = {name: value for name, value in settings.items() if name in of_policy}
-    build_options(options_class, policy_settings, f"policy {policy!r}")
-    engine_settings = {name: value for name, value in settings.items() if name in of_engine}
-    return build_options(EngineOptions, engine_settings, "the engine"), policy_settings
 
 
 def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
