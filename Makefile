@@ -53,13 +53,15 @@ format: setup  ## format Python and Snakemake files
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(SMK)
 
-bench: setup  ## speed of the simulator, of decisions, of the CPU engine, its swapping and its ranks, printed
+bench: setup  ## speed of the simulator, of decisions, of the CPU engine, its swapping, its ranks and the server, printed
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/scheduler.py
 	$(BIN)/python benchmarks/cpu_engine.py
 	$(BIN)/python benchmarks/swapping.py
 	$(BIN)/python benchmarks/control_channel.py
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/server.py
+	$(BIN)/python benchmarks/server_soak.py
 
 clean:  ## remove what runs wrote, keep recorded results and .venv
 	rm -rf .snakemake

@@ -23,21 +23,19 @@ def main() -> None:
         answers.flush()
 
     import vllm
-    from vllm import LLM, SamplingParams
 
-    llm = LLM(**json.loads(sys.stdin.readline()))
+    llm = vllm.LLM(**json.loads(sys.stdin.readline()))
     answer({"version": vllm.__version__})
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
-        params = [
-            SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
-            for count in request["output_lens"]
-        ]
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False
+        )
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         began = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - began
-        answer({"seconds": seconds, "tokens": [list(output.outputs[0].token_ids) for output in outputs]})
+        answer({"seconds": seconds, "outputs": [list(output.outputs[0].token_ids) for output in outputs]})
 
 
 if __name__ == "__main__":

@@ -108,7 +108,6 @@ def requests(device: torch.device, count: int, query_len: int, context: int) -> 
         block_tables=torch.randperm(count * width, device=device).view(count, width),
         host_query_lens=[],
         host_context_lens=[],
-        host_blocks=[],
     )
 
 

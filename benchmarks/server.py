@@ -167,24 +167,28 @@ class Stream(asyncio.Protocol):
             self.done.set_exception(error or ConnectionError("the stream ended early"))
 
 
-async def read_streams(port: int, num_streams: int, num_tokens: int) -> list[Stream]:
-    """All streams at once, to their ends."""
-    loop = asyncio.get_running_loop()
+def request_for(num_tokens: int) -> bytes:
+    """What a client writes."""
     body = json.dumps(
         {"prompt": list(range(PROMPT)), "max_tokens": num_tokens, "stream": True, "return_token_ids": True}
     ).encode()
-    request = (
+    return (
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n%s" % (len(body), body)
     )
-    streams = [Stream(request, loop.create_future()) for _ in range(num_streams)]
+
+
+async def read_streams(port: int, lengths: list[int]) -> list[Stream]:
+    """All streams at once, to their ends."""
+    loop = asyncio.get_running_loop()
+    streams = [Stream(request_for(length), loop.create_future()) for length in lengths]
     for stream in streams:
         await loop.create_connection(partial(lambda one: one, stream), "127.0.0.1", port)
     await asyncio.gather(*(stream.done for stream in streams))
     return streams
 
 
-def measure(target: Callable[..., None], arguments: tuple[Any, ...], num_streams: int, num_tokens: int) -> np.ndarray:
+def measure(target: Callable[..., None], arguments: tuple[Any, ...], lengths: list[int]) -> np.ndarray:
     """Seconds from each token's being there to its having been read; checks that all came, each once, in order."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -196,15 +200,15 @@ def measure(target: Callable[..., None], arguments: tuple[Any, ...], num_streams
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.05)
-    streams = uvloop.run(read_streams(port, num_streams, num_tokens))
+    streams = uvloop.run(read_streams(port, lengths))
     if target is serve:
         process.terminate()  # The other ends by itself.
     made: dict[str, list[float]] = ours.recv()
     process.join()
     overheads = []
-    for stream in streams:
-        if stream.tokens != list(range(num_tokens)):
-            raise SystemExit(f"error: stream {stream.name} got tokens {stream.tokens}, not 0 to {num_tokens - 1}")
+    for stream, length in zip(streams, lengths, strict=True):
+        if stream.tokens != list(range(length)):
+            raise SystemExit(f"error: stream {stream.name} got tokens {stream.tokens}, not 0 to {length - 1}")
         overheads += [read - there for read, there in zip(stream.times, made[stream.name], strict=True)]
     return np.array(overheads)
 
@@ -213,15 +217,21 @@ def main() -> None:
     """Print both distributions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of each stream")
+    parser.add_argument(
+        "--tokens", type=int, default=16, help="of a stream, in the mean: drawn from half to thrice that half"
+    )
     parser.add_argument("--policy", nargs="+", default=["fastserve", "fastserve-fcfs"])
     arguments = parser.parse_args()
     num_streams, num_tokens = arguments.streams, arguments.tokens
+    drawn = np.random.default_rng(0).integers(num_tokens // 2, num_tokens * 3 // 2, num_streams, endpoint=True).tolist()
+    runs: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[int]]] = {
+        policy: (serve, (policy,), drawn) for policy in arguments.policy
+    }
     rounds = num_streams * num_tokens // BATCH
-    runs = {policy: (serve, (policy,)) for policy in arguments.policy} | {"bare": (write_bare, (num_streams, rounds))}
-    print(f"{num_streams} streams of {num_tokens} tokens at {TOKENS_PER_S:.0f} tokens/s")
-    for name, (target, its) in runs.items():
-        overheads = 1e3 * measure(target, its, num_streams, num_tokens)
+    runs["bare"] = (write_bare, (num_streams, rounds), [num_tokens] * num_streams)
+    print(f"{num_streams} streams at {TOKENS_PER_S:.0f} tokens/s")
+    for name, run in runs.items():
+        overheads = 1e3 * measure(*run)
         p50, p90, p99 = np.percentile(overheads, (50, 90, 99))
         print(
             f"{name:16} all {overheads.size} tokens came once, in order; "

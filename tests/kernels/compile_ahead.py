@@ -126,7 +126,6 @@ def metadata(num_decodes: int, num_prefills: int, width: int) -> AttentionMetada
         block_tables=empty(count, width),
         host_query_lens=[],
         host_context_lens=[],
-        host_blocks=[],
     )
 
 
@@ -191,7 +190,6 @@ def compile_odd_batches(config: ModelConfig, dtype: torch.dtype) -> None:
             block_tables=packed[2 * count + 1 : 2 * count + 1 + count * width].view(count, width),
             host_query_lens=[],
             host_context_lens=[],
-            host_blocks=[],
         )
         query = empty(2 * count - 1, config.num_heads, config.head_dim, dtype=dtype)
         key = empty(2 * count - 1, config.num_kv_heads, config.head_dim, dtype=dtype)

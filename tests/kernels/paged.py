@@ -94,6 +94,5 @@ def make_batch(
         block_tables=block_tables,
         host_query_lens=query_lens,
         host_context_lens=contexts,
-        host_blocks=[torch.tensor(table, device=device) for table in tables],
     )
     return Batch(cache, fused[:, :num_heads], keys, values, metadata, head_dim**-0.5)

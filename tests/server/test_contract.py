@@ -82,7 +82,7 @@ def test_the_usage_is_an_event_of_its_own(quick: RunningServer) -> None:
 
 
 def test_several_prompts_are_choices_of_one_answer(quick: RunningServer) -> None:
-    body = {"prompt": [[1, 2, 3], [4], [5, 6]], "max_tokens": 20, "return_token_ids": True}
+    body: dict[str, Any] = {"prompt": [[1, 2, 3], [4], [5, 6]], "max_tokens": 20, "return_token_ids": True}
     *chunks, last = events(quick, **body, stream_options={"include_usage": True})
     by_choice: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for chunk in chunks:
@@ -112,7 +112,7 @@ def test_null_is_what_is_left_out(quick: RunningServer) -> None:
 
 
 def test_what_vllm_bench_serve_sends(quick: RunningServer) -> None:
-    body = {
+    body: dict[str, Any] = {
         "model": "quick", "prompt": [1, 2], "max_tokens": 4, "temperature": 0.0, "repetition_penalty": 1.0,
         "logprobs": None, "ignore_eos": True, "some_field_of_its_own": {"a": 1},
         "stream_options": {"include_usage": True},
@@ -131,7 +131,7 @@ def chats() -> Any:
 
 
 def test_a_chat_begins_with_the_role(chats: RunningServer) -> None:
-    body = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 3}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 3}
     first, *chunks = events(chats, "/v1/chat/completions", **body, return_token_ids=True)
     assert first["object"] == "chat.completion.chunk"
     assert first["choices"] == [
@@ -155,7 +155,7 @@ def test_a_chat_goes_on_as_far_as_there_is_room(chats: RunningServer) -> None:
 
 
 def test_stop_texts_end_a_stream(chats: RunningServer) -> None:
-    body = {"prompt": "w1", "max_tokens": 40, "stop": ["w7 w8", "w70"]}
+    body: dict[str, Any] = {"prompt": "w1", "max_tokens": 40, "stop": ["w7 w8", "w70"]}
     chunks = events(chats, **body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " w0 w1 w2 w3 w4 w5 w6 "
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"

@@ -19,9 +19,21 @@ pytest.importorskip("uvicorn")
 from fastserve.engine import Engine
 from fastserve.errors import RankError
 from fastserve.executor.base import IterationResult
-from fastserve.request import Request
+from fastserve.request import Request, SamplingParams
+from fastserve.server.engine_thread import EngineThread
 from fastserve.server.model import ServedModel
-from support.servers import DONE, LONG_S, Awaited, RunningServer, command, profile, running, simulated, token_ids
+from support.servers import (
+    DONE,
+    LONG_S,
+    Awaited,
+    RunningServer,
+    Watcher,
+    command,
+    profile,
+    running,
+    simulated,
+    token_ids,
+)
 
 GONE = "rank 1 is gone"
 
@@ -157,6 +169,29 @@ def test_what_is_asked_of_the_engines_thread_may_be_given_up_and_may_fail() -> N
             server.call(lambda: 1 // 0)
         assert server.post({"prompt": [1], "max_tokens": 3}).status == 200
         assert server.failures == []
+
+
+def test_an_event_loop_may_be_closed_before_its_engine() -> None:
+    watcher, failures = Watcher(), list[Exception]()
+    thread = EngineThread(partial(simulated, iteration_s=0.0001), watcher)
+    many_more = Awaited(lambda: watcher.num_tokens.total() > 100)
+
+    async def begin_and_leave() -> None:
+        thread.attach(failures.append)
+        thread.add("a", [1], SamplingParams(max_tokens=50_000))
+        thread.detach()
+
+    async def come_back() -> int:
+        thread.attach(failures.append)
+        return await thread.call(lambda: 1)
+
+    asyncio.run(begin_and_leave())
+    watcher.awaited.append(many_more)
+    assert many_more.reached.wait(LONG_S)
+    many_more.go_on.set()
+    assert asyncio.run(come_back()) == 1
+    thread.stop()
+    assert failures == []
 
 
 def test_a_model_that_cannot_be_made_is_the_makers_error() -> None:

@@ -6,19 +6,22 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
-from fastserve.server.app import ServerOptions  # noqa: E402
-from support.servers import RunningServer, running, simulated  # noqa: E402
-from support.tokenizers import of_words  # noqa: E402
+import openai
+
+from fastserve.server.app import ServerOptions
+from support.servers import RunningServer, running, simulated
+from support.tokenizers import of_words
 
 KEY = "secret-1"
-USER = {"role": "user", "content": "w1 w2"}
+USER: Any = {"role": "user", "content": "w1 w2"}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_a_stream_that_is_closed_is_aborted(client: openai.OpenAI, server: Runni
 def test_many_streams_at_a_time(server: RunningServer) -> None:
     async def ask(client: openai.AsyncOpenAI, length: int) -> list[str]:
         stream = await client.chat.completions.create(model="quick", messages=[USER], max_tokens=length, stream=True)
-        return [chunk.choices[0].delta.content async for chunk in stream]
+        return [chunk.choices[0].delta.content or "" async for chunk in stream]
 
     async def ask_all() -> list[list[str]]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:

@@ -121,7 +121,7 @@ def test_the_text_is_that_of_the_tokens(reference: Reference, roomy: RunningServ
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(reference[0], policy="fastserve-fcfs", num_gpu_blocks=100, num_host_blocks=0) as llm:
         outputs = llm.generate(prompt_token_ids=ended, sampling_params=params)
-    body = {"prompt": ended, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {"prompt": ended, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     whole = [choice["text"] for choice in roomy.post(body).json["choices"]]
     streamed = [""] * NUM_REQUESTS
     for event in roomy.stream(**body):
@@ -178,7 +178,7 @@ def test_the_end_of_sequence_ends_an_answer(roomy: RunningServer, reference: Ref
     prompt, expected = prompts()[0], reference[1][0]
     end = expected[5]
     count = expected.index(end) + 1
-    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "return_token_ids": True}
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "return_token_ids": True}
 
     def ask(**more: Any) -> tuple[list[int], str, str]:
         (choice,) = roomy.post(body | more).json["choices"]
@@ -207,7 +207,7 @@ def test_the_end_of_sequence_ends_an_answer(roomy: RunningServer, reference: Ref
 
 
 def test_a_stop_text_that_spans_tokens(roomy: RunningServer, reference: Reference, tokenizer: Any) -> None:
-    body = {"prompt": prompts()[1], "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {"prompt": prompts()[1], "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     text = roomy.post(body).json["choices"][0]["text"]
     for start, end in ((0, 1), (0, 4), (2, 7), (len(text) // 2, len(text) // 2 + 5), (len(text) - 3, len(text))):
         stop = text[start:end]

@@ -35,7 +35,7 @@ def refused(reply: Reply, status: int, param: str | None, *says: str) -> dict[st
     return error
 
 
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, list[Any]] = {
     "n": [2, 0],
     "logit_bias": [{"5": 1}],
     "presence_penalty": [0.5],
@@ -43,8 +43,14 @@ UNSUPPORTED = {
     "repetition_penalty": [1.1],
     "min_tokens": [1],
 }
-OF_TEXT = UNSUPPORTED | {"echo": [True], "best_of": [2], "suffix": ["x"], "logprobs": [0, 5], "prompt_logprobs": [0]}
-OF_CHAT = UNSUPPORTED | {
+OF_TEXT: dict[str, list[Any]] = UNSUPPORTED | {
+    "echo": [True],
+    "best_of": [2],
+    "suffix": ["x"],
+    "logprobs": [0, 5],
+    "prompt_logprobs": [0],
+}
+OF_CHAT: dict[str, list[Any]] = UNSUPPORTED | {
     "logprobs": [True],
     "top_logprobs": [3],
     "tools": [[{"type": "function", "function": {"name": "f"}}]],

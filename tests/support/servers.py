@@ -19,6 +19,8 @@ from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import uvloop
+
 from fastserve.clock import WallClock
 from fastserve.config import EngineOptions
 from fastserve.engine import Engine, Observer, Observers
@@ -315,7 +317,7 @@ def running(
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # Each connection's, then.
         listener.listen(2048)
-        serving = threading.Thread(target=asyncio.run, args=(serve(),), name="server")
+        serving = threading.Thread(target=uvloop.run, args=(serve(),), name="server")
         serving.start()
         try:
             yield RunningServer(server, watcher, listener.getsockname()[1], started.result(), failures)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionMetadata:
     """Where each request's queries lie in the flat batch and its context in the cache. Request `i` is the same in all
     fields, and decodes come first. Tensors are int64, on the model's device.
@@ -24,9 +24,7 @@ class AttentionMetadata:
     block_tables: Tensor
     """`[num_requests, max_blocks]`, padded with zeros, which no one may read."""
     host_query_lens: list[int]
-    """Query tokens of each request. This and the fields below serve kernels that loop on the host, and are empty where
-    none does."""
+    """Query tokens of each request. This and the next serve kernels that loop on the host, and are empty where none
+    does."""
     host_context_lens: list[int]
     """`context_lens`, on the host."""
-    host_blocks: list[Tensor]
-    """Each request's row of `block_tables` without the padding."""

@@ -106,8 +106,5 @@ class ForwardBatch:
             block_tables=block_tables,
             host_query_lens=query_lens,
             host_context_lens=context_lens,
-            host_blocks=[
-                row[: -(-n // block_size)] for row, n in zip(block_tables.unbind(0), context_lens, strict=True)
-            ],
         )
         return cls(ids, places, slot_mapping, attention, order, on_host)

@@ -185,7 +185,6 @@ class DecodeRunner:
             block_tables=block_tables,
             host_query_lens=[],
             host_context_lens=[],
-            host_blocks=[],
         )
         batch = ForwardBatch(token_ids, positions, slot_mapping, attention, list(range(size)))
         packed = self._packed[:size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,9 @@ from torch import Tensor
 from fastserve.config import ModelConfig
 from fastserve.parallel.groups import Group
 from fastserve.parallel.layout import Place
+
+_PARTS = 64
+"""That a row of logits is seen as where it can be divided so."""
 
 
 class SamplingLike(Protocol):
@@ -57,7 +61,7 @@ class SharedVocabulary:
 
     def best(self, logits: Tensor) -> Tensor:
         """`[rows]`: the likeliest tokens of all, from this shard's logits; of equals the first, as with argmax."""
-        index = logits.argmax(-1, keepdim=True)
+        index = _argmax(logits).unsqueeze(1)
         own = torch.cat((logits.gather(1, index).double(), (index + self._shares[self._group.index].start).double()), 1)
         values, tokens = self._group.all_gather(own).unbind(2)
         return tokens.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()
@@ -75,9 +79,19 @@ class SharedVocabulary:
 
 def best_tokens(logits: Tensor, shared: SharedVocabulary | None = None) -> Tensor:
     """`[rows]`: the likeliest token of each, int64."""
-    # On a CPU, a float32 argmax is thrice as fast as one in bfloat16.
-    logits = logits if logits.is_cuda else logits.float()
-    return logits.argmax(-1) if shared is None else shared.best(logits)
+    return _argmax(logits) if shared is None else shared.best(logits)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """`[rows]`: where the largest is, of equals the first."""
+    if logits.is_cuda:
+        return logits.argmax(-1)
+    # On a CPU torch finds a maximum many times as fast as its place, and both in float32 faster than in bfloat16. So
+    # the places are those of a part in the row and of a token in the part.
+    rows, vocab_size = logits.shape
+    parts = logits.float().view(rows, math.gcd(vocab_size, _PARTS), -1)
+    part = parts.amax(-1).argmax(-1)
+    return part * parts.shape[2] + parts[torch.arange(rows), part].argmax(-1)
 
 
 def sample(
