@@ -111,6 +111,11 @@ class ServerProcess:
         """Have them go on."""
         self._family.send(signal.SIGCONT, self._family.members())
 
+    @property
+    def processor_s(self) -> float:
+        """Processor time that it has taken since its start, and all it has started that is still there."""
+        return self._family.processor_s()
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have it run within, and stand still again afterwards. Raises ServerError if it has ended."""
@@ -188,6 +193,15 @@ class _Family:
         for process in members:
             with suppress(psutil.Error):
                 process.send_signal(what)
+
+    def processor_s(self) -> float:
+        """Of those that live, together."""
+        seconds = 0.0
+        for process in self.members():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                seconds += times.user + times.system
+        return seconds
 
     def kill(self) -> None:
         """End all that are left."""

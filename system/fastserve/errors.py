@@ -27,7 +27,7 @@ class OutputError(FastServeError):
 
 
 class ServerError(FastServeError):
-    """A server to be measured that does not answer, or not as an OpenAI-compatible one does."""
+    """A server to be measured that does not start, has ended, or does not answer as an OpenAI-compatible one does."""
 
 
 class RankError(FastServeError):

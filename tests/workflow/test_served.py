@@ -16,7 +16,9 @@ pytest.importorskip("fastapi")
 from fastserve.errors import ConfigError, ServerError
 from fastserve.llm import LLM
 from fastserve.request import SamplingParams
+from harness.experiments import with_defaults
 from harness.model_folder import write_model_folder
+from harness.plots import flags_of
 from harness.points import read_table
 from harness.served import COMPARED, compared_with_first, measure_served
 
@@ -67,6 +69,9 @@ def test_the_tables_are_complete_and_follow_from_the_files(tmp_path):
         digests.setdefault((row["x"], row["seed"]), set()).add(meta["trace"]["digest"])
     assert all(len(found) == 1 for found in digests.values())  # The same requests for both.
     assert len(digests) == 4
+
+    assert (table[["server_cores", "client_cores"]] > 0).all(axis=None)
+    assert (table[["server_cores", "client_cores", "other_cores"]].sum(axis=1) < os.cpu_count() + 1).all()
 
     at_once = table[(table["x"] == "all at once") & (table["series"] == POLICIES[0])]
     service_rate = (at_once["num_requests"] / at_once["duration_s"]).median()
@@ -190,3 +195,16 @@ def test_nothing_else_installs_it(tmp_path):
     rules, _ = dry_run(tmp_path, "smoke")
     assert "measure_served" in rules
     assert "install_vllm" not in rules
+
+
+def test_a_figure_tells_when_the_machine_did_something_else():
+    drawn = with_defaults(experiment(title="T", figure="bars", backend="http"))
+    rows = [
+        {"panel": "", "series": series, "label": series, "x": x, "seed": 3, "other_cores": others, "preemptions": 1}
+        for series in POLICIES
+        for x, others in (("all at once", 0.02), (0.5, 0.7))
+    ]
+    points = pd.DataFrame(rows)
+    (flag,) = flags_of(drawn, points, None)
+    assert flag.startswith("In 2 of 4 runs other processes took part of the machine, up to 0.7 cores")
+    assert flags_of(drawn, points.assign(other_cores=0.02), None) == []

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pandas as pd
+import psutil
 
 from baselines.external.environment import python_of, versions_in
 from baselines.external.process import ServerProcess, free_port
@@ -71,6 +72,9 @@ def measure_served(config: Mapping[str, Any], out: Path, vllm: Path | None = Non
     `comparison.csv` has of each series, point and quantity the median over seeds, and the ratio to the first series'
     (the median of the seeds' ratios), each with the least and the most; `agreement.csv` the share of greedy tokens
     that are those of the first series; `servers.json` how every server was started and what it said of itself.
+
+    Columns `server_cores`, `client_cores` and `other_cores` of the points say how many cores were busy for whom while a
+    run lasted. If others had a part in it, the measurement is theirs, too.
 
     Raises ConfigError for bad input before anything is started, ServerError if a server does not come up, ends or
     finishes no request of a run.
@@ -244,10 +248,13 @@ class _Server:
         x = point.get("x", point.get("load"))
         folder = self._runs / str(x).replace(" ", "-") / f"seed-{config.seed}"
         with self.process.running():
+            cores = _Cores(self.process)
             summary = self._run(config, folder)
+            taken = cores.taken()
         print(
             f"{self._series['label']}, {x}, seed {config.seed}: {summary['output_tokens_per_s']:.0f} tokens/s, "
-            f"{1000 * summary['mean_normalized_latency_s']:.1f} ms a token, {summary['failed']} failed",
+            f"{1000 * summary['mean_normalized_latency_s']:.1f} ms a token, {summary['failed']} failed, "
+            f"{taken['server_cores']:.2f} cores, all others {taken['other_cores']:.2f}",
             flush=True,
         )
         return {
@@ -262,6 +269,7 @@ class _Server:
             "seed": config.seed,
             "run": folder.as_posix(),
             **{key: value for key, value in summary.items() if key not in ("policy", "backend")},
+            **taken,
         }
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -292,6 +300,33 @@ class _Server:
 
     def _run(self, config: RunConfig, folder: Path) -> dict[str, Any]:
         return run(replace(config, policy=self._series["policy"], url=self.process.url), folder)
+
+
+class _Cores:
+    """How many cores are busy on average, and for whom, from when this is made."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._server = server
+        self._before = self._seconds()
+
+    def taken(self) -> dict[str, float]:
+        """Until now: the server's, the client's, which is this process, and those of all others (in a virtual machine
+        also what its host gave to somebody else)."""
+        wall_s, busy_s, server_s, client_s = (
+            after - before for after, before in zip(self._seconds(), self._before, strict=True)
+        )
+        return {
+            "server_cores": server_s / wall_s,
+            "client_cores": client_s / wall_s,
+            "other_cores": max(0.0, busy_s - server_s - client_s) / wall_s,
+        }
+
+    def _seconds(self) -> tuple[float, ...]:
+        times = psutil.cpu_times()
+        idle_s = times.idle + getattr(times, "iowait", 0.0)
+        # A guest's time is the user's as well.
+        busy_s = sum(times) - idle_s - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return time.perf_counter(), busy_s, self._server.processor_s, time.process_time()
 
 
 def _ours(experiment: _Experiment, series: Mapping[str, Any], port: int) -> list[str]:

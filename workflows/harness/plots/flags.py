@@ -14,6 +14,8 @@ from harness.plots.deciles import DECILES
 from harness.plots.style import percent
 from harness.plots.tables import Tables, ordered
 
+OTHERS = 0.1
+"""More cores than this, busy for others while servers were measured, are told."""
 _OVER_LOAD = ("load", "slo", "capacity")
 """Kinds whose metric should only get worse as the load rises."""
 
@@ -23,7 +25,7 @@ def flags_of(experiment: Mapping[str, Any], points: pd.DataFrame, capacity: pd.D
     if experiment["figure"] == "fidelity":
         return []
     tables = Tables(experiment, points, capacity)
-    flags = [*_not_monotone(tables), *_missing(tables), *_failed(tables)]
+    flags = [*_not_monotone(tables), *_missing(tables), *_failed(tables), *_disturbed(tables)]
     if experiment["figure"] == "bars" and "preemptions" in points and not points["preemptions"].any():
         flags.append("No request was preempted at these rates: the figure shows no effect of preemption")
     return flags
@@ -85,6 +87,17 @@ def _failed(tables: Tables) -> Iterator[str]:
     ]
     if named:
         yield f"Requests failed, latencies are of the others: {_by_panel(named)}"
+
+
+def _disturbed(tables: Tables) -> Iterator[str]:
+    """Runs of servers during which the machine did something else as well."""
+    if "other_cores" in tables.points:
+        others = tables.points["other_cores"]
+        if len(disturbed := others[others > OTHERS]):
+            yield (
+                f"In {len(disturbed)} of {len(others)} runs other processes took part of the machine, up to "
+                f"{disturbed.max():.1f} cores: repeat on an idle one"
+            )
 
 
 def _metrics(tables: Tables) -> list[str]:
