@@ -13,7 +13,6 @@ from fastserve.request import AWAY, Request
 from fastserve.scheduler import Iteration, register
 from fastserve.scheduler.fcfs import ArrivalOrder
 from fastserve.scheduler.plan import IterationPlan
-from fastserve.scheduler.queue import is_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class WaitingAndRunning(ArrivalOrder):
         The newest running request comes before all that wait; but in a pipeline it may have been in flight, and an
         older one lost its cache instead.
         """
-        older = list(itertools.takewhile(lambda other: is_before(other, request), self._waiting.values()))
+        older = list(itertools.takewhile(lambda other: self.queue.is_before(other, request), self._waiting.values()))
         self._waiting[request.request_id] = request
         for first in (request, *reversed(older)):
             self._waiting.move_to_end(first.request_id, last=False)

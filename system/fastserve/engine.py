@@ -518,7 +518,7 @@ class Engine:
     def _complete_transfers(self) -> None:
         if self.executor.num_transfers_in_flight:
             for finished in self.executor.finished_transfers():
-                self.scheduler.complete(finished.transfer)
+                self.scheduler.complete(finished.transfer, finished.end_s - finished.start_s)
                 if self.observer:
                     self.observer.on_transfer(finished)
 

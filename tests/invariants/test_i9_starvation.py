@@ -3,8 +3,9 @@
 A wait of a request lasts from the end of an iteration it took part in, or its arrival, to the start of the next one it
 takes part in. "As long as promoted jobs fit one batch" is taken to mean: at every decision during the wait, the highest
 queue, where promotion leads, holds no more requests than the batch has places, and their prompts and caches fit the
-token budget and the pool less its reserve, all at once. What is claimed of waits like that, under skip-join MLFQ and
-naive MLFQ with `alpha_s` set and a look at who has waited too long before every decision:
+token budget and the pool less its reserve, all at once; under `gittins`, that all who have waited alpha do so. What is
+claimed of waits like that, under skip-join MLFQ, naive MLFQ and gittins with `alpha_s` set and a look at who has waited
+too long before every decision:
 
 1. Where all caches fit the GPU: it takes part in the first iteration that is decided once it has waited alpha, so that
    it has waited at most alpha and what was left then of the iteration that ran.
@@ -24,7 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.engine import Engine
-from fastserve.scheduler import Iteration
+from fastserve.options import option_names
+from fastserve.request import Request
+from fastserve.scheduler import Iteration, Scheduler, find_policy
 from support.engines import arrival, make_engine
 from support.profiles import share
 from support.watch import watch
@@ -44,6 +47,13 @@ class Wait:
     """Iterations that were decided when it had waited alpha already, and that it took no part in."""
 
 
+def promoted(scheduler: Scheduler) -> list[Request]:
+    """Those who come first for having waited, or would if they fitted one batch."""
+    if scheduler.name == "gittins":
+        return list(scheduler._starved.values())
+    return [request for request in scheduler.queue.in_order() if request.level == 0]
+
+
 def waits(engine: Engine, jobs: list[tuple[float, int, int]], alpha_s: float) -> list[Wait]:
     """Run the jobs (gap to the one before, prompt, output), and return every wait there was."""
     scheduler, kv = engine.scheduler, engine.kv
@@ -58,13 +68,18 @@ def waits(engine: Engine, jobs: list[tuple[float, int, int]], alpha_s: float) ->
     fit = dict.fromkeys(since, True)
     passed_over = dict.fromkeys(since, 0)
     found: list[Wait] = []
-    submit = engine.executor.submit
+    submit, decide = engine.executor.submit, scheduler.decide
+    fits_now = True
+
+    def decide_and_look(now: float) -> Iteration:
+        nonlocal fits_now
+        first = promoted(scheduler)
+        caches = sum(kv.blocks_for(request.num_tokens) for request in first)
+        fits_now = len(first) <= scheduler.config.max_batch_size and caches <= room
+        return decide(now)
 
     def submit_and_look(iteration: Iteration) -> None:
         now = engine.clock.now()
-        top = [request for request in scheduler.queue.in_order() if request.level == 0]
-        caches = sum(kv.blocks_for(request.num_tokens) for request in top)
-        fits_now = len(top) <= scheduler.config.max_batch_size and caches <= room
         running = {request.request_id for request in iteration.requests}
         losing_their_place = {request.request_id for request in iteration.preempted}
         for name in engine.jobs:
@@ -80,6 +95,7 @@ def waits(engine: Engine, jobs: list[tuple[float, int, int]], alpha_s: float) ->
             end = engine.executor._computing[-1].end_s
             since.update(dict.fromkeys(running, end))
 
+    scheduler.decide = decide_and_look
     engine.executor.submit = submit_and_look
     done = engine.run(arrivals)
     assert all(job.metrics.status == "finished" for job in done)
@@ -93,7 +109,7 @@ jobs = st.lists(
 
 @share(1 / 10)
 @given(
-    policy=st.sampled_from(["fastserve", "mlfq"]),
+    policy=st.sampled_from(["fastserve", "mlfq", "gittins"]),
     jobs=jobs,
     max_batch_size=st.integers(1, 4),
     alpha_s=st.sampled_from([0.03, 0.1, 0.3]),
@@ -111,6 +127,8 @@ def test_i9_nobody_waits_longer_than_alpha_and_an_iteration(
     **options: object,
 ) -> None:
     sizes = {"num_gpu_blocks": 1000, "max_batch_size": max_batch_size, "token_budget": 1000, "num_stages": num_stages}
+    known = option_names(find_policy(policy).Options)
+    options = {name: value for name, value in options.items() if name in known}
     engine = make_engine(policy, {"alpha_s": alpha_s, **options}, **sizes)
     for wait in waits(engine, jobs, alpha_s + EPSILON):
         if wait.promoted_fit:
@@ -121,7 +139,7 @@ def test_i9_nobody_waits_longer_than_alpha_and_an_iteration(
 
 @share(1 / 10)
 @given(
-    policy=st.sampled_from(["fastserve", "mlfq"]),
+    policy=st.sampled_from(["fastserve", "mlfq", "gittins"]),
     jobs=jobs,
     num_gpu_blocks=st.integers(26, 80),
     max_batch_size=st.integers(1, 4),

@@ -1,11 +1,12 @@
 """An engine that checks the invariants at every step."""
 
 import itertools
+from typing import Any
 
 from fastserve.engine import Engine
 from fastserve.job import Job
 from fastserve.kvcache import Location
-from fastserve.request import AWAY, FRESH, RequestStatus
+from fastserve.request import AWAY, FRESH, Request, RequestStatus
 from fastserve.scheduler import Iteration
 
 
@@ -13,6 +14,18 @@ class CheckedEngine(Engine):
     """Raises AssertionError or CacheError as soon as I1, I2, I3, I4 or I8 does not hold."""
 
     _ran_last: frozenset[str] | set[str] = frozenset()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._order: list[Request] = []
+        """The order of service that the last decision found: to lose a cache may cost a request its place."""
+        decide = self.scheduler.decide
+
+        def look_and_decide(now: float) -> Iteration:
+            self._order = list(self.scheduler.queue.in_order())
+            return decide(now)
+
+        self.scheduler.decide = look_and_decide  # type: ignore[method-assign]
 
     def _submit(self, iteration: Iteration) -> None:
         in_flight = {id(request) for batch in self._in_flight for request in batch.requests}
@@ -67,7 +80,7 @@ class CheckedEngine(Engine):
             return
         chosen = {request.request_id for request in iteration.requests}
         dropped = [drop.request for drop in iteration.dropped]
-        left_out = [request for request in scheduler.queue.in_order() if request.request_id not in chosen]
+        left_out = [request for request in self._order if request.request_id not in chosen]
         if scheduler.name.startswith("vllm"):
             # Nobody is let in by an iteration that drops a cache.
             if iteration.dropped or len(scheduler.running) >= scheduler.config.num_places:

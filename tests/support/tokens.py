@@ -60,7 +60,7 @@ CHUNK = 8
 SWAP_MODES = {
     **dict.fromkeys(sorted(list_policies()), ("as it is",)),
     **dict.fromkeys(
-        ("fastserve", "fastserve-artifact", "fastserve-fcfs", "fixed-priority", "mlfq", "srpt"),
+        ("fastserve", "fastserve-artifact", "fastserve-fcfs", "fixed-priority", "gittins", "mlfq", "srpt"),
         ("proactive", "reactive", "recompute", "none"),
     ),
     "vllm": ("recompute", "reactive"),

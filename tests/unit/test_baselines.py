@@ -354,7 +354,7 @@ def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:
     # While it is on its way nothing else has to go, and then there is room for who is away, beside the reserve.
     again = scheduler.schedule(0.0)
     assert again.swap_out == again.swap_in == ()
-    scheduler.complete(iteration.swap_out[0])
+    scheduler.complete(iteration.swap_out[0], 0.0)
     third = scheduler.schedule(0.010)
     assert third.swap_out == ()
     assert names(transfer.request for transfer in third.swap_in) == ("away",)

@@ -128,7 +128,7 @@ def test_in_a_queue_too_an_early_promotion_counts(part: Part) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["fastserve", "mlfq", "fixed-priority", "srpt", "fastserve-fcfs", "fastserve-artifact"]
+    "policy", ["fastserve", "mlfq", "fixed-priority", "gittins", "srpt", "fastserve-fcfs", "fastserve-artifact"]
 )
 def test_uploads_and_offloads_agree_with_urgency(policy: str) -> None:
     engine = make_engine(policy, {"swap": "proactive"}, max_batch_size=2)
@@ -314,7 +314,7 @@ def test_none_drops_only_where_all_wait_for_each_other() -> None:
 
 MANY = [(f"{i}", 0.02 * i, 4 + 7 * (i % 4), 8 + 5 * (i % 5)) for i in range(14)]
 """More than 24 blocks hold at once."""
-PROACTIVE = ["fastserve", "mlfq", "fixed-priority", "srpt", "fastserve-fcfs", "fastserve-artifact"]
+PROACTIVE = ["fastserve", "mlfq", "fixed-priority", "gittins", "srpt", "fastserve-fcfs", "fastserve-artifact"]
 
 
 @pytest.mark.parametrize("policy", PROACTIVE)

@@ -126,9 +126,38 @@ class TestSynthetic:
         assert (prompt >= 1000).all()
         assert prompt.mean() < 1010
 
+    def test_bimodal_has_the_share_and_the_means_it_is_given(self):
+        prompt, output = draw("bimodal:prompt=50,short=30,long=1000,share=0.8,cv=0.2")
+        short = output < 200  # Both kinds are many standard deviations away from here.
+        assert short.mean() == pytest.approx(0.8, abs=0.005)
+        for kind, mean in ((short, 30), (~short, 1000)):
+            assert output[kind].mean() == pytest.approx(mean, rel=0.01)
+            assert output[kind].std() == pytest.approx(0.2 * mean, rel=0.02)
+        assert prompt.mean() == pytest.approx(50, rel=0.01)
+        assert (prompt == 1).mean() == pytest.approx(1 / 50, rel=0.05)
+        assert abs(np.corrcoef(prompt, output)[0, 1]) < 0.01
+
+    @pytest.mark.parametrize(("share", "mean"), [(1, 32), (0, 512)])
+    def test_bimodal_of_one_kind(self, share, mean):
+        _, output = draw(f"bimodal:share={share},cv=0.01")
+        assert abs(output - mean).max() < 0.1 * mean
+
+    def test_bimodal_lengths_are_whole_and_at_least_1(self):
+        prompt, output = draw("bimodal:prompt=1,short=1,long=1,cv=100")
+        assert (prompt == 1).all()
+        assert (output.min(), output.dtype) == (1, np.int64)
+        assert output.max() <= 1_000_000
+
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
+            ("bimodal:share=1.5", "share, the probability of a short answer, must be 0 to 1, not 1.5"),
+            ("bimodal:share=-0.1", "not -0.1"),
+            ("bimodal:prompt=0", "the mean prompt must be 1 to 1000000 tokens, not 0"),
+            ("bimodal:short=0.5", "the mean short must be 1 to 1000000 tokens, not 0.5"),
+            ("bimodal:long=2e6", "the mean long must be 1 to 1000000 tokens, not 2e+06"),
+            ("bimodal:cv=0", "cv must be 0.001 to 100, not 0"),
+            ("bimodal:mean=4", "valid options as key=value: prompt, short, long, share, cv"),
             ("zipf:theta=-1", "theta=-1"),
             ("zipf:min=0", "min=0"),
             ("zipf:min=9,max=8", "min=9, max=8"),
@@ -145,7 +174,9 @@ class TestSynthetic:
         assert message in str(caught.value)
 
 
-@given(name=st.sampled_from(["sharegpt", "alpaca", "azure-conv", "zipf", "fixed"]), seed=st.integers(0, 2**32))
+@given(
+    name=st.sampled_from(["sharegpt", "alpaca", "azure-conv", "zipf", "bimodal", "fixed"]), seed=st.integers(0, 2**32)
+)
 def test_a_longer_sample_begins_with_the_shorter(name, seed):
     short, long = draw(name, 20, seed), draw(name, 37, seed)
     for a, b in zip(short, long, strict=True):
@@ -366,6 +397,7 @@ def test_list_traces_covers_what_load_trace_takes():
             "alpaca",
             "azure-conv",
             "zipf",
+            "bimodal",
             "fixed",
         ),
         *("sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "csv"),

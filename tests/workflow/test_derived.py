@@ -1,8 +1,10 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fastserve.latency import load_profile
-from harness.derived import NUM_DECILES, derived_metrics, times_alone
+from harness.derived import NUM_DECILES, SETTLED, derived_metrics, times_alone
 from harness.runner import RunConfig, run
 
 PROFILE = "a100-80g/opt-13b-tp1"
@@ -53,6 +55,46 @@ def test_without_a_latency_model_there_is_no_slowdown(tmp_path):
     assert metrics["mean_slowdown"] is None
     assert metrics["slowdown_decile_1"] is None
     assert metrics["mean_execution_s"] > 0
+
+
+SETTLED_METRICS = {
+    "mean_normalized_latency_settled_s", "p95_normalized_latency_settled_s", "mean_jct_settled_s",
+    "p99_slowdown_settled", "max_slowdown_settled",
+}  # fmt: skip
+
+
+def test_settled_are_those_who_arrived_after_enough_had_finished(tmp_path):
+    """The first so many take a second each; then one that waits from before, three that do not, and one that fails."""
+    arrival = [*np.arange(SETTLED), SETTLED - 0.5, *(SETTLED + np.arange(1.0, 4.0)), SETTLED + 4.0]
+    jct = np.array([*np.ones(SETTLED), 900, 20, 30, 40, np.nan])
+    columns = {
+        "status": ["finished"] * (len(jct) - 1) + ["failed"],
+        "arrival_s": arrival,
+        "first_token_s": arrival + jct,
+        "finished_s": arrival + jct,
+        "prompt_tokens": [10] * len(jct),
+        "output_tokens": [10] * len(jct),
+        **dict.fromkeys(("queueing_s", "swapping_s", "execution_s"), jct),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "requests.parquet")
+    latency = load_profile(PROFILE).latency
+    metrics = derived_metrics(tmp_path, latency)
+    (alone,) = times_alone(latency, np.array([10]), np.array([10]))
+    assert metrics["settled_requests"] == 3
+    assert metrics["mean_jct_settled_s"] == pytest.approx(30)
+    assert metrics["mean_normalized_latency_settled_s"] == pytest.approx(3)
+    assert metrics["p95_normalized_latency_settled_s"] == pytest.approx(3.9)
+    assert metrics["max_slowdown_settled"] == pytest.approx(40 / alone)
+    assert metrics["p99_slowdown_settled"] == pytest.approx(39.8 / alone)
+    without = derived_metrics(tmp_path, None)
+    assert without["mean_jct_settled_s"] == pytest.approx(30)
+    assert without["max_slowdown_settled"] is None
+
+
+def test_in_a_short_run_nobody_is_settled(tmp_path):
+    _, metrics = serve(tmp_path)
+    assert metrics["settled_requests"] == 0
+    assert {metrics[name] for name in SETTLED_METRICS} == {None}
 
 
 def test_a_run_in_which_nothing_finished_has_no_times(tmp_path):

@@ -151,6 +151,24 @@ def test_what_is_not_said_is_not_in_a_name():
     assert run_name(RunConfig(policy="vllm", rate=2.0, dtype="float16")) != "vllm-93b3f2f931b4"
 
 
+def test_a_history_is_part_of_a_run_and_of_its_name():
+    experiment = tiny()
+    experiment["series"][1]["run"] |= {"history": "alpaca", "history_requests": 9}
+    assert errors(experiment) == []
+    plain, taught = (list(points_of(with_defaults(each)))[-1] for each in (tiny(), experiment))
+    assert (taught.config.history, taught.config.history_requests) == ("alpaca", 9)
+    assert plain.run != taught.run
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["mean_normalized_latency_settled_s", "p95_normalized_latency_settled_s", "mean_jct_settled_s",
+     "p99_slowdown_settled", "max_slowdown_settled", "settled_requests"],
+)  # fmt: skip
+def test_metrics_of_settled_requests_can_be_shown(metric):
+    assert errors(tiny(metric=metric)) == []
+
+
 def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
     source = tiny(panels=[{"name": "a", "run": {"rate": 3}, "paper": {"figure": "fig11"}}, {"name": "b"}])
     experiments = linked(
@@ -187,6 +205,7 @@ def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
         (lambda e: e.update(metric="mean_latency"), "does not match"),
         (lambda e: e["points"][0].update(rate="fast"), "not of type 'number'"),
         (lambda e: e["points"][0].update(num_requests=1.5), "not of type 'integer'"),
+        (lambda e: e["run"].update(history_requests=-1), "minimum"),
         (lambda e: e["series"][0].update(name="Up/down"), "does not match"),
         (lambda e: e["series"][0].update(variant="yes"), "not of type 'boolean'"),
         (lambda e: e.pop("series"), "'series' is a required property"),
@@ -209,6 +228,11 @@ def test_typos_and_wrong_types_are_refused(change, message):
         (lambda e: e["series"][1].update(name="vllm"), "series must differ, 'vllm' is there twice"),
         (lambda e: e["points"].append({"rate": 2}), "must differ, 2 is there twice"),
         (lambda e: e.update(points=None), "there are no points"),
+        (lambda e: e["series"][1].update(run={"history": "alpaca"}), "needs --history-requests"),
+        (
+            lambda e: e["series"][1].update(run={"history": "alpaca", "history_requests": 9}),
+            "policy 'fastserve' learns nothing from finished requests",
+        ),
         (lambda e: e["run"].pop("profile"), "a simulation needs a profile"),
     ],
 )

@@ -1,13 +1,17 @@
 """`fastbench run`: its four files, and what it says to bad input."""
 
+import importlib
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +20,7 @@ from fastserve.errors import ConfigError, FastServeError, OutputError, TraceErro
 from harness.cli import app
 from harness.results import REQUEST_COLUMNS
 from harness.runner import RunConfig, run
+from harness.traces import load_trace
 from support.timelines import threads_of
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +197,23 @@ def test_a_timeline_that_cannot_be_written_is_named_before_the_run(tmp_path: Pat
             ConfigError,
             "--warmup applies to --backend http only",
         ),
+        ({"history": "alpaca"}, ConfigError, "--history alpaca needs --history-requests"),
+        ({"history_requests": 5}, ConfigError, "--history-requests 5 needs --history"),
+        (
+            {"history": "alpaca", "history_requests": -5},
+            ConfigError,
+            "history_requests must be an integer of at least 0, got -5",
+        ),
+        (
+            {"history": "alpaca", "history_requests": 5},
+            ConfigError,
+            "policy 'fastserve' learns nothing from finished requests; --history applies to: ",
+        ),
+        (
+            {"backend": "http", "profile": None, "history": "alpaca", "history_requests": 5},
+            ConfigError,
+            "--history applies to --backend sim or engine only",
+        ),
         ({"backend": "gpu"}, ConfigError, "unknown backend 'gpu'; known: sim, engine, http"),
         ({"num_requests": 0}, ConfigError, "num_requests"),
         ({"trace": "csv:/nowhere.csv"}, TraceError, "/nowhere.csv"),
@@ -207,6 +229,82 @@ def test_bad_input_is_named_and_nothing_is_written(
         run(RunConfig(**config), tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+PUPIL = """
+from fastserve.scheduler import Scheduler
+
+taught = []
+
+
+class Pupil(Scheduler):
+    name = "pupil"
+    learns = True
+
+    def on_add(self, request):
+        self.queue.join(request, 0)
+
+    def learn(self, num_prompt_tokens, num_output_tokens):
+        taught.append((num_prompt_tokens, num_output_tokens))
+"""
+
+
+@pytest.fixture
+def pupil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A module with a policy that records what it is taught."""
+    (tmp_path / "pupil.py").write_text(PUPIL)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("pupil")
+    del sys.modules["pupil"]
+
+
+def test_a_policy_is_taught_lengths_of_other_requests_than_the_runs(tmp_path: Path, pupil: Any) -> None:
+    taught = []
+    for seed in (3, 3, 4):
+        pupil.taught.clear()
+        invoke(
+            *SIM, "--rate", "5", "--policy", "pupil:Pupil", "--seed", str(seed), "--out", str(tmp_path / "out"),
+            "--history", "alpaca", "--history-requests", "30",
+        )  # fmt: skip
+        taught.append(list(pupil.taught))
+    first, same, other = taught
+    assert first == same != other
+    prompts, outputs = load_trace("alpaca").sample(30, np.random.default_rng([4, 1]))
+    assert other == list(zip(prompts.tolist(), outputs.tolist(), strict=True))
+    rows = pq.read_table(tmp_path / "out" / "requests.parquet").to_pylist()
+    assert other != [(row["prompt_tokens"], row["output_tokens"]) for row in rows]
+    configuration = json.loads((tmp_path / "out" / "meta.json").read_text())["configuration"]
+    assert (configuration["history"], configuration["history_requests"]) == ("alpaca", 30)
+
+
+def test_the_real_engine_is_taught_too(tmp_path: Path, pupil: Any) -> None:
+    pytest.importorskip("torch")
+    config = RunConfig(
+        backend="engine", policy="pupil:Pupil", model="opt-tiny", load_format="dummy", rate=50.0, num_requests=2,
+        trace="fixed:prompt=8,output=2", history="fixed:prompt=7,output=3", history_requests=2,
+        settings={"num_gpu_blocks": 32, "num_host_blocks": 32},
+    )  # fmt: skip
+    assert run(config, tmp_path / "out")["finished"] == 2
+    assert pupil.taught == [(7, 3), (7, 3)]
+
+
+def test_a_history_that_cannot_be_read_is_named_before_the_run(tmp_path: Path, pupil: Any) -> None:
+    config = RunConfig(
+        policy="pupil:Pupil", trace="alpaca", rate=1.0, profile=PROFILE, history="sharegtp", history_requests=1
+    )
+    with pytest.raises(ConfigError, match="unknown trace 'sharegtp'"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_capacity_can_be_searched_with_a_history(tmp_path: Path, pupil: Any) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["capacity", *SIM[1:], "--policy", "pupil:Pupil", "--slo", "1e-6", "--seeds", "0", "--out", str(tmp_path),
+         "--history", "alpaca", "--history-requests", "9"],
+    )  # fmt: skip
+    assert result.exit_code == 1, result.output  # No rate meets it.
+    assert json.loads((tmp_path / "capacity.json").read_text())["configuration"]["history_requests"] == 9
 
 
 def test_an_output_folder_that_cannot_be_made_is_named_before_the_run(tmp_path: Path) -> None:

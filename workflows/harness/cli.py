@@ -38,6 +38,14 @@ Policy = Annotated[
 ]
 Trace = Annotated[str, typer.Option(help="Request lengths: see `fastbench traces`.")]
 Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=4, constant or trace.")]
+History = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TRACE",
+        help="Lengths of requests that finished earlier, taught before the run to a policy that learns (sim, engine).",
+    ),
+]
+HistoryRequests = Annotated[int, typer.Option(help="How many requests of --history are taught.")]
 Profile = Annotated[str | None, typer.Option(help="Latency profile: see `fastbench profiles`, or a .json.")]
 Model = Annotated[str | None, typer.Option(help="Model directory or preset (engine); name it is served under (http).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (engine).")]
@@ -91,6 +99,8 @@ def run(
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a trace of the run, to open in ui.perfetto.dev.")
     ] = None,
+    history: History = None,
+    history_requests: HistoryRequests = 0,
     profile: Profile = None,
     model: Model = None,
     device: Device = "cpu",
@@ -119,6 +129,8 @@ def run(
         rate=rate,
         num_requests=num_requests,
         seed=seed,
+        history=history,
+        history_requests=history_requests,
         profile=profile,
         model=model,
         device=device,
@@ -183,6 +195,8 @@ def capacity(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="results/capacity-BACKEND-POLICY")
     ] = None,
+    history: History = None,
+    history_requests: HistoryRequests = 0,
     profile: Profile = None,
     model: Model = None,
     device: Device = "cpu",
@@ -215,6 +229,8 @@ def capacity(
         trace=trace,
         arrivals=arrivals,
         num_requests=num_requests,
+        history=history,
+        history_requests=history_requests,
         profile=profile,
         model=model,
         device=device,

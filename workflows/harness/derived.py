@@ -14,6 +14,8 @@ SLO_TTFT_S, SLO_NORMALIZED_S = 3.1, 0.3
 SLO_SCALES = (0.5, 1, 2)
 """The paper's bounds on time to first token and normalized latency (figure 13), at half, once and twice."""
 NUM_DECILES = 10
+SETTLED = 500
+"""Finished requests after which a policy that learns from them counts as having learned."""
 
 
 def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float | None]:
@@ -22,6 +24,10 @@ def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float 
     Slowdown is the completion time over the time the request would take alone; it needs the latency model, and is
     None without. Deciles are of the output length: the first tenth has the shortest answers. Attainment is a share of
     all requests: one that failed has missed it.
+
+    A policy that learns from finished requests knows none when a run begins. What it does once it has learned is in the
+    metrics called settled, for every policy alike: of the `settled_requests` that arrived after `SETTLED` others had
+    finished, and finished too.
     """
     table = pq.read_table(run / "requests.parquet").to_pydict()
     columns = {name: np.array(values) for name, values in table.items()}
@@ -46,6 +52,14 @@ def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float 
     by_length = np.argsort(output, kind="stable") if len(slowdown) else np.array([], dtype=int)
     for i, tenth in enumerate(np.array_split(by_length, NUM_DECILES), 1):
         metrics[f"slowdown_decile_{i}"] = _or_none(slowdown[tenth], np.mean)
+    settled = arrival > np.sort(last)[SETTLED - 1] if len(last) >= SETTLED else np.zeros(len(last), dtype=bool)
+    normalized, slowdown = (jct / output)[settled], slowdown[settled] if len(slowdown) else slowdown
+    metrics["settled_requests"] = int(settled.sum())
+    metrics["mean_normalized_latency_settled_s"] = _or_none(normalized, np.mean)
+    metrics["p95_normalized_latency_settled_s"] = _or_none(normalized, lambda values: np.percentile(values, 95))
+    metrics["mean_jct_settled_s"] = _or_none(jct[settled], np.mean)
+    metrics["p99_slowdown_settled"] = _or_none(slowdown, lambda values: np.percentile(values, 99))
+    metrics["max_slowdown_settled"] = _or_none(slowdown, np.max)
     return metrics
 
 

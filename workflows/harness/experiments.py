@@ -19,7 +19,7 @@ import numpy as np
 from fastserve.errors import ConfigError
 from fastserve.latency import load_profile
 from fastserve.settings import resolve_settings
-from harness.runner import RunConfig
+from harness.runner import RunConfig, check_history
 from harness.traces import load_trace
 
 Experiment = Mapping[str, Any]
@@ -217,6 +217,9 @@ def _merged(backend: str, seed: int, parts: Iterable[Mapping[str, Any]]) -> RunC
 def _check_run(config: RunConfig) -> None:
     resolve_settings(config.policy, config.settings)
     load_trace(config.trace)
+    check_history(config)
+    if config.history is not None:
+        load_trace(config.history)
     if config.profile:
         load_profile(config.profile)
     elif config.backend == "sim":

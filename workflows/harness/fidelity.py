@@ -175,6 +175,8 @@ def simulated(config: RunConfig, profile: Path) -> RunConfig:
         rate=config.rate,
         num_requests=config.num_requests,
         seed=config.seed,
+        history=config.history,
+        history_requests=config.history_requests,
         profile=str(profile),
         tokenizer=config.tokenizer,
         settings=config.settings,

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastserve.config import EngineOptions, require_int
 from fastserve.console import Progress
 from fastserve.engine import Arrival, Engine, Observer
@@ -17,6 +19,7 @@ from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
 from fastserve.request import Request, RequestStatus, SamplingParams
+from fastserve.scheduler import Scheduler, find_policy, list_policies
 from fastserve.settings import resolve_settings
 from fastserve.timeline import Timeline
 from fastserve.tokenizer import load_tokenizer
@@ -32,6 +35,7 @@ from harness.results import (
     summarize_lateness,
     why_late,
 )
+from harness.traces import load_trace
 from harness.workload import Workload, make_workload
 
 if TYPE_CHECKING:
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from fastserve.worker import Worker
 
 BACKENDS = ("sim", "engine", "http")
+Lengths = list[tuple[int, int]]
+"""Prompt and output tokens of requests."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,11 @@ class RunConfig:
     rate: float | None = None
     num_requests: int = 400
     seed: int = 0
+    history: str | None = None
+    """Trace of requests that finished before the run, whose lengths a policy that learns is taught; None: it starts
+    knowing nothing."""
+    history_requests: int = 0
+    """How many those are."""
     profile: str | None = None
     model: str | None = None
     """Directory or preset; over HTTP the name it is served under, None for the first."""
@@ -90,6 +101,8 @@ class RunConfig:
 _TAKEN_BY = {
     "profile": ("sim", "engine"),
     "settings": ("sim", "engine"),
+    "history": ("sim", "engine"),
+    "history_requests": ("sim", "engine"),
     "model": ("engine", "http"),
     **dict.fromkeys(
         (
@@ -136,13 +149,15 @@ def run(
             raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
     elif config.model is None:
         raise ConfigError("--backend engine needs --model: a directory in Hugging Face format or a preset")
+    check_history(config)
     workload = _workload(config)
+    history = _history(config)
     recorder = None
     if timeline is not None:
         check_writable(timeline)
         recorder = Timeline()
     with RunFolder(out) as folder:
-        jobs, engine = _serve(config, options, policy_settings, workload, recorder or observer, worker, ranks)
+        jobs, engine = _serve(config, options, policy_settings, workload, history, recorder or observer, worker, ranks)
         metrics = [job.metrics for job in jobs]
         summary = _what_ran(config) | summarize(metrics, count(metrics, len(engine.iterations)))
         resolved = {**_taken(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
@@ -160,6 +175,22 @@ def run(
     if engine.error is not None:
         raise engine.error
     return summary
+
+
+def check_history(config: RunConfig) -> None:
+    """Raise ConfigError for a history of no requests or of no trace, and for one that the policy would not learn of."""
+    require_int("history_requests", config.history_requests, 0)
+    if config.history is None:
+        if config.history_requests:
+            raise ConfigError(f"--history-requests {config.history_requests} needs --history: the trace they are of")
+        return
+    if not config.history_requests:
+        raise ConfigError(f"--history {config.history} needs --history-requests: how many of its requests, at least 1")
+    if not find_policy(config.policy).learns:
+        learning = ", ".join(name for name, policy in list_policies().items() if policy.learns) or "none"
+        raise ConfigError(
+            f"policy {config.policy!r} learns nothing from finished requests; --history applies to: {learning}"
+        )
 
 
 def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -215,6 +246,20 @@ def _workload(config: RunConfig) -> Workload:
     return make_workload(config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer)
 
 
+def _history(config: RunConfig) -> Lengths:
+    """Lengths of the requests that finished before, from a random stream of their own: not those of the run."""
+    if config.history is None:
+        return []
+    rng = np.random.default_rng([config.seed, 1])
+    prompts, outputs = load_trace(config.history, config.tokenizer).sample(config.history_requests, rng)
+    return list(zip(prompts.tolist(), outputs.tolist(), strict=True))
+
+
+def _teach(scheduler: Scheduler, history: Lengths) -> None:
+    for num_prompt_tokens, num_output_tokens in history:
+        scheduler.learn(num_prompt_tokens, num_output_tokens)
+
+
 def _what_ran(config: RunConfig) -> dict[str, Any]:
     """The first keys of summary.json."""
     return {name: getattr(config, name) for name in ("policy", "backend", "rate", "num_requests", "seed")}
@@ -225,6 +270,7 @@ def _serve(
     options: EngineOptions,
     policy_settings: dict[str, Any],
     workload: Workload,
+    history: Lengths,
     observer: Observer | None,
     worker: Worker | None,
     ranks: RankGroup | None,
@@ -236,6 +282,7 @@ def _serve(
         assert config.profile is not None
         engine = simulated_engine(load_profile(config.profile), config.policy, policy_settings, options)
         engine.observer = observer
+        _teach(engine.scheduler, history)
         with Progress(title, len(workload)) as progress:
             return engine.run(_arrivals(workload, None), progress.advance), engine
 
@@ -265,6 +312,7 @@ def _serve(
         Progress(title, len(workload)) as progress,
     ):
         llm.engine.observer = observer
+        _teach(llm.engine.scheduler, history)
         arrivals = list(_arrivals(workload, llm.model_config.vocab_size))
         with suppress(RankError):  # In `engine.error`, and what was done until then in `last_run`.
             llm.engine.run(arrivals, progress.advance)

@@ -17,7 +17,7 @@ from fastserve.latency import LatencyModel
 from fastserve.request import AWAY, RESIDENT, Request, RequestStatus
 from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.plan import IterationPlan
-from fastserve.scheduler.queue import MultiLevelQueue
+from fastserve.scheduler.queue import MultiLevelQueue, ServiceOrder
 from fastserve.scheduler.swapping import MemoryOptions, ProactiveSwapping, SwapMode
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Scheduler(ABC):
     Options: ClassVar[type[Any]] = MemoryOptions
     Swapping: ClassVar[type[ProactiveSwapping]] = ProactiveSwapping
     """Who decides what moves when `swap` is proactive."""
+    moves_in_order: ClassVar[bool] = True
+    """Whether `uploads` and `offloads` follow the order of service, so that a search may end where that does."""
     max_passed_over: int = 0
     """Requests beyond the token budget that are passed over in one decision before no prompt is tried any more."""
 
@@ -52,6 +54,9 @@ class Scheduler(ABC):
     needs_oracle: ClassVar[bool] = False
     """Whether it must be told the coming output length, which no real system knows: a bound, not a competitor."""
 
+    learns: ClassVar[bool] = False
+    """Whether finished requests teach it what to expect of others."""
+
     oracle: Callable[[Request], int]
     """Output tokens still to come of a request. Set by the engine for a policy that `needs_oracle`."""
 
@@ -60,7 +65,8 @@ class Scheduler(ABC):
         self.kv = kv
         self.latency = latency
         self.options = self.Options() if options is None else options
-        self.queue = MultiLevelQueue()
+        self.queue: Any = self.make_queue()
+        """A ServiceOrder; unless `make_queue` says otherwise a MultiLevelQueue."""
         self.running: dict[str, Request] = {}
         """Requests that hold a place in a batch: the last one decided on, and in a pipeline all in flight. Nobody in
         flight is taken into a plan, loses its cache or is preempted."""
@@ -119,8 +125,11 @@ class Scheduler(ABC):
         self._stalled = ()
         self._remove(self._requests[request_id])
 
-    def complete(self, transfer: Transfer) -> None:
-        """A transfer has ended."""
+    def learn(self, num_prompt_tokens: int, num_output_tokens: int) -> None:  # noqa: B027 (optional hook)
+        """A request of these lengths finished before this run; for a policy that `learns`."""
+
+    def complete(self, transfer: Transfer, duration_s: float) -> None:
+        """A transfer has ended, and it took the link so many seconds."""
         self.kv.complete(transfer)
         request = transfer.request
         if transfer.direction is Direction.IN and self._requests.get(request.request_id) is request:
@@ -148,6 +157,10 @@ class Scheduler(ABC):
                     self.on_progress(request, start, end)
 
     # -- what a policy provides ----------------------------------------------------------------------------------
+
+    def make_queue(self) -> ServiceOrder:
+        """The queue requests are kept in: here, levels that are each first in, first out."""
+        return MultiLevelQueue()
 
     @abstractmethod
     def on_add(self, request: Request) -> None:
@@ -182,7 +195,7 @@ class Scheduler(ABC):
 
     def urgency(self, request: Request, now: float) -> tuple[float, ...]:
         """A key that agrees with `uploads` and `offloads`: smaller is needed sooner."""
-        return request.level, request.position
+        return self.queue.key(request)
 
     # -- shared --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from fastserve.kvcache import Location, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
 from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
 from fastserve.scheduler.iteration import Drop, Iteration
-from fastserve.scheduler.queue import is_before
 
 if TYPE_CHECKING:
     from fastserve.scheduler.base import Scheduler
@@ -332,7 +331,7 @@ class IterationPlan:
                     return
                 self._victims.append(following)
             victim = self._victims[index]
-            if not is_before(request, victim):
+            if not self._scheduler.queue.is_before(request, victim):
                 return
             if not (victim.in_flight or self.takes_part(victim)):
                 yield victim

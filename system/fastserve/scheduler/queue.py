@@ -8,17 +8,13 @@ to run, to upload or to offload is found at an end, without walking over the oth
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
 
 from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
-
-
-def is_before(request: Request, other: Request) -> bool:
-    """Whether a request comes before another in the order of service."""
-    return request.level < other.level or (request.level == other.level and request.position < other.position)
 
 
 class Gate(Protocol):
@@ -28,6 +24,55 @@ class Gate(Protocol):
     """Those without cache."""
     counting_away: bool
     """Those whose cache is away."""
+
+
+class ServiceOrder(ABC):
+    """What filling a batch and moving caches need of a policy's queue. A walk must be over before it is changed."""
+
+    num_away: int
+    """Requests whose cache is away."""
+    version: int
+    """Changes whenever the queue does."""
+
+    @abstractmethod
+    def key(self, request: Request) -> tuple[float, ...]:
+        """Its place in the order: the smaller, the more urgent."""
+
+    @abstractmethod
+    def is_before(self, request: Request, other: Request) -> bool:
+        """Whether a request comes before another."""
+
+    @abstractmethod
+    def fits(self, request: Request, places: int) -> bool:
+        """Whether those no less urgent than this request, itself among them, are no more than so many."""
+
+    @abstractmethod
+    def put(self, request: Request, part: Part) -> None:
+        """Its cache has gone elsewhere."""
+
+    @abstractmethod
+    def remove(self, request: Request) -> None:
+        """Take a request out."""
+
+    @abstractmethod
+    def in_order(self) -> Iterator[Request]:
+        """Everyone, most urgent first."""
+
+    @abstractmethod
+    def candidates(self, gate: Gate) -> Iterator[Request]:
+        """Everyone whom the gate lets through, most urgent first."""
+
+    @abstractmethod
+    def residents_last_first(self) -> Iterator[Request]:
+        """Those on the GPU, least urgent first."""
+
+    @abstractmethod
+    def away_first_first(self) -> Iterator[Request]:
+        """Those whose cache is away, most urgent first."""
+
+    @abstractmethod
+    def sizes(self) -> list[tuple[int, int, int, int]]:
+        """Of each level that has anyone: its number, and how many have no cache, have it on the GPU, have it away."""
 
 
 class _Line:
@@ -86,10 +131,10 @@ class Level:
         self.size = 0
 
 
-class MultiLevelQueue:
+class MultiLevelQueue(ServiceOrder):
     """Requests by level (any integer, smaller is more urgent), within a level by position.
 
-    Levels come and go with their requests, unless fixed. A walk must be over before the queue is changed.
+    Levels come and go with their requests, unless fixed.
     """
 
     def __init__(self) -> None:
@@ -105,7 +150,6 @@ class MultiLevelQueue:
         """The least urgent level anyone has been in."""
         self.num_away = 0
         self.version = 0
-        """Changes whenever the queue does."""
 
     def fix_levels(self, count: int) -> None:
         """Keep levels 0 .. count - 1 although empty. To be called before anyone joins."""
@@ -122,8 +166,7 @@ class MultiLevelQueue:
         self.num_away += request.part == AWAY
         self._enter(request, level, front)
 
-    def remove(self, request: Request) -> None:
-        """Take a request out."""
+    def remove(self, request: Request) -> None:  # noqa: D102 (as in ServiceOrder; so below)
         self.version += 1
         self.num_away -= request.part == AWAY
         self._leave(request)
@@ -183,28 +226,33 @@ class MultiLevelQueue:
         if not queue.size and not 0 <= level < self._num_fixed_levels:
             self._close(level)
 
-    def fits(self, level: int, places: int) -> bool:
-        """Whether those in this level and the more urgent ones are no more than so many."""
+    # -- the order ---------------------------------------------------------------------------------------------
+
+    def key(self, request: Request) -> tuple[float, ...]:  # noqa: D102
+        return request.level, request.position
+
+    def is_before(self, request: Request, other: Request) -> bool:  # noqa: D102
+        return request.level < other.level or (request.level == other.level and request.position < other.position)
+
+    def fits(self, request: Request, places: int) -> bool:
+        """Whether those in its level and the more urgent ones are no more than so many."""
         for number in self._in_order:
-            if number > level or places < 0:
+            if number > request.level or places < 0:
                 break
             places -= self._levels[number].size
         return places >= 0
 
-    def sizes(self) -> list[tuple[int, int, int, int]]:
-        """Of each level that has anyone: its number, and how many have no cache, have it on the GPU, have it away."""
+    def sizes(self) -> list[tuple[int, int, int, int]]:  # noqa: D102
         levels = ((number, self._levels[number]) for number in self._in_order)
         return [(number, *map(len, level.parts)) for number, level in levels if level.size]  # type: ignore[misc]
 
     # -- walks -------------------------------------------------------------------------------------------------
 
-    def in_order(self) -> Iterator[Request]:
-        """Everyone, most urgent first."""
+    def in_order(self) -> Iterator[Request]:  # noqa: D102
         for level in self._in_order:
             yield from _merged([iter(line) for line in self._levels[level].parts])
 
-    def candidates(self, gate: Gate) -> Iterator[Request]:
-        """Everyone whom the gate lets through, most urgent first."""
+    def candidates(self, gate: Gate) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
             level = self._levels[number]
             if not level.size:
@@ -222,15 +270,13 @@ class MultiLevelQueue:
                 lines.append(iter(resident))
             yield from _merged(lines, gate)
 
-    def residents_last_first(self) -> Iterator[Request]:
-        """Those on the GPU, least urgent first."""
+    def residents_last_first(self) -> Iterator[Request]:  # noqa: D102
         for number in reversed(self._in_order):
             resident = self._levels[number].parts[RESIDENT]
             if resident:
                 yield from reversed(resident)
 
-    def away_first_first(self) -> Iterator[Request]:
-        """Those whose cache is away, most urgent first."""
+    def away_first_first(self) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
             away = self._levels[number].parts[AWAY]
             if away:

@@ -72,6 +72,7 @@ def _discover() -> None:
     _discovered = True
     importlib.import_module("fastserve.scheduler.skip_join_mlfq")
     importlib.import_module("fastserve.scheduler.fcfs")
+    importlib.import_module("fastserve.scheduler.gittins")
     try:
         # By name, since imports run the other way; without an installed distribution there are no entry points.
         importlib.import_module("baselines")

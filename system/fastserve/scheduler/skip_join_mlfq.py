@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import heapq
-import itertools
 import math
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from fastserve.scheduler.base import Scheduler
 from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.registry import register
 from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions
+from fastserve.scheduler.waiting import WaitList
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,7 @@ class SkipJoinMLFQ(Scheduler):
     name = "fastserve"
     Options = SkipJoinMLFQOptions
     needs_latency = True
+    moves_in_order = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,13 +112,10 @@ class SkipJoinMLFQ(Scheduler):
         self._decisions_to_check = 1
         self._decided_s = self._decided_before_s = -math.inf
         """When the current or last decision was taken, and the one before it."""
-        self._last_since = -math.inf
-        """When the latest wait began that anybody is in or was in."""
         self._waits: list[float] = []
         self._waits_version = -1
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
-        """Whoever waits below the highest queue, in order of the deadline: every wait lasts alpha, so each new one is
-        the last to end."""
+        self._waiting = WaitList(self._longest_wait_s)
+        """Whoever waits below the highest queue, to be promoted after alpha."""
         self._displaced: list[dict[str, Request]] = [{} for _ in self.quanta]
         """Those of each queue; all others in it have their deadlines in the order of their places."""
 
@@ -191,12 +188,7 @@ class SkipJoinMLFQ(Scheduler):
 
     def promote_starved(self, now: float) -> None:
         """Move whoever has waited `alpha_s` to the back of the highest queue."""
-        starved = []
-        for request in self._waiting.values():
-            if request.standing.deadline > now:
-                break
-            starved.append(request)
-        for request in starved:
+        for request in self._waiting.due(now):
             self.promote(request)
 
     def promote(self, request: Request) -> None:
@@ -209,24 +201,11 @@ class SkipJoinMLFQ(Scheduler):
     def _start_waiting(self, request: Request, since: float) -> None:
         # Promotion would do nothing for one that is in the highest queue already.
         if self._alpha_s is not None and request.level:
-            deadline = request.standing.deadline = since + self._alpha_s
-            waiting = self._waiting
-            is_last = since >= self._last_since
-            waiting[request.request_id] = request
-            if is_last:
-                self._last_since = since
-                return
-            # Somebody came while the first stage of a pipeline was busy, after this one's iteration had ended.
-            others = itertools.islice(reversed(waiting.values()), 1, None)
-            for other in reversed(list(itertools.takewhile(lambda r: r.standing.deadline > deadline, others))):
-                waiting.move_to_end(other.request_id)
+            self._waiting.start(request, since)
 
     def _end_wait(self, request: Request) -> None:
-        if self._waiting.pop(request.request_id, None) is None:
-            return
         standing = request.standing
-        standing.deadline = math.inf
-        if standing.is_displaced:
+        if self._waiting.end(request) and standing.is_displaced:
             standing.is_displaced = False
             del self._displaced[request.level][request.request_id]
 
@@ -307,7 +286,7 @@ class SkipJoinMLFQ(Scheduler):
         left = min([used_up[request.level] - request.standing.service_s for request in self.running.values()])
         if self.options.starvation_check_every > 1 or not self._waiting:
             return now + left
-        return min(now + left, next(iter(self._waiting.values())).standing.deadline)
+        return min(now + left, self._waiting.first_deadline)
 
     def update_repeated(self, iteration: Iteration, times: np.ndarray) -> None:
         """Charge them, and count the decisions that were not made."""
@@ -323,7 +302,7 @@ class SkipJoinMLFQ(Scheduler):
         if self.options.starvation_check_every > 1:
             count = min(count, self._decisions_to_check)
         elif self._waiting:
-            first = next(iter(self._waiting.values())).standing.deadline
+            first = self._waiting.first_deadline
             # Iteration k is decided at times[k], and those who are due by then are promoted first.
             count = min(count, max(1, int(np.searchsorted(times[:count], first, side="left"))))
         durations = np.diff(times[: count + 1])

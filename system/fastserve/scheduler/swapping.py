@@ -14,11 +14,11 @@ from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
 from fastserve.kvcache import Location
 from fastserve.request import RESIDENT, Request
-from fastserve.scheduler.queue import is_before
 
 if TYPE_CHECKING:
     from fastserve.scheduler.base import Scheduler
     from fastserve.scheduler.plan import IterationPlan
+    from fastserve.scheduler.queue import ServiceOrder
 
 SwapMode = Literal["proactive", "reactive", "recompute", "none"]
 """What happens when caches do not all fit the GPU.
@@ -83,7 +83,7 @@ class ProactiveSwapping:
     def __init__(self, scheduler: Scheduler, options: MemoryOptions) -> None:
         self._scheduler = scheduler
         self._kv = scheduler.kv
-        self._queue = scheduler.queue
+        self._queue: ServiceOrder = scheduler.queue
         self._budget = options.swap_budget_blocks
         self._stay_tokens = options.stay_tokens
         self._window_s = options.reserve_window_s
@@ -155,7 +155,7 @@ class ProactiveSwapping:
         self._victims = None
         starts = kv.num_arriving_blocks < self._budget or kv.num_vacating_blocks < self._budget
         for request in self._queue.away_first_first():
-            while num_before < len(batch) and is_before(batch[num_before], request):
+            while num_before < len(batch) and self._queue.is_before(batch[num_before], request):
                 num_before += 1
             if num_before >= places:
                 break
@@ -194,20 +194,30 @@ class ProactiveSwapping:
             return True
         if kv.num_vacating_blocks >= self._budget:
             return False
+        # Whoever runs needs little to go on, and gets it. A whole cache is worth another's only if they take no turns.
+        may_drop = is_first and (
+            request.part == RESIDENT or self._queue.fits(request, self._scheduler.config.num_places)
+        )
+        if not (may_drop or kv.num_free_host_blocks):
+            return coming >= needed
         victims, found = [], coming
         # One walk serves everybody: those who ask come in order, and who was no victim of the last is none of the next.
         self._victims = self._victims or self._scheduler.offloads(plan.now)
+        queue, key = self._queue, self._queue.key(request)
         for victim in self._victims:
-            if is_before(request, victim) and self._may_leave(plan, victim):
+            if queue.key(victim) <= key:
+                if self._scheduler.moves_in_order:
+                    break
+            elif self._may_leave(plan, victim):
                 victims.append(victim)
                 found += kv.num_blocks(victim)
                 if found >= wanted:
                     break
-        else:
+        if found < wanted:
             # Last of all those who were given a place although they come behind; one at a time, so that the others
             # run meanwhile.
             for victim in reversed(plan.batch) if is_first and not kv.num_transfers else ():
-                if found >= needed or not is_before(request, victim):
+                if found >= needed or not self._queue.is_before(request, victim):
                     break
                 if victim.num_computed_tokens - victim.num_tokens_at_swap_in > self._stay_tokens:
                     victims.append(victim)
@@ -215,10 +225,6 @@ class ProactiveSwapping:
         if found < needed:
             self._victims = itertools.chain(victims, self._victims)
             return False
-        # Whoever runs needs little to go on, and gets it. A whole cache is worth another's only if they take no turns.
-        may_drop = is_first and (
-            request.part == RESIDENT or self._queue.fits(request.level, self._scheduler.config.num_places)
-        )
         for victim in victims:
             if kv.num_vacating_blocks >= self._budget or coming >= wanted:
                 break
@@ -246,7 +252,8 @@ class ProactiveSwapping:
             if self._queue.num_away > kv.num_transfers and kv.num_arriving_blocks < self._budget:
                 self._exchange(plan, reserve)
         short = reserve + plan.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
-        if short > 0 and version != self._version_without_victims and kv.num_vacating_blocks < self._budget:
+        may_leave = kv.num_vacating_blocks < self._budget and kv.num_free_host_blocks
+        if short > 0 and version != self._version_without_victims and may_leave:
             for victim in self._scheduler.offloads(plan.now):
                 if self._may_leave(plan, victim) and self._has_run(victim):
                     short -= kv.num_blocks(victim)

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from harness.derived import SETTLED
+
 # Okabe and Ito's colours and three dark ones, which those with a colour vision deficiency tell apart too.
 _POLICIES = {
     "fastserve": ("#0072B2", "o"),
@@ -142,10 +144,11 @@ def metric_label(metric: str) -> str:
         return _OTHER_METRICS[metric][0]
     if metric.startswith("slo_attainment_"):
         return "Requests within the SLO (%)"
-    statistic, _, quantity = metric.partition("_")
+    statistic, _, quantity = metric.replace("_settled", "").partition("_")
     if quantity in _QUANTITIES and re.fullmatch(r"mean|max|p\d+", statistic):
         name, unit = _QUANTITIES[quantity]
-        return f"{statistic.upper() if statistic[0] == 'p' else statistic.capitalize()} {name} ({unit})"
+        since = f" after {SETTLED} requests" if "_settled" in metric else ""
+        return f"{statistic.upper() if statistic[0] == 'p' else statistic.capitalize()} {name}{since} ({unit})"
     return metric.replace("_", " ").capitalize()
 
 

@@ -21,6 +21,8 @@ from harness.traces.lengths import FloatArray, IntArray, LengthFilter, LengthSou
 TABLES = Path(__file__).resolve().parents[3] / "traces"
 _LONGEST = 1_000_000
 _WEIGHT_OF_ALL = 10**12
+_LEAST_CV, _MOST_CV = 0.001, 100.0
+"""Coefficients of variation: beyond these, rounding and `_LONGEST` leave hardly anything of the distribution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,13 +194,47 @@ class FixedLengths:
         return np.full(n, self.prompt, dtype=np.int64), np.full(n, self.output, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class BimodalLengths:
+    """Answers of two kinds: short with probability `share`, else long; prompts say nothing about them.
+
+    Each kind is gamma-distributed with a mean of its own (tokens) and the coefficient of variation `cv`, rounded to at
+    least 1 token; prompts are geometric from 1 token on.
+    """
+
+    mean_prompt: float
+    mean_short: float
+    mean_long: float
+    share: float
+    cv: float
+
+    @property
+    def description(self) -> str:
+        """The distribution in words."""
+        return (
+            f"bimodal: answers of mean {self.mean_short:g} with probability {self.share:g}, else {self.mean_long:g}, "
+            f"each gamma with cv {self.cv:g}; prompts independent, geometric with mean {self.mean_prompt:g}"
+        )
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` requests; by quantiles, since a gamma sampler takes as many draws as it needs."""
+        from scipy.stats import gamma
+
+        draws = rng.random((n, 3))
+        mean = np.where(draws[:, 1] < self.share, self.mean_short, self.mean_long)
+        shape = self.cv**-2
+        output = np.rint(mean * gamma.ppf(draws[:, 2], shape, scale=1 / shape))
+        return _geometric(1, self.mean_prompt, draws[:, 0]), np.clip(output, 1, _LONGEST).astype(np.int64)
+
+
 def _uniform(low: IntArray, high: IntArray, draws: FloatArray) -> IntArray:
     return low + (draws * (high - low + 1)).astype(np.int64)
 
 
 def _geometric(minimum: int, mean: float, draws: FloatArray) -> IntArray:
     stop = 1 / (mean - minimum + 1)
-    return minimum + np.floor(np.log1p(-draws) / np.log1p(-stop)).astype(np.int64)
+    with np.errstate(divide="ignore"):  # A mean of the minimum stops at once: over a logarithm of 0, all is 0.
+        return minimum + np.floor(np.log1p(-draws) / np.log1p(-stop)).astype(np.int64)
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -294,6 +330,20 @@ def _fixed(options: str) -> LengthSource:
     return FixedLengths(int(values["prompt"]), int(values["output"]))
 
 
+def _bimodal(options: str) -> LengthSource:
+    owner = "trace 'bimodal'"
+    defaults = {"prompt": 64.0, "short": 32.0, "long": 512.0, "share": 0.5, "cv": 0.3}
+    values = parse_options(owner, options, defaults)
+    for key in ("prompt", "short", "long"):
+        if not 1 <= values[key] <= _LONGEST:
+            raise ConfigError(f"{owner}: the mean {key} must be 1 to {_LONGEST} tokens, not {values[key]:g}")
+    if not 0 <= values["share"] <= 1:
+        raise ConfigError(f"{owner}: share, the probability of a short answer, must be 0 to 1, not {values['share']:g}")
+    if not _LEAST_CV <= values["cv"] <= _MOST_CV:
+        raise ConfigError(f"{owner}: cv must be {_LEAST_CV:g} to {_MOST_CV:g}, not {values['cv']:g}")
+    return BimodalLengths(values["prompt"], values["short"], values["long"], values["share"], values["cv"])
+
+
 @dataclass(frozen=True)
 class Builtin:
     """How a built-in trace is written, what it is, and how its options text opens it."""
@@ -326,6 +376,11 @@ BUILTIN = {
         "zipf[:theta=1.0,min=4,max=1024,ratio=0,independent=0]",
         "Zipf lengths; a ratio above 0 draws prompt + output and splits it ratio:1, independent=1 each from its own",
         _zipf,
+    ),
+    "bimodal": Builtin(
+        "bimodal[:prompt=64,short=32,long=512,share=0.5,cv=0.3]",
+        "answers short with probability share, else long, each gamma with that mean and cv; geometric prompts",
+        _bimodal,
     ),
     "fixed": Builtin("fixed[:prompt=128,output=64]", "every request alike", _fixed),
 }

@@ -1,0 +1,447 @@
+"""The policy `gittins`: what it learns, the index, its queue, and what it decides."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastserve.engine import Engine
+from fastserve.errors import ConfigError
+from fastserve.kvcache import Direction
+from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.scheduler.gittins import STAGES, Gittins
+from fastserve.scheduler.gittins_index import gittins_index
+from fastserve.scheduler.index_queue import FIRST_OF_ALL, Index, IndexQueue
+from fastserve.scheduler.length_history import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
+from support.engines import arrival, make_engine
+from support.profiles import share
+from support.watch import names, watch
+
+LAST = len(STAGES) - 1
+
+
+# -- stages and kinds --------------------------------------------------------------------------------------------------
+
+
+def test_stages_cover_every_length_once() -> None:
+    assert STAGES.starts[:8] == [0, 1, 2, 3, 4, 6, 9, 14]
+    assert STAGES.ends[:-1] == STAGES.starts[1:]
+    for num_tokens in (1, 2, 4, 5, 6, 7, 100, 4096, 131_072):
+        stage = STAGES.stage_of_finished(num_tokens)
+        assert STAGES.starts[stage] < num_tokens <= STAGES.ends[stage]
+        assert abs(STAGES.final_lengths[stage] - num_tokens) <= STAGES.tokens_through[stage] / 2
+    assert STAGES.stage_of_finished(10**9) == LAST
+
+
+def test_kinds_are_two_for_each_doubling() -> None:
+    assert [kind_of_prompt(n) for n in (1, 2, 3, 4, 100, 1024, 1449)] == [0, 2, 3, 4, 13, 20, 21]
+    assert all(kind_of_prompt(prompt_of_kind(kind)) == kind for kind in range(4, 34))
+
+
+# -- what is learned ---------------------------------------------------------------------------------------------------
+
+
+def taught(lengths: list[int], memory: float = 1e9, **worth: float) -> LengthHistory:
+    history = LengthHistory(STAGES, memory, **worth)
+    history.add_kind()
+    for length in lengths:
+        teach(history, length)
+    return history
+
+
+def teach(history: LengthHistory, length: int, kind: int = 0) -> None:
+    for stage in range(STAGES.stage_of_finished(length)):
+        history.passed(kind, stage)
+    history.finished(kind, STAGES.stage_of_finished(length))
+
+
+def survival(hazards: np.ndarray) -> np.ndarray:
+    """The share that reaches each stage."""
+    return np.concatenate(([1.0], np.cumprod(1 - hazards[:-1])))
+
+
+def test_hazards_are_those_of_what_finished() -> None:
+    lengths = [1, 1, 2, 5, 5, 6, 30, 30, 30, 200]
+    reaching = survival(taught(lengths, worth_of_all=1e-9, worth_of_prior=1e-9).hazards(0))
+    for stage in range(STAGES.stage_of_finished(200) + 1):
+        assert reaching[stage] == pytest.approx(np.mean([length > STAGES.starts[stage] for length in lengths]))
+
+
+def test_those_still_running_count_as_far_as_they_have_come() -> None:
+    # Half are of 10 tokens and half of 1,000, and only the short have finished. Were the finished alone counted,
+    # nobody would be expected to come further than 10.
+    history = taught([10] * 50, worth_of_all=1e-9, worth_of_prior=1e-9)
+    for _ in range(50):
+        for stage in range(STAGES.stage_of_finished(60)):
+            history.passed(0, stage)
+    reaching = survival(history.hazards(0))
+    assert reaching[STAGES.stage_of_finished(30)] == pytest.approx(0.5)
+
+
+def test_the_prior_is_that_of_least_attained_service() -> None:
+    # Whoever has come further is less likely to finish with the next token, and is worth less.
+    hazards = taught([]).hazards(0)
+    of_a_token = 1 - (1 - hazards) ** (1 / STAGES.tokens_through)
+    assert all(earlier > later for earlier, later in itertools.pairwise(of_a_token[:-1]))
+    for length_power in (0.0, 1.0, 3.0):
+        weights = index_of(hazards, length_power=length_power).log_weights[1:LAST, RESIDENT]
+        assert all(earlier > later for earlier, later in itertools.pairwise(weights))
+
+
+def test_the_newest_count_most() -> None:
+    history = taught([10] * 1000, memory=100)
+    for _ in range(300):
+        teach(history, 500)
+    reaching = survival(history.hazards(0))
+    assert reaching[STAGES.stage_of_finished(400)] > 0.9
+    forgets_nothing = taught([10] * 1000 + [500] * 300)
+    assert survival(forgets_nothing.hazards(0))[STAGES.stage_of_finished(400)] < 0.3
+
+
+def test_weights_that_grow_for_ever_stay_finite() -> None:
+    history = taught([10, 500] * 3000, memory=10)
+    assert history._weight < 1e101
+    assert np.isfinite(history.hazards(0)).all()
+    assert survival(history.hazards(0))[STAGES.stage_of_finished(100)] == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_kind_is_known_by_its_own_once_there_are_enough() -> None:
+    history = taught([])
+    history.add_kind()
+    for _ in range(200):
+        teach(history, 10, kind=0)
+    of_all = survival(history.hazards(1))[STAGES.stage_of_finished(100)]
+    assert of_all < 0.1, "nothing is known of the other kind but what is known of all"
+    for _ in range(50):
+        teach(history, 1000, kind=1)
+    assert survival(history.hazards(1))[STAGES.stage_of_finished(100)] > 0.8
+    assert survival(history.hazards(0))[STAGES.stage_of_finished(100)] < 0.1
+
+
+# -- the index ---------------------------------------------------------------------------------------------------------
+
+
+def index_of(hazards: np.ndarray, *, length_power: float = 0.0, setup: tuple[float, float, float] = (0, 0, 0)) -> Index:
+    """A token takes a second of the machine, whoever's it is."""
+    costs = np.tile(np.array(setup, dtype=float), (len(STAGES), 1))
+    return gittins_index(
+        STAGES, hazards, token_costs=np.ones(len(STAGES)), setup_costs=costs, length_power=length_power, step_s=1.0
+    )
+
+
+def hazards_of(shares: dict[int, float]) -> np.ndarray:
+    """Of answers that have one of these lengths."""
+    hazards = np.zeros(len(STAGES))
+    left = 1.0
+    for length, part in sorted(shares.items()):
+        hazards[STAGES.stage_of_finished(length)] = part / left
+        left -= part
+    hazards[-1] = 1.0
+    return hazards
+
+
+def test_a_known_length_is_the_inverse_of_what_remains() -> None:
+    index = index_of(hazards_of({1000: 1.0}))
+    length = STAGES.final_lengths[STAGES.stage_of_finished(1000)]
+    for stage in range(STAGES.stage_of_finished(1000)):
+        assert math.exp(index.log_weights[1 + stage, RESIDENT]) == pytest.approx(1 / (length - STAGES.starts[stage]))
+        assert index.leads_s[1 + stage, RESIDENT] == pytest.approx(length - STAGES.starts[stage])
+
+
+def test_it_pays_to_give_up_after_the_short_ones() -> None:
+    # Half of the answers are of 20 tokens, half of 1,000: serve up to 20, (1/2) / 20, not to the end, 1 / 510.
+    index = index_of(hazards_of({20: 0.5, 1000: 0.5}))
+    short, long = (STAGES.final_lengths[STAGES.stage_of_finished(n)] for n in (20, 1000))
+    through = STAGES.ends[STAGES.stage_of_finished(20)]
+    new = math.exp(index.log_weights[1, RESIDENT])
+    assert new == pytest.approx(0.5 / (0.5 * short + 0.5 * through))
+    # Past that it is known to be long, and worth less than a new one until it is nearly done.
+    weights = np.exp(index.log_weights[1:, RESIDENT])
+    known_long = STAGES.stage_of_finished(20) + 1
+    assert weights[known_long] == pytest.approx(1 / (long - STAGES.starts[known_long]))
+    assert weights[known_long] < new
+
+
+def test_memoryless_lengths_are_worth_the_same_at_any_stage() -> None:
+    hazard_of_token = 0.01
+    hazards = 1 - (1 - hazard_of_token) ** STAGES.tokens_through
+    hazards[-1] = 1.0
+    weights = np.exp(index_of(hazards).log_weights[1:, RESIDENT])
+    # A stage is taken to end in its middle, so not exactly; and where hardly anyone comes, the end is near.
+    assert weights[: STAGES.stage_of_finished(400)] == pytest.approx(hazard_of_token, rel=0.25)
+    of_slowdown = index_of(hazards, length_power=1.0).log_weights[1 : STAGES.stage_of_finished(400), RESIDENT]
+    assert (np.diff(of_slowdown) < 0).all(), "the slowdown of those who have come far weighs less"
+
+
+@share(1 / 4)
+@given(
+    st.lists(st.floats(0, 1), min_size=8, max_size=8),
+    st.sampled_from([0.0, 1.0, 3.0]),
+    st.tuples(st.floats(0, 100), st.just(0.0), st.floats(0, 100)),
+)
+def test_the_index_is_the_best_of_all_stopping_stages(
+    given_hazards: list[float], length_power: float, setup: tuple[float, float, float]
+) -> None:
+    stages = Stages(exact=4, ratio=2.0, longest=64)
+    hazards = np.array([*given_hazards, *[0.5] * (len(stages) - 9), 1.0])
+    costs = np.tile(np.array(setup), (len(stages), 1))
+    index = gittins_index(
+        stages, hazards, token_costs=np.ones(len(stages)), setup_costs=costs, length_power=length_power, step_s=0.5
+    )
+    hazards = np.minimum(hazards, [*[1 - 1e-12] * (len(stages) - 1), 1.0])
+    for stage in range(len(stages)):
+        for part in (FRESH, RESIDENT, AWAY):
+            best, lead = -math.inf, math.nan
+            reaches, relief, later, cost = 1.0, 0.0, 0.0, setup[part]
+            for last in range(stage, len(stages)):
+                length = stages.final_lengths[last]
+                value = reaches * hazards[last] * length**-length_power
+                relief += value
+                later += value * (length - stages.starts[stage]) * 0.5
+                through = hazards[last] * (length - stages.starts[last])
+                cost += reaches * (through + (1 - hazards[last]) * stages.tokens_through[last])
+                reaches *= 1 - hazards[last]
+                if relief / cost > best * (1 + 1e-9):
+                    best, lead = relief / cost, later / relief if relief else math.nan
+            assert math.exp(index.log_weights[1 + stage, part]) == pytest.approx(best, rel=1e-6)
+            assert stages.final_lengths[stage] >= 0
+            assert index.leads_s[1 + stage, part] > 0
+            assert math.isnan(lead) or index.leads_s[1 + stage, part] <= 0.5 * stages.final_lengths[-1]
+
+
+def test_what_must_be_spent_first_counts() -> None:
+    hazards = hazards_of({100: 1.0})
+    index = index_of(hazards, setup=(50.0, 0.0, 5.0))
+    fresh, resident, away = np.exp(index.log_weights[1])
+    assert resident > away > fresh
+    assert 1 / fresh - 1 / resident == pytest.approx(50)
+    assert 1 / away - 1 / resident == pytest.approx(5)
+
+
+# -- the queue ---------------------------------------------------------------------------------------------------------
+
+
+class Open:
+    admitting = counting_away = True
+
+
+@share(1 / 10)
+@given(st.data())
+def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
+    num_levels, growth = 4, data.draw(st.sampled_from([0.0, 1.0, 2.0]))
+    queue = IndexQueue(num_levels, growth, lambda request: kind_of_prompt(request.num_prompt_tokens))
+    weights = st.floats(-3, 3)
+    requests: list[Request] = []
+
+    def weigh(kind: int) -> None:
+        drawn = data.draw(st.lists(weights, min_size=3 * num_levels, max_size=3 * num_levels))
+        queue.set_index(kind, Index(np.array(drawn).reshape(num_levels, 3), np.exp(drawn).reshape(num_levels, 3)))
+
+    for kind in range(3):
+        queue.add_kind()
+        weigh(kind)
+    at = 0.0
+    for step in range(data.draw(st.integers(1, 25))):
+        at += data.draw(st.sampled_from([0.0, 0.1, 3.0]))
+        queue.now = at
+        action = data.draw(st.sampled_from(["join", "join", "move", "put", "remove", "weigh"]))
+        if action == "join" or not requests:
+            request = Request(f"{step}", at, data.draw(st.integers(1, 2)))
+            requests.append(request)
+            queue.join(request, data.draw(st.integers(1, num_levels - 1)))
+        elif action == "weigh":
+            weigh(data.draw(st.integers(0, 2)))
+        else:
+            request = data.draw(st.sampled_from(requests))
+            if action == "move":
+                queue.move(request, data.draw(st.integers(0, num_levels - 1)))
+            elif action == "put":
+                part: Part = data.draw(st.sampled_from([FRESH, RESIDENT, AWAY]))
+                queue.put(request, part)
+            else:
+                requests.remove(request)
+                queue.remove(request)
+        in_order = sorted(requests, key=queue.key)
+        assert list(queue.in_order()) == in_order
+        assert list(queue.candidates(Open())) == in_order
+        assert list(queue.residents_last_first()) == [r for r in reversed(in_order) if r.part == RESIDENT]
+        assert list(queue.away_first_first()) == [r for r in in_order if r.part == AWAY]
+        assert queue.num_away == sum(r.part == AWAY for r in requests)
+        assert sum(sum(counts) for _, *counts in queue.sizes()) == len(requests)
+        first = [r.level == FIRST_OF_ALL for r in in_order]
+        assert first == sorted(first, reverse=True)
+        for one in requests:
+            for other in requests:
+                assert queue.is_before(one, other) == (in_order.index(one) < in_order.index(other))
+
+
+def test_a_closed_gate_lets_only_those_on_the_gpu_through() -> None:
+    engine = make_engine("gittins")
+    scheduler = engine.scheduler
+    for i in range(6):
+        engine.add_request(*arrival(f"{i}", 0, 8, 5))
+    queue = scheduler.queue
+    for i, request in enumerate(list(queue.in_order())[:4]):
+        queue.put(request, RESIDENT if i % 2 else AWAY)
+
+    class Closing:
+        admitting = counting_away = True
+
+    gate = Closing()
+    seen = []
+    for request in queue.candidates(gate):
+        seen.append(request.part)
+        gate.admitting = gate.counting_away = False
+    assert seen.count(RESIDENT) == 2
+    assert len(seen) <= 3
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+
+def warm(lengths: list[tuple[int, int]], options: dict[str, object] | None = None, **sizes: int) -> Engine:
+    engine = make_engine("gittins", {"alpha_s": "none", **(options or {})}, **sizes)
+    for prompt, output in lengths:
+        engine.scheduler.learn(prompt, output)
+    return engine
+
+
+def test_whose_answers_are_known_to_be_short_run_first() -> None:
+    # Prompts of 8 have had answers of 3 tokens and prompts of 40 of 200.
+    for objective in ("slowdown", "jct"):
+        engine = warm([(8, 3), (40, 200)] * 50, {"objective": objective}, max_batch_size=1)
+        log = watch(engine)
+        engine.run([arrival("long", 0, 40, 50), arrival("short", 0.001, 8, 3)])
+        assert log.done == ["short", "long"]
+
+
+def test_one_found_to_be_long_makes_way_for_new_ones() -> None:
+    # Answers are of 5 tokens or of 300. After 5 it is a long one, and those that come are short more likely than not.
+    engine = warm([(8, 5), (8, 300)] * 50, {"objective": "jct"}, max_batch_size=1)
+    log = watch(engine)
+    engine.run([arrival("first", 0, 8, 60), arrival("second", 0.015, 8, 4), arrival("third", 0.016, 8, 5)])
+    assert log.done == ["second", "third", "first"]
+    # Where all are of 300, nobody gains from changing the order.
+    engine = warm([(8, 300)] * 100, {"objective": "jct"}, max_batch_size=1)
+    log = watch(engine)
+    engine.run([arrival("first", 0, 8, 60), arrival("second", 0.015, 8, 4), arrival("third", 0.016, 8, 5)])
+    assert log.done == ["first", "second", "third"]
+
+
+def test_it_learns_from_what_it_serves() -> None:
+    engine = make_engine("gittins", {"alpha_s": "none"})
+    engine.run([arrival(f"{i}", 0.01 * i, 8, 3 if i % 2 else 120) for i in range(40)])
+    history = engine.scheduler.history
+    assert history.num_finished == 40
+    told = make_engine("gittins").scheduler
+    for length in (3, 120) * 20:
+        told.learn(8, length)
+    kind = kind_of_prompt(8)
+    assert history.hazards(kind) == pytest.approx(told.history.hazards(kind), abs=0.02)
+
+
+def test_an_aborted_request_counts_as_far_as_it_came() -> None:
+    engine = make_engine("gittins", max_batch_size=1)
+    engine.jumps = False
+    engine.add_request(*arrival("a", 0, 8, 100))
+    for _ in range(60):
+        engine.step()
+    scheduler = engine.scheduler
+    stage = engine.jobs["a"].request.standing.stage
+    engine.abort("a")
+    assert scheduler.history.num_finished == 0
+    assert scheduler.history._all_passed[:stage].tolist() == [1.0] * stage
+    assert scheduler.history._all_passed[stage:].sum() == 0
+
+
+def test_the_price_of_a_swap_is_measured() -> None:
+    engine = make_engine("gittins", {"swap": "proactive"}, num_gpu_blocks=30, max_batch_size=2)
+    log = watch(engine)
+    engine.run([arrival(f"{i}", 0.02 * i, 30, 40) for i in range(10)])
+    assert log.transfers
+    # A block of 4 tokens takes 1 ms each way.
+    assert engine.scheduler._token_transfer_s == pytest.approx(0.00025)
+    weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
+    assert (weights[:, RESIDENT] > weights[:, AWAY]).all()
+    assert any(transfer.direction is Direction.IN for transfer in log.transfers)
+
+
+def test_free_swapping_weighs_nothing() -> None:
+    engine = make_engine("gittins", {"switching_cost": 0}, num_gpu_blocks=30, max_batch_size=2)
+    engine.run([arrival(f"{i}", 0.02 * i, 30, 40) for i in range(10)])
+    weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
+    assert (weights[:, RESIDENT] == weights[:, AWAY]).all()
+
+
+def test_those_who_waited_too_long_come_first_only_if_they_fit_a_batch() -> None:
+    for num_waiting, first in ((3, True), (9, False)):
+        engine = make_engine("gittins", {"alpha_s": 0.3}, max_batch_size=4)
+        scheduler = engine.scheduler
+        for i in range(4):
+            engine.add_request(*arrival(f"runs {i}", 0, 8, 500))
+        for _ in range(3):
+            engine.step()
+        now = engine.clock.now()
+        for i in range(num_waiting):
+            engine.add_request(*arrival(f"waits {i}", now, 8, 500))
+        scheduler.prepare(now + 0.31)
+        assert len(scheduler._starved) == num_waiting
+        levels = {request.level for request in scheduler._starved.values()}
+        assert levels == ({FIRST_OF_ALL} if first else {1})
+        if first:
+            waiting = names(scheduler._starved.values())
+            assert set(waiting) <= set(names(scheduler.decide(now + 0.31).requests))
+
+
+def test_promoted_ones_go_back_where_they_were_when_too_many_follow() -> None:
+    engine = make_engine("gittins", {"alpha_s": 0.3}, max_batch_size=4)
+    scheduler = engine.scheduler
+    for i in range(4):
+        engine.add_request(*arrival(f"{i}", 0, 8, 500))
+    scheduler.prepare(0.4)
+    assert {request.level for request in scheduler._starved.values()} == {FIRST_OF_ALL}
+    engine.add_request(*arrival("4", 0.05, 8, 500))
+    scheduler.prepare(0.5)
+    assert {request.level for request in scheduler._starved.values()} == {1}
+
+
+def test_age_wins_in_the_end() -> None:
+    # A long one, and short ones that come faster than they can be served.
+    def place_of_long(exponent: float) -> int:
+        engine = warm([(8, 3), (40, 6)] * 50, {"exponent": exponent}, max_batch_size=1)
+        log = watch(engine)
+        engine.run([arrival("long", 0, 40, 6), *[arrival(f"{i}", 0.02 * i, 8, 3) for i in range(1, 200)]])
+        return log.done.index("long")
+
+    places = [place_of_long(exponent) for exponent in (1, 2, 6)]
+    assert places == sorted(places, reverse=True)
+    assert places[0] > 190 > 100 > places[-1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("exponent", 0.5),
+        ("exponent", "nan"),
+        ("memory_requests", 0),
+        ("memory_requests", "inf"),
+        ("switching_cost", -1),
+        ("alpha_s", 0),
+        ("objective", "throughput"),
+    ],
+)
+def test_bad_options_are_named(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=option):
+        make_engine("gittins", {option: value})
+
+
+def test_the_default_exponent_is_the_objectives() -> None:
+    assert make_engine("gittins").scheduler.exponent == 3
+    assert make_engine("gittins", {"objective": "jct"}).scheduler.exponent == 1
+    assert make_engine("gittins", {"exponent": 2}).scheduler.exponent == 2
+    assert Gittins.learns
