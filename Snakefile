@@ -1,6 +1,7 @@
 # Every experiment: its runs, its tables, its figure, and the verdict on each claim of the paper.
 #   snakemake -c all              everything of workflows/config: the target `report`
-#   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, fidelity, headline
+#   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, own, fidelity, headline
+#   snakemake -c all own-policy   an experiment by the name of its file
 #   snakemake -c all recorded     what was measured on GPUs (results/recorded), simulated again, compared and drawn
 #   snakemake -c all real-vllm    installs vLLM into .venv-vllm and measures it beside our server; no part of the report
 #   snakemake -c all smoke        a small one of each kind, in under two minutes

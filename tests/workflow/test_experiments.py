@@ -48,6 +48,16 @@ def tiny(**changes):
     } | changes
 
 
+TARGET = {
+    "claim": "Faster",
+    "metric": "mean_jct_s",
+    "of": "fastserve",
+    "over": "vllm",
+    "statistic": "geometric_mean",
+    "at_most": 0.8,
+}
+
+
 @pytest.mark.parametrize("name", ["config", "experiment", "claims"])
 def test_schemas_are_schemas(name):
     Draft202012Validator.check_schema(schema(name))
@@ -188,9 +198,23 @@ def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
         linked({"x": {"same_points_as": "nobody"}})
 
 
+def test_targets_and_ratios_are_valid_and_optional():
+    assert with_defaults(tiny())["targets"] == ()
+    experiment = tiny(figure="ratios", over="vllm", targets=[TARGET, TARGET | {"at": [2, "1"], "at_most": 1}])
+    assert errors(experiment) == []
+    check_experiment("tiny", with_defaults(experiment))
+    assert errors(tiny(targets=[])) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda e: e.update(targets=[TARGET | {"statistic": "mean"}]), "is not one of"),
+        (lambda e: e.update(targets=[TARGET | {"metric": ""}]), "does not match"),
+        (lambda e: e.update(targets=[TARGET | {"at_most": 0}]), "minimum"),
+        (lambda e: e.update(targets=[TARGET | {"at": []}]), "non-empty"),
+        (lambda e: e.update(targets=[{"claim": "C"}]), "'metric' is a required property"),
+        (lambda e: e.update(over=1), "not of type 'string'"),
         (lambda e: e.update(sedes=[0]), "'sedes' was unexpected"),
         (lambda e: e["series"][0].update(polisy="vllm"), "'polisy' was unexpected"),
         (lambda e: e["points"][0].update(requests=3), "'requests' was unexpected"),
@@ -234,6 +258,15 @@ def test_typos_and_wrong_types_are_refused(change, message):
             "policy 'fastserve' learns nothing from finished requests",
         ),
         (lambda e: e["run"].pop("profile"), "a simulation needs a profile"),
+        (lambda e: e.update(figure="ratios"), "need a series over which to show others, not None: vllm, fastserve"),
+        (lambda e: e.update(figure="ratios", over="srpt"), "not 'srpt': vllm, fastserve"),
+        (lambda e: e.update(targets=[TARGET | {"of": "srpt"}]), "'srpt' is none of the series; there are: vllm"),
+        (lambda e: e.update(targets=[TARGET | {"over": "fastserve"}]), "of and over are both 'fastserve'"),
+        (lambda e: e.update(targets=[TARGET | {"panels": ["b"]}]), "'b' is none of the panels"),
+        (lambda e: e.update(targets=[TARGET | {"metric": ""}]), "target 'Faster': metric is empty"),
+        (lambda e: e.update(targets=[TARGET | {"at": [1, 3]}]), "share no point at 3; they do at: 1, 2"),
+        (lambda e: (e["series"][0].update(up_to=0), e.update(targets=[TARGET])), "share no point; see up_to"),
+        (lambda e: e.update(backend="both", targets=[TARGET]), "targets need backend sim or engine, not 'both'"),
     ],
 )
 def test_what_the_schema_cannot_see_is_refused_before_any_work(change, message):

@@ -53,7 +53,8 @@ def files_in(folder):
 
 
 def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
-    write_experiment(tmp_path)
+    target = {"claim": "T", "metric": "mean_jct_s", "of": "fastserve", "over": "vllm"}
+    write_experiment(tmp_path, targets=[target | {"statistic": "largest", "at_most": 100}])
     write_claims(tmp_path)
     first = snakemake(tmp_path)
     assert first.returncode == 0, first.stderr
@@ -83,12 +84,16 @@ def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
     by_series = table.groupby("series")["mean_normalized_latency_s"].mean()
     assert verdict["value"] == pytest.approx(by_series["vllm"] / by_series["fastserve"])
 
+    (row,) = pd.read_csv(results / "tiny/targets.csv").to_dict("records")
+    times = table.groupby("series")["mean_jct_s"].mean()
+    assert (row["value"], row["met"]) == (pytest.approx(times["fastserve"] / times["vllm"]), "yes")
+
     again = snakemake(tmp_path)
     assert again.returncode == 0
     assert "Nothing to be done" in again.stderr
 
     before = {path: path.read_bytes() for path in results.rglob("*.csv")}
-    repeated = snakemake(tmp_path, "--forceall", "--until", "claims", "capacity")
+    repeated = snakemake(tmp_path, "--forceall", "--until", "claims", "capacity", "targets")
     assert repeated.returncode == 0, repeated.stderr
     assert {path: path.read_bytes() for path in results.rglob("*.csv")} == before
 

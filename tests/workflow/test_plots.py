@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fastserve.errors import ConfigError, OutputError
-from harness.intervals import mean_estimate
+from harness.intervals import mean_estimate, ratio_of_means
 from harness.plots import KINDS, draw, figure_of, flags_of, headline_of
 from harness.plots.elements import XAxis, capacity_text
+from harness.plots.ratios import LIMITS
 from harness.plots.style import (
     PARTS,
     POLICIES,
@@ -89,11 +90,14 @@ def inputs(kind):
     """Experiment, points, capacities and the paper's points for a figure of this kind, busy enough to be crowded."""
     if kind == "fidelity":
         return make_experiment(kind, series=[]), make_comparison(), None, NO_PAPER
-    x = {"label": "Starvation bound α (s)", "log": True} if kind == "sweep" else None
-    metrics = [LATENCY, "p95_normalized_latency_s", "swap_out_bytes"] if kind == "sweep" else None
+    varied = kind in ("sweep", "ratios")
+    x = {"label": "Starvation bound α (s)", "log": True} if varied else None
+    metrics = [LATENCY, "p95_normalized_latency_s", "swap_out_bytes"] if varied else None
     panels = PANELS[:1] if kind == "breakdown" else PANELS
     experiment = make_experiment(kind, panels=panels, x=x, metrics=metrics)
-    xs = (0.1, 1.0, 10.0, "never") if kind == "sweep" else (0.5, 1.0, 2.0, 4.0)
+    xs = (0.1, 1.0, 10.0, "never") if varied else (0.5, 1.0, 2.0, 4.0)
+    if kind == "ratios":
+        experiment |= {"over": "fastserve"}
     if kind == "slo":
         experiment |= {"slo": 0.95, "metric": "slo_attainment_1"}
     reported = REPORTED.assign(quantity="swapping_s") if kind == "breakdown" else REPORTED
@@ -461,7 +465,83 @@ def test_fidelity_draws_simulated_over_real_and_the_errors():
     assert errors.get_yticklabels()[3].get_text() == "FastServe, load 0.8"
 
 
-@pytest.mark.parametrize("kind", ["load", "slo", "capacity", "sweep", "deciles", "bars"])
+def test_ratios_are_over_the_same_seeds_of_the_reference_a_row_each_setting():
+    experiment, points, _, _ = inputs("ratios")
+    figure = figure_of(experiment, points, None, NO_PAPER)
+    rows = list(itertools.product(PANELS, (0.1, 1.0, 10.0, "never")))
+    others = [series for series in SERIES if series["name"] != "fastserve"]
+    said = [label.get_text().replace("\n", " ") for label in figure.axes[0].get_yticklabels()]
+    assert said == [f"{panel['title']} · {x if x == 'never' else f'{x:g}'}" for panel, x in rows]
+    for axes, metric in zip(figure.axes, experiment["metrics"][:2], strict=False):
+        values = points.astype({"x": str}).set_index(["panel", "series", "x", "seed"])[metric].sort_index()
+        assert axes.get_xscale() == "log"
+        assert len(dots(axes)) == len(others)
+        for series, (color, ratio, y), whiskers in zip(others, dots(axes), axes.collections, strict=True):
+            assert color == policy_style(series["policy"])[0]
+            assert np.round(y).tolist() == list(range(len(rows)))
+            expected = [
+                ratio_of_means(
+                    *(values[panel["name"], each, str(x)].to_numpy() for each in (series["name"], "fastserve"))
+                )
+                for panel, x in rows
+            ]
+            assert ratio == pytest.approx([estimate.value for estimate in expected])
+            ends = [path.vertices[:, 0] for path in whiskers.get_paths()]
+            assert np.array(ends) == pytest.approx(np.array([(each.low, each.high) for each in expected]))
+        heights = np.sort(np.concatenate([y for _, _, y in dots(axes)]))
+        assert np.diff(heights).min() > 0.2  # beside each other, not one over the other
+        (one,) = [line for line in axes.lines if set(line.get_xdata()) == {1}]
+        assert to_hex(one.get_color()).upper() == policy_style("fastserve")[0]
+
+
+def test_ratios_beyond_the_axis_are_at_its_edge_with_an_arrow():
+    experiment, points, _, _ = inputs("ratios")
+    experiment |= {"metrics": [LATENCY]}
+    for series, x, factor in (("vllm", 1.0, 1e3), ("fcfs", 10.0, 1e-3)):
+        points.loc[(points["series"] == series) & (points["x"] == x) & (points["panel"] == "a"), LATENCY] *= factor
+    figure = figure_of(experiment, points, None, NO_PAPER)
+    (axes,) = figure.axes
+    arrows = [line for line in axes.lines if "arrow" in str(line.get_marker()) and len(line.get_xdata())]
+    at = [(line.get_marker(), *line.get_xdata(), *np.round(line.get_ydata())) for line in arrows]
+    assert at == [(r"$\rightarrow$", LIMITS[1], 1), (r"$\leftarrow$", LIMITS[0], 2)]
+    edges = [x for _, ratio, _ in dots(axes) if len(ratio) > 1 for x in ratio if x in LIMITS]
+    assert edges == [LIMITS[1], LIMITS[0]]
+    assert "beyond 1/20 or 20" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_ratios_need_points_of_the_reference_and_what_has_none_is_flagged():
+    experiment, points, _, _ = inputs("ratios")
+    assert flags_of(experiment, points, None) == [
+        "Not drawn, FastServe has no point there or is 0: OPT-13B, ShareGPT: vLLM at 0.1, FastServe-FCFS at 0.1, "
+        "FastServe, reactive at 0.1; OPT-66B, Alpaca: vLLM at 0.1, FastServe-FCFS at 0.1, FastServe, reactive at 0.1"
+    ]  # nothing is swapped at the lowest load
+    experiment |= {"metrics": [LATENCY]}
+    points.loc[(points["series"] == "fcfs") & (points["x"] == 1) & (points["seed"] == 1), LATENCY] = None
+    points = points[(points["series"] != "fastserve") | (points["panel"] == "a")]
+    first, second = flags_of(experiment, points, None)
+    assert first.endswith("OPT-13B, ShareGPT: FastServe-FCFS at 1; OPT-66B, Alpaca: FastServe-FCFS at 1")
+    assert second.count("at 0.1, 1, 10, never") == 3
+    (axes,) = figure_of(experiment, points, None, NO_PAPER).axes
+    assert len(axes.get_yticks()) == 4
+    assert np.isnan(dots(axes)[1][1]).tolist() == [False, True, False, False]
+    with pytest.raises(ConfigError, match="none of the series 'fastserve'"):
+        figure_of(experiment, points[points["series"] != "fastserve"], None, NO_PAPER)
+    with pytest.raises(ConfigError, match="set over to one of vllm, fcfs"):
+        figure_of(experiment | {"over": None}, points, None, NO_PAPER)
+
+
+def test_a_page_of_ratios_grows_with_its_rows():
+    experiment = inputs("ratios")[0]
+    experiment |= {"panels": [{"name": f"p{i}", "title": f"Setting {i}"} for i in range(8)], "metrics": [LATENCY]}
+    heights = [
+        figure_of(experiment, make_points(experiment, xs), None, NO_PAPER).get_figheight()
+        for xs in ((1.0, 2.0), (1.0, 2.0, 4.0, 8.0))
+    ]
+    assert heights[1] - heights[0] == pytest.approx(16 * 0.3, rel=0.2)
+    assert heights[1] < 16
+
+
+@pytest.mark.parametrize("kind", ["load", "slo", "capacity", "sweep", "deciles", "bars", "ratios"])
 def test_a_panel_may_lack_a_series(kind):
     experiment, points, capacity, _ = inputs(kind)
     points = points[(points["series"] != "fcfs") | (points["panel"] == "a")]
@@ -623,6 +703,12 @@ def test_a_policy_keeps_its_colour_and_marker_in_any_company(policies):
         if each["policy"] in POLICIES:
             assert styles[each["name"]] == (*policy_style(each["policy"]), ())
     assert len({style[:2] for style in styles.values()}) == len(series)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_markers_alone_tell_seven_series_of_any_policy_apart(policy):
+    styles = series_styles([{"name": f"s{i}", "policy": policy, "variant": i > 2} for i in range(7)])
+    assert len({style.marker for style in styles.values()}) == 7
 
 
 def test_series_of_one_policy_share_its_colour_and_differ_in_dashes_and_marker():

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fastserve.errors import ConfigError
 from harness.capacity import capacity_estimate, capacity_of, ratio_of_capacities
-from harness.experiments import Experiment
+from harness.experiments import Experiment, x_key
 from harness.intervals import Estimate, mean_estimate, ratio_of_means
 from harness.points import FALLING, by_seed
 
@@ -86,7 +86,7 @@ class Evidence:
         panel = measure.get("panel", self.experiment["panels"][0]["name"])
         metric = metric or measure.get("metric", self.experiment["metric"])
         table = by_seed(self.points, panel, series, metric)
-        return table.rename(columns=_at) if "x" in measure else table
+        return table.rename(columns=x_key) if "x" in measure else table
 
 
 def claims_table(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> pd.DataFrame:
@@ -174,18 +174,18 @@ def _capacity_ratio(measure: Mapping[str, Any], on: Evidence) -> Estimate:
 
 
 def _value(measure: Mapping[str, Any], on: Evidence) -> Estimate:
-    return mean_estimate(on.values(measure, measure["of"])[_at(measure["x"])].to_numpy())
+    return mean_estimate(on.values(measure, measure["of"])[x_key(measure["x"])].to_numpy())
 
 
 def _ratio(measure: Mapping[str, Any], on: Evidence) -> Estimate:
     """How many times the metric of `over` is that of `of`: above 1, `of` is the better."""
-    over, of = (on.values(measure, measure[side])[_at(measure["x"])] for side in ("over", "of"))
+    over, of = (on.values(measure, measure[side])[x_key(measure["x"])] for side in ("over", "of"))
     return ratio_of_means(over.to_numpy(), of.to_numpy())
 
 
 def _x_ratio(measure: Mapping[str, Any], on: Evidence) -> Estimate:
     values = on.values(measure, measure["of"])
-    return ratio_of_means(values[_at(measure["x"])].to_numpy(), values[_at(measure["over_x"])].to_numpy())
+    return ratio_of_means(values[x_key(measure["x"])].to_numpy(), values[x_key(measure["over_x"])].to_numpy())
 
 
 def _largest_ratio(measure: Mapping[str, Any], on: Evidence) -> Estimate:
@@ -233,14 +233,6 @@ def _bound(measure: Mapping[str, Any], on: Evidence) -> tuple[float, bool]:
     """The objective, and whether it is a lower bound."""
     metric = measure.get("metric", on.experiment["metric"])
     return measure.get("bound", on.experiment["slo"]), metric.startswith(FALLING)
-
-
-def _at(x: Any) -> str:
-    """A value of x as a key: 4, 4.0 and "4" are one."""
-    try:
-        return f"{float(x):g}"
-    except ValueError:
-        return str(x)
 
 
 _MEASURES: Mapping[str, Callable[[Mapping[str, Any], Evidence], Estimate]] = {

@@ -42,7 +42,7 @@ History = Annotated[
     str | None,
     typer.Option(
         metavar="TRACE",
-        help="Lengths of requests that finished earlier, taught before the run to a policy that learns (sim, engine).",
+        help="Lengths of requests that finished earlier (same: of --trace), taught to a policy that learns.",
     ),
 ]
 HistoryRequests = Annotated[int, typer.Option(help="How many requests of --history are taught.")]

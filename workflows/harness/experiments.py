@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 
 from fastserve.errors import ConfigError
 from fastserve.latency import load_profile
+from fastserve.scheduler import find_policy
 from fastserve.settings import resolve_settings
-from harness.runner import RunConfig, check_history
+from harness.runner import SAME_TRACE, RunConfig, check_history
 from harness.traces import load_trace
 
 Experiment = Mapping[str, Any]
@@ -65,6 +66,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "run": {},
     "points": None,
     "panels": None,
+    "over": None,
+    "targets": (),
 }
 _PANEL_DEFAULTS: Mapping[str, Any] = {"title": "", "x": None, "run": {}, "points": None, "paper": None}
 _SERIES_DEFAULTS: Mapping[str, Any] = {"run": {}, "variant": False, "paper_system": None, "up_to": None, "not_in": ()}
@@ -106,7 +109,8 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
     """All points: panel by panel, series by series, then in the order of the table of points, then by seed.
 
     None of what is carried out as a whole: an experiment on both backends (`harness.fidelity`), or of servers
-    (`harness.served`).
+    (`harness.served`). A history is what came before: a policy that learns nothing, and was given none of its own,
+    runs without it.
     """
     if experiment["backend"] in (BOTH, SERVED):
         return
@@ -123,6 +127,9 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
                 parts = (experiment["run"], panel["run"], {"policy": series["policy"], **series["run"]}, point)
                 for seed in experiment["seeds"]:
                     config = _merged(experiment["backend"], seed, parts)
+                    is_common = config.history is not None and "history" not in series["run"]
+                    if is_common and not find_policy(config.policy).learns:
+                        config = replace(config, history=None, history_requests=0)
                     yield Point(panel["name"], series["name"], series["label"], _x(point), config)
 
 
@@ -150,6 +157,37 @@ def check_experiment(name: str, experiment: Experiment) -> None:
             _check_run(point.config)
         except ConfigError as error:
             raise ConfigError(f"experiment {name!r}, series {point.series!r}: {error}") from error
+    over = experiment["over"]
+    if experiment["figure"] == "ratios" and (over not in names["series"] or len(names["series"]) < 2):
+        known = ", ".join(names["series"])
+        raise ConfigError(f"experiment {name!r}: ratios need a series over which to show others, not {over!r}: {known}")
+    for target in experiment["targets"]:
+        _check_target(name, experiment, target)
+
+
+def _check_target(name: str, experiment: Experiment, target: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a target that names what is not there, or that no point of both its series can meet."""
+    where = f"experiment {name!r}, target {target['claim']!r}"
+    if experiment["backend"] in (BOTH, SERVED):
+        raise ConfigError(f"{where}: targets need backend sim or engine, not {experiment['backend']!r}")
+    if not target["metric"]:
+        raise ConfigError(f"{where}: metric is empty; name a column of points.csv, such as mean_jct_s")
+    names = {parts: [part["name"] for part in experiment[parts]] for parts in ("panels", "series")}
+    panels = target.get("panels") or names["panels"]
+    sides = target["of"], target["over"]
+    for parts, given in (("series", sides), ("panels", panels)):
+        unknown = [each for each in given if each not in names[parts]]
+        if unknown:
+            raise ConfigError(f"{where}: {unknown[0]!r} is none of the {parts}; there are: {', '.join(names[parts])}")
+    if sides[0] == sides[1]:
+        raise ConfigError(f"{where}: of and over are both {sides[0]!r}; name two series")
+    found = {(point.series, point.panel, x_key(point.x)): None for point in points_of(experiment)}
+    xs = [x for series, panel, x in found if series == sides[0] and panel in panels and (sides[1], panel, x) in found]
+    missing = [x for x in map(x_key, target.get("at") or ()) if x not in xs]
+    if missing or not xs:
+        at = f" at {missing[0]}" if missing else ""
+        there = f"they do at: {', '.join(dict.fromkeys(xs))}" if xs else "see up_to and not_in"
+        raise ConfigError(f"{where}: {sides[0]!r} and {sides[1]!r} share no point{at}; {there}")
 
 
 def run_name(config: RunConfig) -> str:
@@ -218,12 +256,20 @@ def _check_run(config: RunConfig) -> None:
     resolve_settings(config.policy, config.settings)
     load_trace(config.trace)
     check_history(config)
-    if config.history is not None:
+    if config.history not in (None, SAME_TRACE):
         load_trace(config.history)
     if config.profile:
         load_profile(config.profile)
     elif config.backend == "sim":
         raise ConfigError("a simulation needs a profile; `fastbench profiles` lists those shipped")
+
+
+def x_key(x: Any) -> str:
+    """A value of x as text: 4, 4.0 and "4" are one."""
+    try:
+        return f"{float(x):g}"
+    except (TypeError, ValueError):
+        return str(x)
 
 
 def _x(point: Mapping[str, Any]) -> Any:

@@ -98,19 +98,38 @@ def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
     Unknown if any value is missing (NaN), or if the denominator's mean is 0. Draws whose denominator is 0 leave no
     interval. Raises ValueError unless both have the same seeds' number.
     """
-    over, under = _by_seed(numerator), _by_seed(denominator)
+    return _of_ratios(_by_seed(numerator), _by_seed(denominator), lambda ratios: ratios)
+
+
+def geometric_mean_of_ratios(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
+    """The geometric mean over settings of the `ratio_of_means` of each: values [seeds, settings], all at least 0.
+
+    A draw takes the same seeds in all settings. Unknown, without an interval or refused as for one ratio.
+    """
+
+    def geometric_mean(ratios: FloatArray) -> FloatArray:
+        with np.errstate(divide="ignore"):  # of a ratio of 0, which makes the mean 0
+            mean: FloatArray = np.exp(np.log(ratios).mean(axis=-1))
+        return mean
+
+    over, under = (np.asarray(values, dtype=float) for values in (numerators, denominators))
+    return _of_ratios(over, under, geometric_mean)
+
+
+def _of_ratios(over: FloatArray, under: FloatArray, statistic: Callable[[FloatArray], FloatArray]) -> Estimate:
+    """The statistic of the ratios of the means over seeds: values [seeds, ...], ratios [draws, ...]."""
     if over.shape != under.shape:
         raise ValueError(f"a paired ratio needs the same seeds on both sides, not {len(over)} and {len(under)}")
     if not np.all(np.isfinite([over, under])):
         return Estimate(None, note="not every seed has a value")
-    if under.mean() == 0:
+    if np.any(under.mean(axis=0) == 0):
         return Estimate(None, note="the denominator is 0")
 
-    def ratio(draws: NDArray[np.intp]) -> FloatArray:
+    def of_draws(draws: NDArray[np.intp]) -> FloatArray:
         below = mean_of_draws(under, draws)
-        return mean_of_draws(over, draws) / np.where(below == 0, np.nan, below)
+        return statistic(mean_of_draws(over, draws) / np.where(below == 0, np.nan, below))
 
-    return estimate_of(ratio, len(over))
+    return estimate_of(of_draws, len(over))
 
 
 def _by_seed(values: ArrayLike) -> FloatArray:

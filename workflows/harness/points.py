@@ -100,6 +100,18 @@ def by_seed(points: pd.DataFrame, panel: str, series: str, metric: str) -> pd.Da
     return own.pivot(index="seed", columns="x", values=metric).astype(float)
 
 
+def paired(points: pd.DataFrame, panel: str, of: str, over: str, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`by_seed` of two series: the same seeds, at the values of x that both have; NaN where one lacks a seed.
+
+    Raises ConfigError if the points have no such column.
+    """
+    if metric not in points:
+        raise ConfigError(f"the points have no column {metric!r}; there are: {', '.join(points.columns)}")
+    one, other = (by_seed(points, panel, series, metric) for series in (of, over))
+    one, other = one.align(other, join="inner", axis=1)
+    return one.align(other, join="outer", axis=0)
+
+
 def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """Per panel and series, the load at which the metric first leaves its bound, beside that of the paper's points.
 

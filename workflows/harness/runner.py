@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from fastserve.worker import Worker
 
 BACKENDS = ("sim", "engine", "http")
+SAME_TRACE = "same"
+"""As a history: the run's own trace."""
 Lengths = list[tuple[int, int]]
 """Prompt and output tokens of requests."""
 
@@ -60,8 +62,8 @@ class RunConfig:
     num_requests: int = 400
     seed: int = 0
     history: str | None = None
-    """Trace of requests that finished before the run, whose lengths a policy that learns is taught; None: it starts
-    knowing nothing."""
+    """Trace of requests that finished before the run, whose lengths a policy that learns is taught; `same` is the run's
+    own; None: it starts knowing nothing."""
     history_requests: int = 0
     """How many those are."""
     profile: str | None = None
@@ -251,7 +253,8 @@ def _history(config: RunConfig) -> Lengths:
     if config.history is None:
         return []
     rng = np.random.default_rng([config.seed, 1])
-    prompts, outputs = load_trace(config.history, config.tokenizer).sample(config.history_requests, rng)
+    trace = config.trace if config.history == SAME_TRACE else config.history
+    prompts, outputs = load_trace(trace, config.tokenizer).sample(config.history_requests, rng)
     return list(zip(prompts.tolist(), outputs.tolist(), strict=True))
 
 

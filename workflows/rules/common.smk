@@ -73,16 +73,18 @@ try:
     check_claims(CLAIMS["claims"], FULL)
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
-        EXPERIMENTS[name] for name in sorted(EXPERIMENTS, key=lambda name: (name.startswith("beyond"), name))
+        EXPERIMENTS[name] for name in sorted(EXPERIMENTS, key=lambda name: (name.startswith(("beyond", "own")), name))
     )
 except FastServeError as error:
     raise WorkflowError(str(error)) from None
 
 BATCH_OF_RUN = {run: name for name, batch in BATCHES.items() for run in batch.runs}
+# Targets: all experiments whose names begin alike, and each by its own.
 GROUPS = {}
 for _name in FULL:
     GROUPS.setdefault(_name.partition("-")[0], []).append(_name)
-_taken = sorted(({"report", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & FULL.keys()))
+GROUPS = {_name: [_name] for _name in FULL} | GROUPS
+_taken = sorted(({"report", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & GROUPS.keys()))
 if _taken:
     raise WorkflowError(f"an experiment's name may not begin with {_taken[0]!r}, which is a target")
 
@@ -103,7 +105,9 @@ def results_of(name):
 
 def tables_of(name):
     """Names of an experiment's tables."""
-    return ["points"] if EXPERIMENTS[name]["slo"] is None else ["points", "capacity"]
+    experiment = EXPERIMENTS[name]
+    made = {"points": True, "capacity": experiment["slo"] is not None, "targets": bool(experiment["targets"])}
+    return [table for table, is_made in made.items() if is_made]
 
 
 def headline_results():

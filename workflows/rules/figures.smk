@@ -6,7 +6,7 @@ rule draw:
             lambda wildcards: "capacity" in tables_of(wildcards.experiment), then="results/{experiment}/capacity.csv"
         ),
         reported=REPORTED_POINTS,
-        code=harness_files("plots", "captions.py", "derived.py"),
+        code=harness_files("plots", "captions.py", "derived.py", "intervals.py", "points.py"),
     output:
         png=report(
             "figures/{experiment}.png",

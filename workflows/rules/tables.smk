@@ -36,6 +36,22 @@ rule capacity:
         "../scripts/capacity.py"
 
 
+rule targets:
+    input:
+        points="results/{experiment}/points.csv",
+        code=harness_files("points.py", "targets.py", "intervals.py"),
+    output:
+        "results/{experiment}/targets.csv",
+    log:
+        "results/logs/{experiment}-targets.log",
+    conda:
+        "../../environment.yml"
+    params:
+        experiment=definition,
+    script:
+        "../scripts/targets.py"
+
+
 rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],

@@ -24,6 +24,7 @@ from harness.plots.flags import flags_of
 from harness.plots.headline import draw_claims
 from harness.plots.load import draw_load
 from harness.plots.page import Page, save
+from harness.plots.ratios import draw_ratios
 from harness.plots.recorded import draw_agreement, draw_latency, flags_of_recorded
 from harness.plots.slo import draw_slo_attainment
 from harness.plots.style import RC
@@ -51,6 +52,7 @@ KINDS: Mapping[str, Callable[[Tables], Page]] = {
     "deciles": draw_deciles,
     "bars": draw_bars,
     "fidelity": draw_fidelity,
+    "ratios": draw_ratios,
 }
 """The kinds of figures, by what an experiment calls them."""
 RECORDED_VIEWS: Mapping[str, Callable[[pd.DataFrame, str], Page]] = {

@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness.capacity import is_monotone, largest_fall
 from harness.derived import SLO_SCALES
+from harness.experiments import x_key
 from harness.plots.deciles import DECILES
 from harness.plots.style import percent
 from harness.plots.tables import Tables, ordered
@@ -25,7 +26,7 @@ def flags_of(experiment: Mapping[str, Any], points: pd.DataFrame, capacity: pd.D
     if experiment["figure"] == "fidelity":
         return []
     tables = Tables(experiment, points, capacity)
-    flags = [*_not_monotone(tables), *_missing(tables), *_failed(tables), *_disturbed(tables)]
+    flags = [*_not_monotone(tables), *_missing(tables), *_unpaired(tables), *_failed(tables), *_disturbed(tables)]
     if experiment["figure"] == "bars" and "preemptions" in points and not points["preemptions"].any():
         flags.append("No request was preempted at these rates: the figure shows no effect of preemption")
     return flags
@@ -70,10 +71,29 @@ def _missing(tables: Tables) -> Iterator[str]:
     missing = tables.points[tables.points[metrics].isna().any(axis=1)]
     named = []
     for panel, label, rows in _by_series(tables, missing):
-        where = ", ".join(x if isinstance(x, str) else f"{x:g}" for x in ordered(rows["x"]))
+        where = ", ".join(map(x_key, ordered(rows["x"])))
         named.append((panel, f"{label} at {where}"))
     if named:
         yield f"Not drawn, some seed has no value: {_by_panel(named)}"
+
+
+def _unpaired(tables: Tables) -> Iterator[str]:
+    """Points of a figure of ratios where the series that all are held against has none, or is 0."""
+    if tables.experiment["figure"] != "ratios":
+        return
+    over = next(series for series in tables.series if series["name"] == tables.experiment["over"])
+    named: dict[tuple[str, str], None] = {}
+    for metric in tables.metrics:
+        for panel, title in _titles(tables).items():
+            reference = tables.curve(panel, over["name"], metric)
+            usable = [x for x, mean in zip(reference.x, reference.mean, strict=True) if mean != 0]
+            for series in tables.series:
+                curve = tables.curve(panel, series["name"], metric)
+                where = ", ".join(x_key(x) for x in curve.x if x not in usable)
+                if where and series is not over:
+                    named[title, f"{series['label']} at {where}"] = None
+    if named:
+        yield f"Not drawn, {over['label']} has no point there or is 0: {_by_panel(named)}"
 
 
 def _failed(tables: Tables) -> Iterator[str]:
@@ -107,7 +127,7 @@ def _metrics(tables: Tables) -> list[str]:
         return [f"slo_attainment_{scale:g}" for scale in SLO_SCALES]
     if kind == "deciles":
         return [f"slowdown_decile_{i}" for i in DECILES]
-    return tables.metrics if kind in ("load", "capacity", "sweep") else []
+    return tables.metrics if kind in ("load", "capacity", "sweep", "ratios") else []
 
 
 def _by_series(tables: Tables, rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

@@ -47,10 +47,13 @@ class Page:
         """Make the panels' part of the page higher, by inches."""
         self._body += height
 
-    def name(self, axes: Axes, *parts: str | None, separator: str = ", ") -> None:
-        """Give a panel its title, of the parts there are, in lines that its column is wide enough for."""
+    def name(self, axes: Axes, *parts: str | None, separator: str = ", ", beside: float = 0.0) -> None:
+        """Give a panel its title, of the parts there are, in lines that its column is wide enough for.
+
+        `beside` is how much of the page's width something else takes, in inches.
+        """
         text = separator.join(part for part in parts if part)
-        length = max(8, 108 // self.axes.shape[1] - 2)
+        length = max(8, int(108 * (1 - beside / WIDTH)) // self.axes.shape[1] - 2)
         axes.set_title("\n".join(wrapped for line in text.split("\n") for wrapped in textwrap.wrap(line, length)))
 
     def legend(self, handles: Sequence[Artist]) -> None:

@@ -24,6 +24,7 @@ _POLICIES = {
     "srpt": ("#000000", "*"),
     "orca": ("#4B2A6B", "<"),
     "run-to-completion": ("#4D4D4D", "p"),
+    "gittins": ("#8A2BE2", ">"),
 }
 POLICIES = tuple(_POLICIES)
 """Policies whose colour and marker are fixed."""
@@ -33,9 +34,10 @@ _VARIANTS: tuple[tuple[tuple[float, ...], str], ...] = (
     ((4.0, 2.0), "d"),
     ((1.0, 1.5), ">"),
     ((6.0, 2.0, 1.0, 2.0), "X"),
-    ((3.0, 1.0, 1.0, 1.0, 1.0, 1.0), "h"),
-    ((8.0, 3.0), "8"),
-    ((2.0, 1.0), "H"),
+    ((3.0, 1.0, 1.0, 1.0, 1.0, 1.0), "P"),
+    ((8.0, 3.0), "s"),
+    ((2.0, 1.0), "^"),
+    ((5.0, 1.0, 1.0, 1.0), "h"),
 )
 PARTS = {"mean_queueing_s": "#BBBBBB", "mean_swapping_s": "#EE3377", "mean_execution_s": "#33BBEE"}
 """The parts of a completion time and their colours (Paul Tol's, apart from those of the policies)."""
@@ -119,7 +121,7 @@ def series_styles(series: Sequence[Mapping[str, Any]]) -> dict[str, SeriesStyle]
     """The style of each series, by name.
 
     Of several series of a policy, the first that is no variant has the policy's marker and a solid line. The others
-    share its colour, and each has dashes and a marker of its own. A variant is always dashed.
+    share its colour, and each of up to six has dashes and a marker of its own. A variant is always dashed.
     """
     policies = [each["policy"] for each in series]
     styles = {}
@@ -127,9 +129,10 @@ def series_styles(series: Sequence[Mapping[str, Any]]) -> dict[str, SeriesStyle]
         color, marker = policy_style(policy, policies)
         first, *others = sorted((each for each in series if each["policy"] == policy), key=_is_variant)
         others_from = 1 if _is_variant(first) else 0
-        styles[first["name"]] = SeriesStyle(color, marker, _VARIANTS[0][0] if _is_variant(first) else ())
+        variants = [variant for variant in _VARIANTS if variant[1] != marker]
+        styles[first["name"]] = SeriesStyle(color, marker, variants[0][0] if _is_variant(first) else ())
         for i, each in enumerate(others, others_from):
-            dashes, variant_marker = _VARIANTS[i % len(_VARIANTS)]
+            dashes, variant_marker = variants[i % len(variants)]
             styles[each["name"]] = SeriesStyle(color, variant_marker, dashes)
     return styles
 

@@ -1,4 +1,4 @@
-"""An experiment and its tables, as the figures read them. Seeds are averaged here, and nothing else is computed."""
+"""An experiment and its tables, as the figures read them. Means and ratios over seeds; nothing else is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from fastserve.errors import ConfigError
-from harness.intervals import mean_estimate
+from harness.intervals import Estimate, mean_estimate, ratio_of_means
+from harness.points import paired
 
 X = float | str
 """Where a point is: a number, or a category such as "never"."""
@@ -107,6 +108,16 @@ class Tables:
         self._curves[panel, series, metric] = curve
         return curve
 
+    def ratio(self, panel: str, series: str, over: str, metric: str) -> Curve:
+        """`metric` of one series over that of another, of the same seeds, where both have points.
+
+        Raises ConfigError if the points have no such column.
+        """
+        of, under = (table.rename(columns=as_x) for table in paired(self.points, panel, series, over, metric))
+        found = ordered(list(of.columns))
+        ratios = [_numbers(ratio_of_means(of[x].to_numpy(), under[x].to_numpy())) for x in found]
+        return Curve(tuple(found), *np.array(ratios).reshape(-1, 3).T)
+
     def paper(self, panel: str, series: Mapping[str, Any]) -> pd.DataFrame:
         """The points the paper reports for a series: rate and value, by rate; none where it has none."""
         reported = self.reported
@@ -128,9 +139,12 @@ def mean_and_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean over seeds and its 95 % interval; NaN for what `harness.intervals` does not give."""
     if not len(values):
         return math.nan, math.nan, math.nan
-    estimate = mean_estimate(values)
-    mean, low, high = (math.nan if end is None else end for end in (estimate.value, estimate.low, estimate.high))
-    return mean, low, high
+    return _numbers(mean_estimate(values))
+
+
+def _numbers(estimate: Estimate) -> tuple[float, float, float]:
+    value, low, high = (math.nan if end is None else end for end in (estimate.value, estimate.low, estimate.high))
+    return value, low, high
 
 
 def as_x(value: object) -> X:

@@ -1,0 +1,53 @@
+"""The experiments on `gittins`: their loads are what they say, and a few of the findings hold on a small scale."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness.experiments import Experiment, points_of, with_defaults
+from harness.fidelity import service_rate
+from harness.runner import RunConfig, run
+
+EXPERIMENTS = Path(__file__).parents[2] / "workflows/config/experiments"
+
+
+def experiment(name: str) -> Experiment:
+    return with_defaults(yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("panel", [panel["name"] for panel in experiment("own-policy")["panels"]])
+def test_loads_are_shares_of_the_rate_that_fcfs_serves(panel: str, tmp_path: Path) -> None:
+    points = [
+        point
+        for name in ("own-policy", "own-policy-steady", "own-policy-bounds")
+        for point in points_of(experiment(name))
+        if point.panel == panel
+    ]
+    config = points[0].config
+    fcfs = replace(config, policy="fastserve-fcfs", arrivals="poisson", settings={}, history=None, history_requests=0)
+    served = statistics.median(service_rate(replace(fcfs, seed=seed), 400, tmp_path / f"{seed}") for seed in range(3))
+    for point in points:
+        assert point.config.rate == pytest.approx(float(point.x) * served, rel=0.01)
+
+
+def test_what_it_has_learned_before_helps_where_prompts_tell_the_answer(tmp_path: Path) -> None:
+    def mean_jct_s(policy: str, history_requests: int = 0) -> float:
+        config = RunConfig(
+            policy=policy,
+            backend="sim",
+            profile="a100-80g/opt-13b-tp1",
+            trace="azure-conv",
+            rate=2.58,
+            num_requests=200,
+            history="same" if history_requests else None,
+            history_requests=history_requests,
+        )
+        return run(config, tmp_path / f"{policy}-{history_requests}")["mean_jct_s"]
+
+    cold, warm, fastserve = mean_jct_s("gittins"), mean_jct_s("gittins", 3000), mean_jct_s("fastserve")
+    assert warm < cold < fastserve
