@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,11 +176,12 @@ def test_i9_nobody_waits_longer_than_alpha_an_iteration_and_its_swap_in(
             assert wait.end - wait.start <= bound + EPSILON, (wait, bound)
 
 
-def test_i9_scenarios_have_promotions_and_moving_caches() -> None:
+@pytest.mark.parametrize("policy", ["fastserve", "gittins"])
+def test_i9_scenarios_have_promotions_and_moving_caches(policy: str) -> None:
     """The generators above are worth nothing if nobody is ever promoted, or always too many."""
     for num_gpu_blocks in (1000, 60):
         engine = make_engine(
-            "fastserve", {"alpha_s": 0.1}, num_gpu_blocks=num_gpu_blocks, max_batch_size=3, token_budget=1000
+            policy, {"alpha_s": 0.1}, num_gpu_blocks=num_gpu_blocks, max_batch_size=3, token_budget=1000
         )
         found = waits(engine, [(0.02, 10 + 3 * i, 40) for i in range(8)], 0.1)
         long = [wait for wait in found if wait.end - wait.start > 0.1]
