@@ -214,6 +214,16 @@ def test_the_index_is_the_best_of_all_stopping_stages(
             assert math.isnan(lead) or index.leads_s[1 + stage, part] <= 0.5 * stages.final_lengths[-1]
 
 
+@pytest.mark.parametrize("exponent", [1, 3, 10])
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_every_request_is_worth_something(exponent: float, length: int) -> None:
+    history = taught([length] * 100)
+    index = index_of(history.hazards(0), length_power=exponent)
+    assert np.isfinite(index.log_weights).all()
+    assert np.isfinite(index.leads_s).all()
+    assert (index.leads_s > 0).all()
+
+
 def test_what_must_be_spent_first_counts() -> None:
     hazards = hazards_of({100: 1.0})
     index = index_of(hazards, setup=(50.0, 0.0, 5.0))
@@ -427,6 +437,7 @@ def test_age_wins_in_the_end() -> None:
     ("option", "value"),
     [
         ("exponent", 0.5),
+        ("exponent", 11),
         ("exponent", "nan"),
         ("memory_requests", 0),
         ("memory_requests", "inf"),

@@ -41,7 +41,11 @@ rule targets:
         points="results/{experiment}/points.csv",
         code=harness_files("points.py", "targets.py", "intervals.py"),
     output:
-        "results/{experiment}/targets.csv",
+        report(
+            "results/{experiment}/targets.csv",
+            category=lambda wildcards: wildcards.experiment.partition("-")[0],
+            labels=lambda wildcards: {"experiment": f"{EXPERIMENTS[wildcards.experiment]['title']}: targets"},
+        ),
     log:
         "results/logs/{experiment}-targets.log",
     conda:

@@ -23,6 +23,7 @@ from fastserve.scheduler.waiting import WaitList
 STAGES = Stages()
 _EXPONENTS = {"slowdown": 3.0, "jct": 1.0}
 _REFRESHES_PER_MEMORY = 32
+"""How often the index of a kind is computed anew while as many finish as are remembered, or were known before."""
 _NEWEST_TRANSFER = 0.05
 """Share of the newest transfer in the running mean of what moving a token takes."""
 
@@ -52,8 +53,9 @@ class GittinsOptions(PreemptiveOptions):
             require_positive("alpha_s", self.alpha_s)
         require_positive("memory_requests", self.memory_requests)
         require_int("max_passed_over", self.max_passed_over, 0)
-        if self.exponent is not None and not 1 <= self.exponent < 100:
-            raise ConfigError(f"exponent must be from 1 to below 100, got {self.exponent!r}")
+        # Beyond, the longest answers would weigh less than the smallest number there is.
+        if self.exponent is not None and not 1 <= self.exponent <= 10:
+            raise ConfigError(f"exponent must be from 1 to 10, got {self.exponent!r}")
         if not 0 <= self.switching_cost < float("inf"):
             raise ConfigError(f"switching_cost must be a finite number of at least 0, got {self.switching_cost!r}")
 
@@ -97,10 +99,8 @@ class Gittins(Scheduler):
         self._length_power = self.exponent if options.objective == "slowdown" else 0.0
         self._refreshed_at: list[int] = []
         """For each kind, how many requests had finished when its index was last computed."""
-        self._token_costs: list[np.ndarray] = []
-        """For each kind and stage, machine time of a token (s): its share of a full batch."""
-        self._setup_costs: list[np.ndarray] = []
-        """For each kind and stage, machine time of computing the prompt and what was produced (s)."""
+        self._costs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """For each kind, by stage, machine time of a token, and of computing the prompt and what was produced (s)."""
         self._step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
         self._token_transfer_s = 0.0
         """Measured: seconds the link needs to move the cache of a token, one way."""
@@ -145,22 +145,20 @@ class Gittins(Scheduler):
         while kind >= len(self._refreshed_at):
             self.history.add_kind()
             self.queue.add_kind()
-            self._price(prompt_of_kind(len(self._refreshed_at)))
             self._refreshed_at.append(-1)
         if self._refreshed_at[kind] < 0:
             self._refresh(kind)
         return kind
 
-    def _price(self, num_prompt_tokens: int) -> None:
-        """Machine time for requests with such prompts, by stage."""
+    def _price(self, num_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Machine time (s) for requests with such prompts, by stage: of a token, its share of a full batch; and of
+        computing the prompt and what was produced, beside a batch of their like."""
         time, places = self.latency.iteration_time, self.config.max_batch_size
         contexts = [num_prompt_tokens + start for start in STAGES.starts]
-        full_batch = [time((), (context,) * places) for context in contexts]
-        self._token_costs.append(np.array(full_batch) / places)
-        # Beside a batch of their like, as long as they are when they come.
+        of_token = np.array([time((), (context,) * places) for context in contexts]) / places
         others = (num_prompt_tokens,) * (places - 1)
         without = time((), (*others, num_prompt_tokens))
-        self._setup_costs.append(np.array([max(0.0, time((context,), others) - without) for context in contexts]))
+        return of_token, np.array([max(0.0, time((context,), others) - without) for context in contexts])
 
     def _refresh_if_stale(self, kind: int) -> None:
         seen, memory = self._refreshed_at[kind], self.options.memory_requests
@@ -170,16 +168,19 @@ class Gittins(Scheduler):
     def _refresh(self, kind: int) -> None:
         """Compute the index of a kind from what is known by now."""
         self._refreshed_at[kind] = self.history.num_finished
-        places = self.config.max_batch_size
+        if kind not in self._costs:
+            self._costs[kind] = self._price(prompt_of_kind(kind))
+        token_costs, prompt_costs = self._costs[kind]
         setup_costs = np.zeros((len(STAGES), 3))
-        setup_costs[:, FRESH] = self._setup_costs[kind]
+        setup_costs[:, FRESH] = prompt_costs
         # While a cache moves out and back, its place in the batch stands empty at the worst.
         contexts = prompt_of_kind(kind) + np.array(STAGES.starts)
-        setup_costs[:, AWAY] = self.options.switching_cost * 2 * self._token_transfer_s * contexts / places
+        moving_s = 2 * self._token_transfer_s * contexts
+        setup_costs[:, AWAY] = self.options.switching_cost * moving_s / self.config.max_batch_size
         index = gittins_index(
             STAGES,
             self.history.hazards(kind),
-            token_costs=self._token_costs[kind],
+            token_costs=token_costs,
             setup_costs=setup_costs,
             length_power=self._length_power,
             step_s=self._step_s,

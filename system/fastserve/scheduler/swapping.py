@@ -150,12 +150,14 @@ class ProactiveSwapping:
         Returns whether all of them are on their way or have room coming.
         """
         kv = self._kv
-        batch, places = list(plan.batch), plan.batch_size - len(plan.stalled)
+        key = self._queue.key
+        keys_of_batch, places = [key(request) for request in plan.batch], plan.batch_size - len(plan.stalled)
         num_before = 0
         self._victims = None
         starts = kv.num_arriving_blocks < self._budget or kv.num_vacating_blocks < self._budget
         for request in self._queue.away_first_first():
-            while num_before < len(batch) and self._queue.is_before(batch[num_before], request):
+            key_of_request = key(request)
+            while num_before < len(keys_of_batch) and keys_of_batch[num_before] < key_of_request:
                 num_before += 1
             if num_before >= places:
                 break
