@@ -47,7 +47,9 @@ def traces() -> set[str]:
     commands = [child.cmdline() for child in me.children(recursive=True)]
     processes = {f"process {command}" for command in commands if "fastserve.worker" in command}
     ports = {f"port {one.laddr.port}" for one in me.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
-    return processes | ports | {f"shared memory {name}" for name in os.listdir("/dev/shm")}
+    # What torch and its collectives name; other programs of this machine come and go meanwhile.
+    segments = {name for name in os.listdir("/dev/shm") if name.startswith(("torch", "gloo", "nccl"))}
+    return processes | ports | {f"shared memory {name}" for name in segments}
 
 
 def engine(model: Path, tensor: int = 2, pipeline: int = 1) -> LLM:
