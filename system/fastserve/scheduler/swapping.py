@@ -200,7 +200,8 @@ class ProactiveSwapping:
         may_drop = is_first and (
             request.part == RESIDENT or self._queue.fits(request, self._scheduler.config.num_places)
         )
-        if not (may_drop or kv.num_free_host_blocks):
+        # Nothing may leave. (By ENST, those found are passed over by whoever asks next: there the search is made.)
+        if self._scheduler.moves_in_order and not (may_drop or kv.num_free_host_blocks):
             return coming >= needed
         victims, found = [], coming
         # One walk serves everybody: those who ask come in order, and who was no victim of the last is none of the next.
