@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.experiments import Experiment, points_of, with_defaults
+from harness.experiments import Experiment, linked, points_of, with_defaults
 from harness.fidelity import service_rate
 from harness.runner import RunConfig, run
 
@@ -17,7 +18,9 @@ EXPERIMENTS = Path(__file__).parents[2] / "workflows/config/experiments"
 
 
 def experiment(name: str) -> Experiment:
-    return with_defaults(yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8")))
+    files = EXPERIMENTS.glob("own-policy*.yaml"), EXPERIMENTS.glob("fidelity.yaml")
+    raw = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in itertools.chain(*files)}
+    return with_defaults(linked(raw)[name])
 
 
 @pytest.mark.parametrize("panel", [panel["name"] for panel in experiment("own-policy")["panels"]])

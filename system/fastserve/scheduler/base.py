@@ -199,6 +199,10 @@ class Scheduler(ABC):
 
     # -- shared --------------------------------------------------------------------------------------------------
 
+    def decisions_without_moves(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
+        """How many decisions in a row, as in `repeats`, move no cache if nobody comes, goes or changes places."""
+        return len(free_blocks) if self._swapping is None else self._swapping.idle_for(float(times[0]), free_blocks)
+
     def decide(self, now: float) -> Iteration:
         """Fill the batch in order."""
         plan = IterationPlan(self, now)

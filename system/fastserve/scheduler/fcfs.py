@@ -32,9 +32,9 @@ class ArrivalOrder(Scheduler):
 
     def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
         """All of them: whoever waits for room waits on while those who run take more of it."""
-        if self._swapping is None:
-            return len(free_blocks)
-        return self._swapping.idle_for(float(times[0]), free_blocks) if self.is_clear else 1
+        if self._swapping is not None and not self.is_clear:
+            return 1
+        return self.decisions_without_moves(times, free_blocks)
 
 
 @register

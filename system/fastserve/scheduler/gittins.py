@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class GittinsOptions(PreemptiveOptions):
         # Beyond, the longest answers would weigh less than the smallest number there is.
         if self.exponent is not None and not 1 <= self.exponent <= 10:
             raise ConfigError(f"exponent must be from 1 to 10, got {self.exponent!r}")
-        if not 0 <= self.switching_cost < float("inf"):
+        if not 0 <= self.switching_cost < math.inf:
             raise ConfigError(f"switching_cost must be a finite number of at least 0, got {self.switching_cost!r}")
 
 
@@ -64,10 +65,12 @@ class GittinsOptions(PreemptiveOptions):
 class _Standing:
     """Where a request stands in its life, and in its wait."""
 
+    kind: int
+    """That of its prompt."""
     stage: int = 0
     stage_ends: int = STAGES.ends[0]
     """Output tokens with which the next stage begins."""
-    deadline: float = float("inf")
+    deadline: float = math.inf
     """When its current wait will have lasted alpha (s); infinite while it does not wait."""
     ended_s: float = 0.0
     """When its last iteration ended."""
@@ -104,13 +107,11 @@ class Gittins(Scheduler):
         self._step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
         self._token_transfer_s = 0.0
         """Measured: seconds the link needs to move the cache of a token, one way."""
-        self._waiting = WaitList(float("inf") if options.alpha_s is None else options.alpha_s)
+        self._waiting = WaitList(options.alpha_s)
         self._starved: dict[str, Request] = {}
         """Those who have waited alpha and do not run."""
         self._are_first = False
         """Whether they come before all others."""
-        self._decided_s = self._decided_before_s = -float("inf")
-        """When the current or last decision was taken, and the one before it."""
 
     @property
     def exponent(self) -> float:
@@ -120,7 +121,7 @@ class Gittins(Scheduler):
 
     def make_queue(self) -> IndexQueue:
         """By index."""
-        return IndexQueue(1 + len(STAGES), self.exponent - 1, lambda request: kind_of_prompt(request.num_prompt_tokens))
+        return IndexQueue(1 + len(STAGES), self.exponent - 1, lambda request: request.standing.kind)
 
     # -- what is learned ---------------------------------------------------------------------------------------
 
@@ -193,18 +194,17 @@ class Gittins(Scheduler):
         """Join, and start to wait."""
         kind = self._kind(request.num_prompt_tokens)
         self._refresh_if_stale(kind)
-        request.standing = _Standing()
+        request.standing = _Standing(kind)
         self.queue.join(request, 1)
-        self._start_waiting(request, request.arrival_s)
+        self._waiting.start(request, request.arrival_s)
 
     def on_start(self, request: Request, now: float) -> None:
         """Wait no longer."""
         self._end_wait(request)
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Start to wait. Its iteration ended just now, or, in a pipeline, while the first stage was busy."""
-        ended_s = request.standing.ended_s
-        self._start_waiting(request, ended_s if ended_s > self._decided_before_s else now)
+        """Start to wait."""
+        self._waiting.start_preempted(request, now)
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Move on when a stage of its life is over."""
@@ -213,9 +213,8 @@ class Gittins(Scheduler):
         num_output_tokens = request.num_output_tokens
         if num_output_tokens < standing.stage_ends and request.level:
             return
-        kind = kind_of_prompt(request.num_prompt_tokens)
         while num_output_tokens >= standing.stage_ends and standing.stage < len(STAGES) - 1:
-            self.history.passed(kind, standing.stage)
+            self.history.passed(standing.kind, standing.stage)
             standing.stage += 1
             standing.stage_ends = STAGES.ends[standing.stage]
         self.queue.move(request, 1 + standing.stage)
@@ -224,15 +223,15 @@ class Gittins(Scheduler):
         """Learn from one that has finished. One that was aborted counts as far as it came."""
         self._end_wait(request)
         if request.status is RequestStatus.FINISHED:
-            kind = kind_of_prompt(request.num_prompt_tokens)
-            self.history.finished(kind, request.standing.stage)
-            self._refresh_if_stale(kind)
+            standing: _Standing = request.standing
+            self.history.finished(standing.kind, standing.stage)
+            self._refresh_if_stale(standing.kind)
 
     # -- starvation --------------------------------------------------------------------------------------------
 
     def prepare(self, now: float) -> None:
         """Let indices be those of now, and look who has waited too long."""
-        self._decided_before_s, self._decided_s = self._decided_s, now
+        self._waiting.decide(now)
         self.queue.now = now
         for request in self._waiting.due(now):
             self._waiting.end(request)
@@ -258,10 +257,6 @@ class Gittins(Scheduler):
             if request.level != level:
                 self.queue.move(request, level)
 
-    def _start_waiting(self, request: Request, since: float) -> None:
-        if self.options.alpha_s is not None:
-            self._waiting.start(request, since)
-
     def _end_wait(self, request: Request) -> None:
         self._waiting.end(request)
         self._starved.pop(request.request_id, None)
@@ -270,13 +265,11 @@ class Gittins(Scheduler):
 
     def steady_until(self, now: float) -> float:
         """As long as everyone runs; `now` if somebody waits."""
-        return float("inf") if self._everyone_runs() else now
+        return math.inf if self._everyone_runs() else now
 
     def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
         """All of them if everyone runs and nothing moves."""
-        if not self._everyone_runs():
-            return 1
-        return len(free_blocks) if self._swapping is None else self._swapping.idle_for(float(times[0]), free_blocks)
+        return self.decisions_without_moves(times, free_blocks) if self._everyone_runs() else 1
 
     def update_repeated(self, iteration: Iteration, times: np.ndarray) -> None:
         """Only where they have come to matters."""

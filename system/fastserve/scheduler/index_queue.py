@@ -69,13 +69,8 @@ class IndexQueue(ServiceOrder):
         self._forward: _Sorted = (-1, 0.0), []
         self._backward: _Sorted = (-1, 0.0), []
 
-    @property
-    def num_kinds(self) -> int:
-        """Kinds that are known; a request's must be, before it joins."""
-        return len(self._lines) // (3 * self._num_levels)
-
     def add_kind(self) -> None:
-        """Make room for one kind more."""
+        """Make room for one kind more; a request's must be known before it joins."""
         lines_of_kind = 3 * self._num_levels
         self._lines += [[] for _ in range(lines_of_kind)]
         self._log_weights += [0.0] * lines_of_kind

@@ -104,17 +104,14 @@ class SkipJoinMLFQ(Scheduler):
         # Service at which a quantum is used up; that of the last level never is.
         self._used_up = [*(quantum * _EXACT for quantum in self.quanta[:-1]), math.inf]
         self._decode_time = functools.cache(lambda context: self.latency.iteration_time((), (context,)))
-        self._alpha_s = options.alpha_s
         self._longest_wait_s = math.inf if options.alpha_s is None else options.alpha_s
         self._promotion_resets_quantum = options.promotion_resets_quantum
         self._tie_sign = 1 if options.enst_ties == "front" else -1
         self._to_front = options.insertion == "front"
         self._decisions_to_check = 1
-        self._decided_s = self._decided_before_s = -math.inf
-        """When the current or last decision was taken, and the one before it."""
         self._waits: list[float] = []
         self._waits_version = -1
-        self._waiting = WaitList(self._longest_wait_s)
+        self._waiting = WaitList(options.alpha_s)
         """Whoever waits below the highest queue, to be promoted after alpha."""
         self._displaced: list[dict[str, Request]] = [{} for _ in self.quanta]
         """Those of each queue; all others in it have their deadlines in the order of their places."""
@@ -146,7 +143,9 @@ class SkipJoinMLFQ(Scheduler):
         """Join a queue and start to wait."""
         request.standing = _Standing()
         self.queue.join(request, self.entry_level(request))
-        self._start_waiting(request, request.arrival_s)
+        # Promotion would do nothing for one that is in the highest queue already.
+        if request.level:
+            self._waiting.start(request, request.arrival_s)
 
     def on_remove(self, request: Request) -> None:
         """Wait no longer."""
@@ -157,12 +156,10 @@ class SkipJoinMLFQ(Scheduler):
         self._end_wait(request)
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Start to wait, in the same place of the same queue.
-
-        Its iteration ended just now, or, in a pipeline, while the first stage was busy, and it has waited since.
-        """
+        """Start to wait, in the same place of the same queue."""
         standing = request.standing
-        self._start_waiting(request, standing.ended_s if standing.ended_s > self._decided_before_s else now)
+        if request.level:
+            self._waiting.start_preempted(request, now)
         if standing.deadline < math.inf and (standing.service_s or self._to_front):
             standing.is_displaced = True
             self._displaced[request.level][request.request_id] = request
@@ -180,7 +177,7 @@ class SkipJoinMLFQ(Scheduler):
 
     def prepare(self, now: float) -> None:
         """Look who has waited too long, if it is time to."""
-        self._decided_before_s, self._decided_s = self._decided_s, now
+        self._waiting.decide(now)
         self._decisions_to_check -= 1
         if not self._decisions_to_check:
             self._decisions_to_check = self.options.starvation_check_every
@@ -197,11 +194,6 @@ class SkipJoinMLFQ(Scheduler):
         if self._promotion_resets_quantum:
             request.standing.service_s = 0.0
         self.queue.move(request, 0)
-
-    def _start_waiting(self, request: Request, since: float) -> None:
-        # Promotion would do nothing for one that is in the highest queue already.
-        if self._alpha_s is not None and request.level:
-            self._waiting.start(request, since)
 
     def _end_wait(self, request: Request) -> None:
         standing = request.standing
@@ -298,7 +290,7 @@ class SkipJoinMLFQ(Scheduler):
         """Until someone has used up a quantum or waited too long, if nobody waits for room and nothing moves."""
         if not self.is_clear:
             return 1
-        count = len(free_blocks) if self._swapping is None else self._swapping.idle_for(float(times[0]), free_blocks)
+        count = self.decisions_without_moves(times, free_blocks)
         if self.options.starvation_check_every > 1:
             count = min(count, self._decisions_to_check)
         elif self._waiting:

@@ -16,17 +16,22 @@ class Standing(Protocol):
 
     deadline: float
     """When its current wait has lasted as long as one may (s); infinite while it does not wait."""
+    ended_s: float
+    """When its last iteration ended. Kept by the policy."""
 
 
 class WaitList:
     """Requests that wait, in order of their deadlines.
 
     Every wait may last as long, so each new one is the last to end: a request joins at the back. The exception is a
-    pipeline, where one may come, while the first stage is busy, after another's iteration has ended.
+    pipeline, where one may come, while the first stage is busy, after another's iteration has ended. If a wait may last
+    for ever (None), nobody is kept.
     """
 
-    def __init__(self, longest_wait_s: float) -> None:
+    def __init__(self, longest_wait_s: float | None) -> None:
         self._longest_wait_s = longest_wait_s
+        self._decided_s = self._decided_before_s = -math.inf
+        """When the current or last decision was taken, and the one before it."""
         self._requests: OrderedDict[str, Request] = OrderedDict()
         self._last_since = -math.inf
         """When the latest wait began that anybody is in or was in."""
@@ -34,14 +39,13 @@ class WaitList:
     def __bool__(self) -> bool:
         return bool(self._requests)
 
-    def __len__(self) -> int:
-        return len(self._requests)
-
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
 
     def start(self, request: Request, since: float) -> None:
         """The request has waited since then (s)."""
+        if self._longest_wait_s is None:
+            return
         deadline = request.standing.deadline = since + self._longest_wait_s
         requests = self._requests
         requests[request.request_id] = request
@@ -52,12 +56,24 @@ class WaitList:
         for other in reversed(list(itertools.takewhile(lambda r: r.standing.deadline > deadline, others))):
             requests.move_to_end(other.request_id)
 
+    def start_preempted(self, request: Request, now: float) -> None:
+        """The request lost its place by the current decision.
+
+        Its iteration ended just now, or, in a pipeline, while the first stage was busy, and it has waited since.
+        """
+        ended_s = request.standing.ended_s
+        self.start(request, ended_s if ended_s > self._decided_before_s else now)
+
     def end(self, request: Request) -> bool:
         """The request waits no longer; whether it did."""
         if self._requests.pop(request.request_id, None) is None:
             return False
         request.standing.deadline = math.inf
         return True
+
+    def decide(self, now: float) -> None:
+        """A decision is about to be taken."""
+        self._decided_before_s, self._decided_s = self._decided_s, now
 
     def due(self, now: float) -> list[Request]:
         """Those whose deadlines have passed, the longest over first."""
