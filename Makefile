@@ -7,7 +7,7 @@ BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile workflows/profiles
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce smoke real-vllm gpu test soak lint format bench clean
+.PHONY: help setup reproduce smoke real-vllm gpu test digests soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchma
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto
+
+digests: setup  ## write tests/decisions/digests.json anew: every policy's decisions, hashed
+	PYTHONPATH=tests $(BIN)/python -m support.decisions
 
 soak: setup  ## the invariants on 100,000 generated scenarios, for an hour or so
 	$(BIN)/python -m pytest -n auto tests/invariants --hypothesis-profile=soak
