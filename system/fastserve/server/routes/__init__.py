@@ -1,0 +1,1 @@
+"""The routes, by purpose: OpenAI's interface, operations, the live page."""

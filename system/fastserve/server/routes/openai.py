@@ -1,0 +1,66 @@
+"""OpenAI's interface: /v1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fastserve.server.access import KeyFirst
+from fastserve.server.completions import ChatAnswer, TextAnswer
+from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from fastserve.server.routes.documented import ERRORS, STREAMED
+from fastserve.server.service import Server
+
+
+def openai_routes(server: Server) -> APIRouter:
+    """What clients of OpenAI ask."""
+    routes = APIRouter(prefix="/v1", route_class=KeyFirst)
+    model = server.engine.model
+
+    @routes.post("/completions", responses=STREAMED, response_model=None)
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        """Continue one prompt or several."""
+        server.require_model(body.model)
+        body.require_supported()
+        server.require_ready(len(body.prompts))
+        prompts = [server.prompt(body, await server.tokens_of(prompt), body.max_tokens) for prompt in body.prompts]
+        server.require_ready(len(prompts))
+        return await server.respond(TextAnswer, body, prompts, http)
+
+    @routes.post("/chat/completions", responses=STREAMED, response_model=None)
+    async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+        """Answer a conversation, in the chat template of the model's tokenizer."""
+        server.require_model(body.model)
+        body.require_supported()
+        server.require_ready(1)
+        token_ids = await server.tokens_of_chat([message.as_dict() for message in body.messages])
+        prompt = server.prompt(body, token_ids, body.max_completion_tokens or body.max_tokens)
+        server.require_ready(1)
+        return await server.respond(ChatAnswer, body, [prompt], http)
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": server.started_at,
+            "owned_by": "fastserve",
+            "root": model.name,
+            "max_model_len": model.engine.longest_request,
+            "vocab_size": model.vocab_size,
+            "policy": model.policy,
+        }
+
+    @routes.get("/models", responses={401: ERRORS[401]})
+    async def models() -> dict[str, Any]:
+        """What is served."""
+        return {"object": "list", "data": [card()]}
+
+    @routes.get("/models/{name:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
+    async def model_card(name: str) -> dict[str, Any]:
+        """The model of that name."""
+        server.require_model(name)
+        return card()
+
+    return routes

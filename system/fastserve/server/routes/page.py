@@ -1,0 +1,48 @@
+"""The live page and its data."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from fastapi import APIRouter, Depends
+from starlette.responses import HTMLResponse, Response
+
+from fastserve.server.access import authorize
+from fastserve.server.errors import json_response
+from fastserve.server.service import Server
+from fastserve.server.state import engine_state
+
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def page_routes(server: Server) -> APIRouter:
+    """What the browser asks."""
+    routes = APIRouter(include_in_schema=False)
+    html = files("fastserve.server").joinpath("page.html").read_text(encoding="utf-8")
+
+    @routes.get("/")
+    async def page() -> Response:
+        return HTMLResponse(html, headers={"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"})
+
+    @routes.get("/page/state", dependencies=[Depends(authorize)])
+    async def state() -> Response:
+        engine = server.engine
+        standing, totals, recent = await engine.call(
+            lambda: (engine_state(engine.model.engine), dict(server.metrics.totals), server.recent.rows())
+        )
+        about = {
+            "model": engine.model.name,
+            "policy": engine.model.policy,
+            "status": server.status,
+            "error": str(engine.error or ""),
+            "uptime_s": server.uptime_s,
+        }
+        return json_response(
+            {**about, **standing, "totals": totals, "recent": recent},
+            headers={"cache-control": "no-store"},
+        )
+
+    return routes

@@ -1,0 +1,115 @@
+"""The server: an engine's thread and the rules by which requests are taken, whatever the route."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from fastapi import Request
+from starlette.responses import Response
+
+from fastserve.server.completions import Answer, EventStream, Prompt, answer_unless_gone
+from fastserve.server.engine_thread import EngineThread
+from fastserve.server.errors import APIError, bad_request
+from fastserve.server.metrics import ServerMetrics
+from fastserve.server.options import ServerOptions
+from fastserve.server.protocol import GenerationRequest
+from fastserve.server.state import RecentRequests
+from fastserve.server.streams import StreamEnded
+
+_TOKENIZED_AT_ONCE = 4096
+"""Characters of a prompt up to which tokenizing is quicker than handing it to another thread."""
+
+
+class Server:
+    """An engine's thread and what the routes need beside it."""
+
+    def __init__(self, options: ServerOptions, engine: EngineThread, metrics: ServerMetrics, recent: RecentRequests):
+        self.options = options
+        self.engine = engine
+        self.metrics = metrics
+        self.recent = recent
+        self.draining = False
+        self.started_at = int(time.time())
+        self._started = time.monotonic()
+
+    @property
+    def status(self) -> str:
+        """`ready`, `draining` or `failed`."""
+        return "failed" if self.engine.error is not None else "draining" if self.draining else "ready"
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._started
+
+    def require_ready(self, num_requests: int) -> None:
+        """Raise APIError unless so many more requests can be taken."""
+        if self.status != "ready":
+            why = f"the engine has failed: {self.engine.error}" if self.engine.error else "the server is stopping"
+            raise APIError(503, why, code=self.status, headers={"retry-after": "10"})
+        limit, unfinished = self.options.max_requests, self.engine.num_unfinished
+        if num_requests > limit:
+            raise bad_request(f"{num_requests} prompts in one request; this server holds {limit} at most", "prompt")
+        if unfinished + num_requests > limit:
+            self.metrics.refused(num_requests)
+            seconds = self.engine.retry_after_s(unfinished + num_requests - limit)
+            raise APIError(
+                429,
+                f"the queue is full: {unfinished} of {limit} requests are unfinished; try again in {seconds} s",
+                code="queue_full",
+                headers={"retry-after": str(seconds)},
+            )
+
+    def require_model(self, name: str | None) -> None:
+        """Raise APIError 404 unless the model of that name is served."""
+        if name is not None and name != self.engine.model.name:
+            raise APIError(
+                404, f"model {name!r} is not served here; this server has {self.engine.model.name!r}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    def prompt(self, body: GenerationRequest, token_ids: list[int], max_tokens: int | None) -> Prompt:
+        """What the engine is given. APIError 400 for a prompt that cannot be served; without `max_tokens`, as many as
+        there is room for."""
+        model = self.engine.model
+        if not token_ids:
+            raise bad_request("an empty prompt: it needs at least one token", "prompt")
+        if model.vocab_size is not None and max(token_ids) >= model.vocab_size:
+            raise bad_request(
+                f"token id {max(token_ids)}: the model's vocabulary has ids from 0 to {model.vocab_size - 1}", "prompt"
+            )
+        if max_tokens is None:
+            max_tokens = max(1, model.engine.longest_request - len(token_ids))
+        if why := model.engine.why_never("refused", len(token_ids), max_tokens):
+            raise bad_request(why.removeprefix("request refused: "), "max_tokens", "context_length_exceeded")
+        return Prompt(token_ids, body.sampling_params(max_tokens), model.codec.decoder(token_ids, body.stop_texts))
+
+    async def tokens_of(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's token ids."""
+        if not isinstance(prompt, str):
+            return prompt
+        return await self._in_thread_if_long(len(prompt), lambda: self.engine.model.codec.encode(prompt))
+
+    async def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation's token ids."""
+        size = sum(len(message["content"]) for message in messages)
+        return await self._in_thread_if_long(size, lambda: self.engine.model.codec.encode_chat(messages))
+
+    async def respond(
+        self, answer_class: type[Answer], body: GenerationRequest, prompts: list[Prompt], http: Request
+    ) -> Response:
+        """Whole, or as events."""
+        answer = answer_class(body, self.engine, prompts)
+        if body.stream:
+            return EventStream(answer)
+        try:
+            response = await answer_unless_gone(answer, answer.whole(), http.receive)
+        except StreamEnded as error:
+            raise APIError(503, str(error), code=self.status) from error
+        return response or Response(status_code=499)  # Nobody is there to read it.
+
+    @staticmethod
+    async def _in_thread_if_long(size: int, encode: Callable[[], list[int]]) -> list[int]:
+        return encode() if size <= _TOKENIZED_AT_ONCE else await asyncio.to_thread(encode)
