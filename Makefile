@@ -7,7 +7,7 @@ BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile workflows/profiles
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce smoke real-vllm gpu test digests soak lint format bench clean
+.PHONY: help setup reproduce smoke real-vllm gpu test clients digests soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -40,6 +40,14 @@ test: setup  ## run the tests
 
 digests: setup  ## write tests/decisions/digests.json anew: every policy's decisions, hashed
 	PYTHONPATH=tests $(BIN)/python -m support.decisions
+
+clients: setup .venv-clients/installed  ## drive the server with other projects' clients (requirements-clients.txt)
+	$(BIN)/python -m pytest -n auto tests/clients
+
+.venv-clients/installed: requirements-clients.txt | setup
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
+	@touch $@
 
 soak: setup  ## the invariants on 100,000 generated scenarios, for an hour or so
 	$(BIN)/python -m pytest -n auto tests/invariants --hypothesis-profile=soak

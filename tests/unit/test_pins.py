@@ -33,3 +33,12 @@ def test_every_dependency_of_the_package_is_pinned() -> None:
     named = [*project["dependencies"], *(n for group in project["optional-dependencies"].values() for n in group)]
     for requirement in named:
         assert re.split(r"[<>=~!]", requirement)[0].lower() in requirements, requirement
+
+
+def test_clients_have_the_versions_that_we_have() -> None:
+    requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
+    clients = pins((ROOT / "requirements-clients.txt").read_text().splitlines())
+    assert clients
+    assert "torch" not in clients
+    for name in clients.keys() & requirements.keys():
+        assert clients[name] == requirements[name], name
