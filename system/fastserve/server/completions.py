@@ -87,7 +87,7 @@ class Answer(ABC):
         """A piece's own part, as JSON; its text is JSON already."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """A first event's choice, before any token."""
+        """The choice of an event that goes out together with the choice's first token, before it."""
         return None
 
     # -- the two forms -------------------------------------------------------------------------------------------
@@ -113,21 +113,25 @@ class Answer(ABC):
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, those that are there at a time in one go: one a token, then the usage if asked for, then
-        [DONE]. If the request fails, the last one is an error."""
+        [DONE]. If the request fails, the last one is an error. No event precedes the first token: clients time it."""
         include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         head = json.dumps(
             {**self._head(self.chunk_name), "usage": None} if include_usage else self._head(self.chunk_name)
         )
         before, after = f'data: {head[:-1]}, "choices": [', "]}\n\n"
         num_tokens = 0
-        openings = [opening for choice in self.choices if (opening := self.opening(choice.index)) is not None]
-        if openings:
-            yield "".join(f"{before}{json.dumps(opening)}{after}" for opening in openings).encode()
+        unopened = {choice.index for choice in self.choices}
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for batch in pieces:
                     num_tokens += len(batch)
-                    yield "".join([f"{before}{self._written(piece)}{after}" for piece in batch]).encode()
+                    written = [f"{before}{self._written(piece)}{after}" for piece in batch]
+                    index = batch[0].choice  # All pieces of a batch are of one choice.
+                    if index in unopened:
+                        unopened.remove(index)
+                        if (opening := self.opening(index)) is not None:
+                            written.insert(0, f"{before}{json.dumps(opening)}{after}")
+                    yield "".join(written).encode()
         except StreamEnded as error:
             yield f"data: {json.dumps(error_body(503, str(error)))}\n\n".encode()
             return
