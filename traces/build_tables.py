@@ -21,11 +21,14 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "workflows"), str(HERE.parent / "system")]
+WORKFLOWS = HERE.parent / "workflows"
+sys.path[:0] = [str(WORKFLOWS), str(HERE.parent / "system")]
 
 from harness.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace  # noqa: E402
 from harness.traces.lengths import FloatArray, IntArray  # noqa: E402
 
+TABLES = WORKFLOWS / "harness/traces/tables"
+"""Where the tables are: in the package that reads them, so that they are installed with it."""
 BIN_COUNTS = range(24, 49)
 
 
@@ -128,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sharegpt", type=Path, help="CSV with prompt_tokens,output_tokens of ShareGPT first turns")
     parser.add_argument("--azure", type=Path, help="Azure LLM inference trace 2023, conversation, as published")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this script's)")
+    parser.add_argument("--out", type=Path, default=TABLES, help="folder to write to (default: the package's)")
     options = parser.parse_args()
     if not (options.sharegpt or options.azure):
         parser.error("give --sharegpt, --azure or both")

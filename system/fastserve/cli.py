@@ -9,15 +9,16 @@ from typing import Annotated
 
 import typer
 
+from fastserve.command import Version, new_app
 from fastserve.console import Progress, parse_stage_layers, run_app
 from fastserve.errors import OutputError
 from fastserve.settings import parse_settings, resolve_settings
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = new_app()
 
 
 @app.callback()
-def fastserve() -> None:
+def fastserve(version: Version = False) -> None:
     """FastServe: an LLM serving engine with preemptive scheduling."""
 
 

@@ -13,7 +13,8 @@ from harness.traces import ARTIFACT_FILTER, LengthFilter, length_statistics, lis
 from harness.traces.builtin import BUILTIN, TABLES, HistogramLengths
 from harness.traces.text import token_counter
 
-FIXTURES = TABLES / "fixtures"
+TRACES_FOLDER = Path(__file__).parents[2] / "traces"
+FIXTURES = TRACES_FOLDER / "fixtures"
 
 
 def draw(spec, n=400_000, seed=0):
@@ -72,7 +73,7 @@ class TestTables:
         assert (prompt + output).max() == 2048
 
     def test_manifest_names_url_licence_citation_and_hash_or_reason(self):
-        for entry in json.loads((TABLES / "manifest.json").read_text())["data_sets"]:
+        for entry in json.loads((TRACES_FOLDER / "manifest.json").read_text())["data_sets"]:
             assert entry["url"].startswith("https://")
             assert entry["licence"]
             assert entry["citation"]
@@ -84,7 +85,14 @@ class TestTables:
         rows = "\n".join(f"{p},{o}" for p, o in zip(prompt, output, strict=True))
         raw = tmp_path / "raw.csv"
         raw.write_text(f"prompt_tokens,output_tokens\n{rows}\n")
-        command = [sys.executable, str(TABLES / "build_tables.py"), "--sharegpt", str(raw), "--out", str(tmp_path)]
+        command = [
+            sys.executable,
+            str(TRACES_FOLDER / "build_tables.py"),
+            "--sharegpt",
+            str(raw),
+            "--out",
+            str(tmp_path),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         first = (tmp_path / "sharegpt.json").read_bytes()
         table = json.loads(first)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 from fastserve.errors import ConfigError, TraceError
 from harness.arrivals import Arrivals
 from harness.traces import load_trace
-from harness.traces.builtin import TABLES
 from harness.workload import make_workload
 
-CSV = f"csv:{TABLES / 'fixtures' / 'lengths.csv'}"
+TRACES_FOLDER = Path(__file__).parents[2] / "traces"
+CSV = f"csv:{TRACES_FOLDER / 'fixtures' / 'lengths.csv'}"
 TRACES = ["sharegpt", "alpaca", "azure-conv", "zipf", "fixed", CSV]
 ARRIVALS = ["poisson", "gamma:cv=4", "constant"]
 
@@ -79,7 +80,7 @@ def test_trace_arrivals_keep_the_file_order():
     assert make_workload(CSV, "trace", 2.0, 3, 0).arrival_s.tolist() == [0, 0.25, 1]
 
 
-@pytest.mark.parametrize("trace", ["sharegpt", "fixed", f"alpaca:{TABLES / 'fixtures' / 'alpaca.json'}"])
+@pytest.mark.parametrize("trace", ["sharegpt", "fixed", f"alpaca:{TRACES_FOLDER / 'fixtures' / 'alpaca.json'}"])
 def test_trace_arrivals_need_timestamps(trace):
     with pytest.raises(TraceError) as caught:
         make_workload(trace, "trace", None, 2, 0)
@@ -152,7 +153,7 @@ def test_prompt_token_ids():
 
 def test_import_is_light():
     code = "import sys, harness.workload; print([m for m in ('torch', 'pandas', 'transformers') if m in sys.modules])"
-    folders = os.pathsep.join(str(TABLES.parent / folder) for folder in ("system", "workflows"))
+    folders = os.pathsep.join(str(TRACES_FOLDER.parent / folder) for folder in ("system", "workflows"))
     environment = {**os.environ, "PYTHONPATH": folders}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ran.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastserve.command import Version, new_app
 from fastserve.console import parse_stage_layers, run_app
 from fastserve.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
@@ -19,11 +20,11 @@ from harness.runner import RunConfig
 from harness.runner import run as run_benchmark
 from harness.traces import list_traces
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = new_app()
 
 
 @app.callback()
-def fastbench() -> None:
+def fastbench(version: Version = False) -> None:
     """Benchmark LLM serving schedulers, in simulation, on a real engine or on a server."""
 
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import fastserve
 from harness.workload import Workload
 
-_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("aiohttp", "numpy", "pyarrow", "torch", "transformers", "triton")
 COMMIT_VARIABLE = "FASTSERVE_COMMIT"
 """Environment variable that says the commit where the code is a copy without a checkout; it wins."""
@@ -46,12 +47,23 @@ def environment_meta() -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` where files differ from it; None outside a checkout that nobody named."""
-    if named := os.environ.get(COMMIT_VARIABLE):
-        return named
+    """The commit of this code, with `-dirty` where files differ from it; None where it is not known.
+
+    In a checkout git knows it; an installed package carries the one it was built from.
+    """
+    return os.environ.get(COMMIT_VARIABLE) or _commit_of_checkout(Path(__file__).resolve()) or _commit_of_build()
+
+
+def _commit_of_checkout(file: Path) -> str | None:
+    """The commit of the git repository that holds `file`; None where git does not track it.
+
+    An installed package may lie inside some other project's repository, whose commit says nothing of it.
+    """
+    git = ["git", "-C", str(file.parent)]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
         described = subprocess.run(
-            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--match="],
             capture_output=True,
             text=True,
             timeout=10,
@@ -62,9 +74,17 @@ def _commit() -> str | None:
     return described.stdout.strip()
 
 
+def _commit_of_build() -> str | None:
+    """What setup.py wrote into the package."""
+    try:
+        return (files("harness") / "COMMIT").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
 @cache
 def _versions() -> dict[str, str]:
-    versions = {}
+    versions = {"fastserve-repro": fastserve.__version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

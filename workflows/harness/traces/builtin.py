@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from fastserve.errors import ConfigError, TraceError
 from harness.options import parse_options
 from harness.traces.lengths import FloatArray, IntArray, LengthFilter, LengthSource
 
-TABLES = Path(__file__).resolve().parents[3] / "traces"
+TABLES = files("harness.traces") / "tables"
+"""The shipped tables: data of the package, which traces/build_tables.py makes."""
 _LONGEST = 1_000_000
 _WEIGHT_OF_ALL = 10**12
 _LEAST_CV, _MOST_CV = 0.001, 100.0
@@ -244,7 +245,7 @@ def read_table(name: str) -> dict[str, Any]:
         table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TraceError(
-            f"{path}: the table of a built-in trace could not be read ({error}); check it out again"
+            f"{path}: the table of a built-in trace could not be read ({error}); install the package again"
         ) from error
     return table
 

@@ -1,0 +1,180 @@
+"""What `pip install` gives works without the checkout, and says which commit it is."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastserve
+from harness.meta import _commit_of_checkout
+
+ROOT = Path(__file__).parents[2]
+PROFILE = "a100-80g/opt-13b-tp1"
+PACKAGES = {"system/fastserve": "fastserve", "baselines": "baselines", "workflows/harness": "harness"}
+
+
+def call(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without the checkout on the path, and without what git is told by a hook that runs the tests."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k not in ("PYTHONPATH", "FASTSERVE_COMMIT")
+    }
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False
+    )
+
+
+def call_well(*command: object, cwd: Path, **environment: str) -> str:
+    done = call(*command, cwd=cwd, **environment)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def make_repository(folder: Path) -> str:
+    """Commit everything in `folder` and give the commit."""
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
+    call_well(*git, "init", "-q", cwd=folder)
+    call_well(*git, "add", "--all", "--force", cwd=folder)
+    call_well(*git, "commit", "-q", "-m", "everything", cwd=folder)
+    return call_well("git", "rev-parse", "HEAD", cwd=folder).strip()
+
+
+def build(hook: str, source: Path, folder: Path) -> Path:
+    """Build a distribution with the backend that pyproject.toml names, without installing anything."""
+    folder.mkdir()
+    code = f"from setuptools.build_meta import {hook}; print({hook}({str(folder)!r}))"
+    name = call_well(sys.executable, "-c", code, cwd=source).splitlines()[-1]
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built."""
+    folder = tmp_path_factory.mktemp("source") / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("system", "baselines", "workflows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commit(source: Path) -> str:
+    return make_repository(source)
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, commit: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("build_wheel", source, tmp_path_factory.mktemp("built") / "wheel")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed") / "packages"
+    call_well(
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index",
+        "--target", target, wheel, cwd=target.parent,
+    )  # fmt: skip
+    return target
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """The repository of another project."""
+    (tmp_path / "file").write_text("theirs")
+    make_repository(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fastbench(installed: Path, elsewhere: Path):
+    """Run the installed command in another project's repository."""
+
+    def run(*arguments: object) -> str:
+        return call_well(installed / "bin/fastbench", *arguments, cwd=elsewhere, PYTHONPATH=str(installed))
+
+    return run
+
+
+def test_a_wheel_holds_every_file_of_the_packages(source: Path, wheel: Path) -> None:
+    expected = {
+        f"{name}/{path.relative_to(source / folder).as_posix()}"
+        for folder, name in PACKAGES.items()
+        for path in (source / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == expected | {"harness/COMMIT"}
+
+
+def test_the_lists_are_those_of_the_checkout(fastbench) -> None:
+    assert PROFILE in fastbench("profiles")
+    assert "fastserve-fcfs" in fastbench("policies")
+    assert "sharegpt-filtered" in fastbench("traces")
+    assert fastserve.__version__ in fastbench("--version")
+
+
+def test_every_built_in_trace_serves(fastbench, installed: Path) -> None:
+    names = [re.split(r"[\[:]", line)[0].split()[0] for line in fastbench("traces").splitlines() if "PATH" not in line]
+    assert len(names) == 9
+    for name in names:
+        spec = "sharegpt-reweighted:output=200" if name == "sharegpt-reweighted" else name
+        said = fastbench("run", "--profile", PROFILE, "--trace", spec, "--rate", 2, "--num-requests", 5)
+        assert "5 finished, 0 failed" in said
+
+
+def test_a_run_by_default_records_the_commit_of_the_wheel_not_of_the_repository_around_it(
+    fastbench, installed: Path, elsewhere: Path, commit: str
+) -> None:
+    fastbench("run", "--backend", "sim", "--profile", PROFILE, "--rate", 2, "--num-requests", 5)
+    (path,) = elsewhere.glob("results/*/meta.json")
+    meta = json.loads(path.read_text())
+    assert meta["commit"] == commit
+    assert meta["versions"]["fastserve-repro"] == fastserve.__version__
+
+
+def test_an_install_inside_another_repository_has_not_its_commit(installed: Path, elsewhere: Path, commit: str) -> None:
+    inside = elsewhere / "packages"
+    shutil.copytree(installed, inside)
+    said = call_well(
+        sys.executable, "-c", "from harness.meta import environment_meta; print(environment_meta()['commit'])",
+        cwd=elsewhere, PYTHONPATH=str(inside),
+    )  # fmt: skip
+    assert said.strip() == commit
+
+
+def test_a_checkout_has_its_own_commit_and_says_where_it_was_changed(source: Path, commit: str) -> None:
+    file = source / "workflows/harness/meta.py"
+    assert _commit_of_checkout(file) == commit
+    text = file.read_text()
+    try:
+        file.write_text(f"{text}\n")
+        assert _commit_of_checkout(file) == f"{commit}-dirty"
+    finally:
+        file.write_text(text)
+    untracked = file.with_name("untracked.py")
+    untracked.touch()
+    try:
+        assert _commit_of_checkout(untracked) is None
+    finally:
+        untracked.unlink()
+
+
+def test_a_wheel_built_from_a_source_archive_has_the_same_files(
+    source: Path, wheel: Path, commit: str, tmp_path: Path
+) -> None:
+    archive = build("build_sdist", source, tmp_path / "archive")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    again = build("build_wheel", unpacked, tmp_path / "wheel")
+    first, second = zipfile.ZipFile(wheel), zipfile.ZipFile(again)
+    assert set(first.namelist()) == set(second.namelist())
+    assert second.read("harness/COMMIT").decode().strip() == commit
