@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from fastserve.server.app import ServerOptions
+from fastserve.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 from support.servers import Reply, RunningServer, running, simulated
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -35,37 +36,44 @@ def refused(reply: Reply, status: int, param: str | None, *says: str) -> dict[st
     return error
 
 
-UNSUPPORTED: dict[str, list[Any]] = {
-    "n": [2, 0],
-    "logit_bias": [{"5": 1}],
-    "presence_penalty": [0.5],
-    "frequency_penalty": [-1],
-    "repetition_penalty": [1.1],
-    "min_tokens": [1],
+MODELS: dict[str, type[GenerationRequest]] = {TEXT: CompletionRequest, CHAT: ChatCompletionRequest}
+OF_ANY: dict[str, list[Any]] = {
+    "use_beam_search": [True],
+    "length_penalty": [0.5],
+    "response_format": [{"type": "json_object"}, {}, {"type": "text", "more": 1}],
+    "structured_outputs": [{"json": {}}, {}],
+    "guided_json": [{}, "{}"],
+    "guided_regex": ["a+", ""],
+    "guided_choice": [["a", "b"]],
+    "guided_grammar": ["root ::= a"],
+    "guided_decoding_backend": ["xgrammar"],
+    "bad_words": [["a"]],
+    "skip_special_tokens": [False],
+    "spaces_between_special_tokens": [False],
+    "priority": [-1],
+    "kv_transfer_params": [{}],
+    "typical_p": [0.9, float("nan")],
 }
-OF_TEXT: dict[str, list[Any]] = UNSUPPORTED | {
-    "echo": [True],
-    "best_of": [2],
-    "suffix": ["x"],
-    "logprobs": [0, 5],
-    "prompt_logprobs": [0],
-}
-OF_CHAT: dict[str, list[Any]] = UNSUPPORTED | {
-    "logprobs": [True],
-    "top_logprobs": [3],
+"""Fields that this server does not support, with values that ask for something."""
+OF_TEXT: dict[str, list[Any]] = OF_ANY | {"best_of": [2, 0], "suffix": ["x"], "prompt_embeds": ["AAAA"]}
+OF_CHAT: dict[str, list[Any]] = OF_ANY | {
     "tools": [[{"type": "function", "function": {"name": "f"}}]],
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, float("nan")],
     "functions": [[{"name": "f"}]],
-    "response_format": [{"type": "json_object"}, {}],
+    "continue_final_message": [True],
+    "add_generation_prompt": [False],
+    "chat_template": ["{{ messages }}", ""],
+    "chat_template_kwargs": [{"enable_thinking": False}],
+    "reasoning_effort": ["low", "none"],
+    "audio": [{"voice": "alloy", "format": "wav"}],
+    "modalities": [["text", "audio"], []],
+    "prediction": [{"type": "content", "content": "a"}],
 }
-NEUTRAL = {
-    "n": 1,
-    "logit_bias": {},
-    "presence_penalty": 0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_tokens": 0,
-}
+NOTHING_KNOWN = ["no such value"]
+
+
+def least(path: str) -> dict[str, Any]:
+    return {"prompt": [1], "max_tokens": 1} if path == TEXT else {"messages": MESSAGES, "max_tokens": 1}
 
 
 @pytest.mark.parametrize(
@@ -77,25 +85,49 @@ NEUTRAL = {
         for value in values
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_is_asked_for_and_not_there(quick: RunningServer, path: str, name: str, value: Any, stream: bool) -> None:
-    body = {"prompt": [1]} if path == TEXT else {"messages": MESSAGES}
-    reply = quick.post({**body, name: value, "stream": stream}, path)
-    refused(reply, 400, name, f"{name}=", "is not supported by this server; leave it out")
+def test_what_is_asked_for_and_not_there(quick: RunningServer, path: str, name: str, value: Any) -> None:
+    for stream in (False, True):
+        reply = quick.post({**least(path), name: value, "stream": stream}, path)
+        refused(reply, 400, name, f"{name}: ", " is not supported by this server; leave it out")
 
 
-def test_what_changes_nothing_is_no_matter(quick: RunningServer) -> None:
-    more = {"echo": False, "best_of": 1, "suffix": "", "logprobs": None, "user": "someone", "unknown": [1]}
-    assert quick.post({"prompt": [1], **NEUTRAL, **more}).status == 200
-    more = {
-        "logprobs": False,
-        "top_logprobs": 0,
-        "tools": [],
-        "tool_choice": "auto",
-        "response_format": {"type": "text"},
-    }
-    reply = quick.post({"messages": MESSAGES, **NEUTRAL, **more}, CHAT)
-    refused(reply, 400, "messages", "a chat needs a tokenizer and this server has none; use /v1/completions")
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, model in MODELS.items() for name in model.NEUTRAL])
+def test_every_field_of_the_table_is_refused_unless_neutral(quick: RunningServer, path: str, name: str) -> None:
+    refused(quick.post({**least(path), name: NOTHING_KNOWN}, path), 400, name, "['no such value'] is not supported")
+    for neutral in (None, *MODELS[path].NEUTRAL[name]):
+        reply = quick.post({**least(path), name: neutral}, path)
+        if path == TEXT:
+            assert reply.status == 200
+        else:
+            refused(reply, 400, "messages", "a chat needs a tokenizer and this server has none")
+
+
+@pytest.mark.parametrize("name", ChatMessage.NEUTRAL)
+def test_what_a_message_has_beside_its_text_is_refused_unless_neutral(quick: RunningServer, name: str) -> None:
+    def messages(value: Any) -> list[dict[str, Any]]:
+        return [*MESSAGES, {"role": "assistant", "content": "a", name: value}]
+
+    refused(quick.post({"messages": messages(NOTHING_KNOWN)}, CHAT), 400, f"messages.1.{name}", "not supported")
+    for neutral in (None, *ChatMessage.NEUTRAL[name]):
+        refused(quick.post({"messages": messages(neutral)}, CHAT), 400, "messages", "needs a tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown", "instead"),
+    [
+        ("guided_regex", "a+", "'a+'", ""),
+        ("skip_special_tokens", False, "false", " or send true"),
+        ("response_format", {}, "{}", ' or send {"type": "text"}'),
+    ],
+)
+def test_a_refusal_is_one_sentence(quick: RunningServer, name: str, value: Any, shown: str, instead: str) -> None:
+    message = quick.post({"prompt": [1], name: value}).error["message"]
+    assert message == f"{name}: {shown} is not supported by this server; leave it out{instead}"
+
+
+def test_what_no_server_knows_is_ignored(quick: RunningServer) -> None:
+    more = {"user": "someone", "unknown": [1], "metadata": {"a": "b"}, "store": False, "cache_salt": "x"}
+    assert quick.post({**least(TEXT), **more}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -103,17 +135,17 @@ def test_what_changes_nothing_is_no_matter(quick: RunningServer) -> None:
     [
         ({"prompt": None}, "prompt", "Field required"),
         ({"prompt": []}, "prompt", "at least 1 item"),
-        ({"prompt": [[]]}, "prompt", "at least 1 item"),
-        ({"prompt": [[1], []]}, "prompt", "at least 1 item"),
-        ({"prompt": 5}, "prompt", "valid string"),
-        ({"prompt": {"a": 1}}, "prompt", "valid list"),
-        ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
-        ({"prompt": [2**31]}, "prompt", "less than or equal to 2147483647"),
-        ({"prompt": [1, "a"]}, "prompt", "valid integer"),
-        ({"prompt": [1.5]}, "prompt", "valid integer"),
-        ({"prompt": [float("nan")]}, "prompt", "finite"),
+        ({"prompt": [[]]}, "prompt.0", "at least 1 item"),
+        ({"prompt": [[1], []]}, "prompt.1", "at least 1 item"),
+        ({"prompt": 5}, "prompt", "a text, a list of token ids, or a list of either, got 5"),
+        ({"prompt": {"a": 1}}, "prompt", "a text, a list of token ids, or a list of either"),
+        ({"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+        ({"prompt": [2**31]}, "prompt.0", "less than or equal to 2147483647"),
+        ({"prompt": [1, "a"]}, "prompt.1", "valid integer"),
+        ({"prompt": [1.5]}, "prompt.0", "valid integer"),
+        ({"prompt": [float("nan")]}, "prompt.0", "finite"),
         ({"prompt": "text"}, "prompt", "needs a tokenizer and this server has none; give token ids"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens: Input should be greater than or equal to 1, got 0"),
         ({"max_tokens": "many"}, "max_tokens", "valid integer"),
         ({"max_tokens": 10**30}, "max_tokens", "less than or equal to 2147483647"),
         ({"max_tokens": float("inf")}, "max_tokens", "finite"),
@@ -125,15 +157,14 @@ def test_what_changes_nothing_is_no_matter(quick: RunningServer) -> None:
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"seed": 2**63}, "seed", "9223372036854775807"),
         ({"seed": "x"}, "seed", "valid integer"),
-        ({"stop": 5}, "stop", "valid string"),
+        ({"stop": 5}, "stop", "a text or a list of texts, got 5"),
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": "a"}, "stop", "needs a tokenizer and this server has none; use stop_token_ids"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "greater than or equal to 0"),
         ({"stream": "maybe"}, "stream", "valid boolean"),
-        ({"stream": True, "stream_options": 5}, "stream_options", "dictionary"),
-        ({"stream_options": {"include_usage": True}}, None, "stream_options is for stream: true only"),
-        ({"logit_bias": {"1": float("nan")}}, "logit_bias", "finite"),
+        ({"stream": True, "stream_options": 5}, "stream_options", "a JSON object"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "for stream: true only"),
         ({"model": 5}, "model", "valid string"),
     ],
 )
@@ -142,10 +173,20 @@ def test_what_is_not_valid(quick: RunningServer, changes: dict[str, Any], param:
 
 
 @pytest.mark.parametrize(
-    "messages", [[], "a", [{}], [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], [{"role": 5}]]
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("a", "messages"),
+        ([5], "messages.0"),
+        ([{}], "messages.0.role"),
+        ([{"role": 5}], "messages.0.role"),
+        ([*MESSAGES, {"role": "user", "content": 5}], "messages.1.content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages.0.content.0.type"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], "messages.0.content.1"),
+    ],
 )
-def test_messages_that_are_not_valid(quick: RunningServer, messages: Any) -> None:
-    refused(quick.post({"messages": messages}, CHAT), 400, "messages")
+def test_messages_that_are_not_valid(quick: RunningServer, messages: Any, param: str) -> None:
+    refused(quick.post({"messages": messages}, CHAT), 400, param)
 
 
 def test_a_request_that_can_never_be_served_is_told_its_numbers(quick: RunningServer) -> None:
@@ -153,6 +194,7 @@ def test_a_request_that_can_never_be_served_is_told_its_numbers(quick: RunningSe
     assert most == 65_537
     error = refused(quick.post({"prompt": [1] * 9, "max_tokens": most - 8}), 400, "max_tokens")
     assert error["message"] == (
+        "This model's maximum context length is 65537 tokens: "
         "prompt of 9 tokens + output of up to 65529 needs 4097 cache blocks of 16 tokens, the GPU pool has 4096; "
         "raise num_gpu_blocks or shorten the request"
     )

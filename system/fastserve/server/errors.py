@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,17 +60,43 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            reason = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
-            return json_response(error_body(400, reason), 400)
-        if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
-            reason = "the body must be a JSON object, sent with 'Content-Type: application/json'"
-            return json_response(error_body(400, reason), 400)
-        place = ".".join(map(str, first["loc"][1:2]))
-        # Where a field may be of several kinds, it has failed to be each of them.
-        reasons = dict.fromkeys(
-            each["msg"].removeprefix("Value error, ") for each in error.errors() if each["loc"][:2] == first["loc"][:2]
-        )
-        message = " / ".join(reasons)
-        return json_response(error_body(400, f"{place}: {message}" if place else message, place or None), 400)
+        message, param = describe(error.errors()[0])
+        return json_response(error_body(400, message, param), 400)
+
+
+def describe(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The message of an error of pydantic's, and the path of the field at fault: `messages.3.content`."""
+    # Tags of unions are no part of what the client has sent.
+    path = [str(step) for step in error["loc"][1:] if not str(step).startswith("<")]
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}", None
+    if not path and error["type"] in ("missing", "model_type", "model_attributes_type"):
+        return "the body must be a JSON object, sent with 'Content-Type: application/json'", None
+    if error["type"] == "field":
+        path.append(error["ctx"]["field"])
+        reason = error["msg"]
+    else:
+        reason = _REASONS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+        reason = reason.replace(" after validation", "")
+        if error["type"] not in ("missing", "too_long", "string_too_long"):
+            reason += f", got {shown(error['input'])}"
+    param = ".".join(path) or None
+    return f"{param}: {reason}" if param else reason, param
+
+
+_REASONS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "Input should be a JSON object")
+"""For errors that pydantic writes for those who read the code."""
+
+
+class _Shown(reprlib.Repr):
+    """As JSON has it, where Python has it otherwise."""
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+
+shown = _Shown().repr
+"""A value of a request for an error message: its beginning, at most some 200 characters, however large it is."""

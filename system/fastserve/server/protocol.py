@@ -1,23 +1,79 @@
 """What clients send to /v1/completions and /v1/chat/completions, and what of it this server can do.
 
-A field we do not know is ignored, as clients add their own. One we know and cannot serve is refused, unless it has the
-value that changes nothing: a client that asks for something must not be given something else.
+Three kinds of field: those of the models below are supported; those of a `NEUTRAL` table are known and not supported,
+and refused unless their value changes nothing; all others are ignored, as clients add their own.
 """
 
 from __future__ import annotations
 
+import json
 import random
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from fastserve.request import SamplingParams
-from fastserve.server.errors import bad_request
+from fastserve.server.errors import shown
 
+MAX_PROMPTS = 1024
+"""Prompts of one request. Each is a request of its own to the engine."""
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+"""Parts of one message's content."""
+MAX_STOP_TEXTS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_NAME_CHARACTERS = 256
+"""Of a role, or of the name of its speaker."""
 _INT64 = 2**63 - 1
 _INT32 = 2**31 - 1
+
+Neutral = Mapping[str, tuple[Any, ...]]
+"""Fields that are known and not supported, each with the values, beside null, that change nothing."""
+
+
+def field_error(name: str, reason: str) -> PydanticCustomError:
+    """What a validator of a whole object raises if the field `name` in it is at fault."""
+    return PydanticCustomError("field", "{reason}", {"field": name, "reason": reason})
+
+
+class Body(BaseModel):
+    """An object of a request. Null is a field left out; fields of `NEUTRAL` are refused unless neutral."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    NEUTRAL: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
+        for name in cls.NEUTRAL.keys() & given.keys():
+            neutral = cls.NEUTRAL[name]
+            if given[name] not in neutral:
+                instead = "leave it out" + "".join(f" or send {json.dumps(value)}" for value in neutral)
+                raise field_error(name, f"{shown(given[name])} is not supported by this server; {instead}")
+        return given
+
+
+def _kind(**kinds: Callable[[Any], bool]) -> Callable[[Any], str | None]:
+    """Chooses the kind of a value by looking at no more than its first element; tags are like `<text>`."""
+    return lambda value: next((f"<{name}>" for name, is_kind in kinds.items() if is_kind(value)), None)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and isinstance(value[0], kind)
 
 
 def _encodable(text: str) -> str:
@@ -29,22 +85,43 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS), AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-StopText = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(_encodable)]
+PromptField = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists>")]
+    | Annotated[TokenIds, Tag("<ids>")],
+    Discriminator(
+        _kind(text=_is_text, texts=_is_list_of(str), lists=_is_list_of(list), ids=_is_list),
+        custom_error_type="prompt",
+        custom_error_message="Input should be a text, a list of token ids, or a list of either",
+    ),
+]
+StopField = Annotated[
+    Annotated[StopText, Tag("<text>")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOP_TEXTS, fail_fast=True), Tag("<texts>")],
+    Discriminator(
+        _kind(text=_is_text, texts=_is_list),
+        custom_error_type="stop",
+        custom_error_message="Input should be a text or a list of texts",
+    ),
+]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """How a stream is sent."""
 
     include_usage: bool = False
     """Whether a last event without choices says how many tokens there were."""
 
+    NEUTRAL: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
 
-class GenerationRequest(BaseModel):
+
+class GenerationRequest(Body):
     """What both kinds of request have in common."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = None
     """A name of GET /v1/models; left out, the one that is served."""
@@ -53,8 +130,8 @@ class GenerationRequest(BaseModel):
     top_k: int = Field(0, ge=-1, le=_INT32)
     """Not OpenAI's: the most likely tokens drawn from; 0 or -1 for all."""
     seed: int | None = Field(None, ge=-_INT64 - 1, le=_INT64)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopField | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     """Not OpenAI's: tokens that end the output; they are part of it, without text."""
     ignore_eos: bool = False
     """Not OpenAI's: go on to `max_tokens` whatever is generated."""
@@ -63,43 +140,69 @@ class GenerationRequest(BaseModel):
     return_token_ids: bool = False
     """Not OpenAI's: `token_ids` beside every text."""
 
-    n: int | None = 1
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = 0
-    frequency_penalty: float | None = 0
-    repetition_penalty: float | None = 1
-    min_tokens: int | None = 0
-
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    NEUTRAL: ClassVar[Neutral] = {
+        # How tokens are drawn.
         "n": (1,),
+        "best_of": (1,),
         "logit_bias": ({},),
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "repetition_penalty": (1,),
+        "min_p": (0,),
         "min_tokens": (0,),
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "watermarking": (False,),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "early_stopping": (False,),
+        "repetition_detection": (),
+        "thinking_token_budget": (-1,),
+        # What output is allowed.
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_decoding_backend": (),
+        "guided_whitespace_pattern": (),
+        "structural_tag": (),
+        # What is read and what is returned.
+        "echo": (False,),
+        "prompt_logprobs": (),
+        "logprob_token_ids": (),
+        "return_tokens_as_token_ids": (False,),
+        "truncate_prompt_tokens": (),
+        "truncation_side": ("left",),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "stream_interval": (1,),
+        # How a request is served.
+        "priority": (0,),
+        "kv_transfer_params": (),
+        "ec_transfer_params": (),
+        "vllm_xargs": ({},),
+        # Other servers' (SGLang, llama.cpp, OpenRouter).
+        "regex": (),
+        "ebnf": (),
+        "grammar": ("",),
+        "json_schema": (),
+        "typical_p": (1,),
+        "top_a": (0,),
+        "mirostat": (0,),
+        "dynatemp_range": (0,),
+        "dry_multiplier": (0,),
+        "xtc_probability": (0,),
     }
-    """Values, beside null, of what is not supported that change nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_left_out(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     @model_validator(mode="after")
     def _check(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream: true only; leave it out")
+            raise field_error("stream_options", "for stream: true only; leave it out")
         return self
-
-    def require_supported(self) -> None:
-        """Raise APIError 400 if it asks for what this server cannot do."""
-        for name, neutral in self.NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                shown = ", ".join(repr(one) for one in neutral)
-                raise bad_request(
-                    f"{name}={reprlib.repr(value)} is not supported by this server; leave it out or {shown}", name
-                )
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -122,25 +225,16 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: (
-        Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: PromptField
     """One prompt or several, as text or token ids; each is a choice of the answer."""
     max_tokens: int = Field(16, ge=1, le=_INT32)
 
-    echo: bool | None = False
-    best_of: int | None = 1
-    suffix: str | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    NEUTRAL: ClassVar[Neutral] = {
         **GenerationRequest.NEUTRAL,
-        "echo": (False,),
-        "best_of": (1,),
         "suffix": ("",),
         "logprobs": (),
-        "prompt_logprobs": (),
+        "prompt_embeds": (),
+        "add_special_tokens": (True,),
     }
 
     @property
@@ -151,21 +245,41 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     """A part of a message's content; text is the only kind there is."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+ContentField = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    Discriminator(
+        _kind(text=_is_text, parts=_is_list),
+        custom_error_type="content",
+        custom_error_message="Input should be a text or a list of text parts",
+    ),
+]
+
+
+class ChatMessage(Body):
     """One message of a conversation."""
 
-    model_config = ConfigDict(extra="ignore")
+    role: Name
+    content: ContentField | None = None
+    name: Name | None = None
 
-    role: Text
-    content: Text | list[TextPart] | None = None
-    name: Text | None = None
+    NEUTRAL: ClassVar[Neutral] = {
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "function_call": (),
+        "tools": ([],),
+        "audio": (),
+        "refusal": ("",),
+        "reasoning": ("",),
+        "reasoning_content": ("",),
+    }
 
     def as_dict(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -178,24 +292,42 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, le=_INT32)
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
     """The newer name of `max_tokens`. With neither, as many as the model's context and the cache allow."""
 
-    logprobs: bool | None = False
-    top_logprobs: int | None = 0
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    NEUTRAL: ClassVar[Neutral] = {
         **GenerationRequest.NEUTRAL,
         "logprobs": (False,),
         "top_logprobs": (0,),
+        # What the prompt is made of.
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "documents": ([],),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "reasoning_effort": (),
+        "include_reasoning": (True,),
+        # What output is allowed.
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
-        "response_format": ({"type": "text"},),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        "moderation": (),
+        "return_prompt_text": (False,),
     }
+
+    @property
+    def limit(self) -> str | None:
+        """Which field bounds the output; None: neither is there."""
+        names = ("max_completion_tokens", "max_tokens")
+        return next((name for name in names if getattr(self, name) is not None), None)

@@ -70,20 +70,28 @@ class Server:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    def prompt(self, body: GenerationRequest, token_ids: list[int], max_tokens: int | None) -> Prompt:
-        """What the engine is given. APIError 400 for a prompt that cannot be served; without `max_tokens`, as many as
-        there is room for."""
+    def prompt(self, body: GenerationRequest, token_ids: list[int], limit: str | None, param: str) -> Prompt:
+        """What the engine is given. APIError 400 for a prompt that cannot be served.
+
+        `limit` names the field that bounds the output; None: the output may be as long as there is room for. `param`
+        names the field that the prompt came from.
+        """
         model = self.engine.model
         if not token_ids:
-            raise bad_request("an empty prompt: it needs at least one token", "prompt")
+            raise bad_request("an empty prompt: it needs at least one token", param)
         if model.vocab_size is not None and max(token_ids) >= model.vocab_size:
             raise bad_request(
-                f"token id {max(token_ids)}: the model's vocabulary has ids from 0 to {model.vocab_size - 1}", "prompt"
+                f"token id {max(token_ids)}: the model's vocabulary has ids from 0 to {model.vocab_size - 1}", param
             )
-        if max_tokens is None:
-            max_tokens = max(1, model.engine.longest_request - len(token_ids))
+        longest = model.engine.longest_request
+        max_tokens = max(1, longest - len(token_ids)) if limit is None else getattr(body, limit)
         if why := model.engine.why_never("refused", len(token_ids), max_tokens):
-            raise bad_request(why.removeprefix("request refused: "), "max_tokens", "context_length_exceeded")
+            # Clients look for how this begins.
+            raise bad_request(
+                f"This model's maximum context length is {longest} tokens: {why.removeprefix('request refused: ')}",
+                limit if limit is not None and len(token_ids) < longest else param,
+                "context_length_exceeded",
+            )
         return Prompt(token_ids, body.sampling_params(max_tokens), model.codec.decoder(token_ids, body.stop_texts))
 
     async def tokens_of(self, prompt: str | list[int]) -> list[int]:

@@ -23,9 +23,12 @@ def openai_routes(server: Server) -> APIRouter:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continue one prompt or several."""
         server.require_model(body.model)
-        body.require_supported()
         server.require_ready(len(body.prompts))
-        prompts = [server.prompt(body, await server.tokens_of(prompt), body.max_tokens) for prompt in body.prompts]
+        names = ["prompt"] if len(body.prompts) == 1 else [f"prompt.{i}" for i in range(len(body.prompts))]
+        prompts = [
+            server.prompt(body, await server.tokens_of(prompt), "max_tokens", name)
+            for prompt, name in zip(body.prompts, names, strict=True)
+        ]
         server.require_ready(len(prompts))
         return await server.respond(TextAnswer, body, prompts, http)
 
@@ -33,10 +36,9 @@ def openai_routes(server: Server) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answer a conversation, in the chat template of the model's tokenizer."""
         server.require_model(body.model)
-        body.require_supported()
         server.require_ready(1)
         token_ids = await server.tokens_of_chat([message.as_dict() for message in body.messages])
-        prompt = server.prompt(body, token_ids, body.max_completion_tokens or body.max_tokens)
+        prompt = server.prompt(body, token_ids, body.limit, "messages")
         server.require_ready(1)
         return await server.respond(ChatAnswer, body, [prompt], http)
 
