@@ -227,7 +227,7 @@ def test_a_stop_text_that_spans_tokens(roomy: RunningServer, reference: Referenc
         ({"prompt": [5, 500, 6]}, "prompt", "token id 500: the model's vocabulary has ids from 0 to 499"),
         ({"prompt": ""}, "prompt", "an empty prompt: it needs at least one token"),
         ({"prompt": "\ud800"}, "prompt", "a lone surrogate at character 0"),
-        ({"prompt": ["a", "b\udfff"]}, "prompt", "a lone surrogate at character 1"),
+        ({"prompt": ["a", "b\udfff"]}, "prompt.1", "a lone surrogate at character 1"),
         ({"prompt": "a", "stop": "\ud800"}, "stop", "unable to parse raw data as a unicode string"),
         (
             {"prompt": [5] * 250, "max_tokens": 7},
@@ -245,12 +245,12 @@ def test_a_prompt_that_the_model_cannot_take(
     assert reply.error["param"] == param
 
 
-@pytest.mark.parametrize("content", ["\ud800", [{"type": "text", "text": "\ud800"}]])
-def test_a_chat_that_is_no_text(roomy: RunningServer, content: Any) -> None:
+@pytest.mark.parametrize(("content", "place"), [("\ud800", ""), ([{"type": "text", "text": "\ud800"}], ".0.text")])
+def test_a_chat_that_is_no_text(roomy: RunningServer, content: Any, place: str) -> None:
     reply = roomy.post({"messages": [{"role": "user", "content": content}]}, "/v1/chat/completions")
     assert reply.status == 400
     assert "a lone surrogate at character 0" in reply.error["message"]
-    assert reply.error["param"] == "messages"
+    assert reply.error["param"] == f"messages.0.content{place}"
 
 
 def test_a_chat_that_the_template_does_not_take(roomy: RunningServer) -> None:

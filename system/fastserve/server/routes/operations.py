@@ -22,7 +22,7 @@ def operation_routes(server: Server) -> APIRouter:
         return json_response({"status": server.status}, 200 if server.status == "ready" else 503)
 
     @routes.get("/version")
-    async def serversoftware_version() -> dict[str, str]:
+    async def version_of_server() -> dict[str, str]:
         """The version of this software."""
         return {"version": software_version()}
 
