@@ -85,6 +85,8 @@ def test_the_first_event_comes_when_the_metrics_say_the_first_token_came(busy: R
 def time_to_first_token(server: RunningServer) -> tuple[float, float]:
     """Sum in seconds and count of the histogram in /metrics."""
     text = server.get("/metrics").content.decode()
-    samples = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    samples = {
+        sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples
+    }
     name = "fastserve_time_to_first_token_seconds"
     return samples[f"{name}_sum"], samples[f"{name}_count"]
