@@ -102,7 +102,8 @@ def serve(
         str | None, typer.Option(envvar="FASTSERVE_API_KEY", help="Ask clients for this key.", show_envvar=True)
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model.  [default: its own name]")
+        list[str] | None,
+        typer.Option(help="What clients call the model; repeat it for further names.  [default: its own name]"),
     ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Unfinished requests to hold; those beyond are answered 429.")
@@ -110,7 +111,35 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds to finish what was begun, when told to stop.")
     ] = 30.0,
+    stall_timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds without an iteration, while requests wait, until /health says stalled."),
+    ] = 60.0,
+    receive_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a request to arrive whole; later ones are answered 408.")
+    ] = 60.0,
     page: Annotated[bool, typer.Option(help="A live page at /.")] = True,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Origins whose pages may use the server from a browser, * for any; repeat it, or a list."),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names the Host header may have, * for any; repeat it, or a list.  [default: on a loopback address "
+            "localhost, else any]"
+        ),
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="Path below which a proxy offers the server, such as /llm.")] = "",
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM); with it the server speaks HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="The certificate's private key (PEM).  [default: in --ssl-certfile]")
+    ] = None,
+    log_level: Annotated[
+        str, typer.Option(help="error, warning, info (a line for each request) or debug.")
+    ] = "warning",
     backend: Annotated[
         str, typer.Option(help="engine: a real model; sim: none, in real time by --profile, tokens are numbers.")
     ] = "engine",
@@ -141,8 +170,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model behind OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
-    from fastserve.server.app import ServerOptions
     from fastserve.server.model import ModelOptions
+    from fastserve.server.options import ServerOptions, names_of
     from fastserve.server.serve import serve as serve_model
 
     engine_options, policy_options = resolve_settings(policy, parse_settings(set_ or []))
@@ -153,7 +182,7 @@ def serve(
         policy=policy,
         policy_options=policy_options,
         engine_options=engine_options,
-        served_name=served_model_name,
+        served_names=names_of(served_model_name or ()),
         tokenizer=tokenizer,
         load_format=load_format,
         device=device,
@@ -165,7 +194,23 @@ def serve(
         stage_layers=parse_stage_layers(stage_layers),
         ranks=ranks,
     )
-    serve_model(options, ServerOptions(api_key or None, max_requests, page, drain_timeout), host, port)
+    server_options = ServerOptions(
+        host=host,
+        port=port,
+        api_key=api_key or None,
+        max_requests=max_requests,
+        page=page,
+        drain_timeout_s=drain_timeout,
+        stall_timeout_s=stall_timeout,
+        receive_timeout_s=receive_timeout,
+        allowed_hosts=None if allowed_hosts is None else names_of(allowed_hosts),
+        allowed_origins=names_of(allowed_origins or ()),
+        root_path=root_path,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        log_level=log_level,
+    )
+    serve_model(options, server_options)
 
 
 def main() -> None:

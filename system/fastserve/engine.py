@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastserve.clock import Clock
+from fastserve.errors import failure_reason
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
 from fastserve.job import Job
 from fastserve.kvcache import KVCacheManager
@@ -507,7 +508,7 @@ class Engine:
         now = self.clock.now()
         for job in self.jobs.values():
             job.request.status = RequestStatus.FAILED
-            job.error = str(error)
+            job.error = failure_reason(error)
             job.finished_s = now
             if self.observer:
                 self.observer.on_done(job)

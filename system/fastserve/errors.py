@@ -35,3 +35,11 @@ class RankError(FastServeError):
 
     outputs: Sequence[Any] = ()
     """Of the requests of the call it ended, where there was one: the finished ones, and the others as failed."""
+
+
+def failure_reason(error: BaseException) -> str:
+    """What an error says; for a bug, whose message alone may say nothing, its type as well: `KeyError: 'a'`."""
+    if isinstance(error, FastServeError):
+        return str(error)
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name

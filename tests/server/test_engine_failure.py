@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from fastserve.engine import Engine
-from fastserve.errors import RankError
+from fastserve.errors import RankError, failure_reason
 from fastserve.executor.base import IterationResult
 from fastserve.request import Request, SamplingParams
 from fastserve.server.engine_thread import EngineThread
@@ -64,11 +64,12 @@ def check_failed(server: RunningServer, message: str) -> None:
         assert (reply.error["type"], reply.error["code"]) == ("server_error", "failed")
         assert int(reply.headers["retry-after"]) >= 1
     health = server.get("/health")
-    assert (health.status, health.json) == (503, {"status": "failed"})
+    assert (health.status, health.json) == (503, {"status": "failed", "reason": f"the engine has failed: {message}"})
+    assert int(health.headers["retry-after"]) >= 1
     state = server.get("/page/state").json
-    assert (state["status"], state["error"]) == ("failed", message)
+    assert (state["status"], state["error"]) == ("failed", f"the engine has failed: {message}")
     assert server.get("/v1/models").status == 200
-    assert [str(error) for error in server.failures] == [message]
+    assert [failure_reason(error) for error in server.failures] == [message]
 
 
 def test_an_executor_that_fails() -> None:
@@ -92,9 +93,8 @@ def test_an_executor_that_fails() -> None:
         assert reply.status == 503
         assert (reply.error["message"], reply.error["code"]) == (GONE, "failed")
         check_failed(server, GONE)
-        metrics = server.get("/metrics").content.decode()
-        assert 'fastserve_requests_total{outcome="failed"} 6.0' in metrics
-        assert 'fastserve_requests_total{outcome="finished"} 1.0' in metrics
+        assert server.metric("requests_total", outcome="failed") == 6
+        assert server.metric("requests_total", outcome="finished") == 1
         assert server.server.engine.num_unfinished == 0
 
 
@@ -134,8 +134,8 @@ def test_a_policy_that_does_not_take_a_request() -> None:
         with server.held_when():
             streams = [server.stream(prompt=[1]) for _ in range(3)]
             server.until_unfinished(3)
-        assert [event["error"]["message"] for stream in streams for event in stream] == ["'a bug'"] * 3
-        check_failed(server, "'a bug'")
+        assert [event["error"]["message"] for stream in streams for event in stream] == ["KeyError: 'a bug'"] * 3
+        check_failed(server, "KeyError: 'a bug'")
 
 
 def test_a_policy_that_does_not_let_go_of_a_request() -> None:
@@ -147,8 +147,8 @@ def test_a_policy_that_does_not_let_go_of_a_request() -> None:
             waits.close()
             server.until_unfinished(1)
         *_, last = first
-        assert last["error"]["message"] == "'a bug'"
-        check_failed(server, "'a bug'")
+        assert last["error"]["message"] == "KeyError: 'a bug'"
+        check_failed(server, "KeyError: 'a bug'")
 
 
 def test_what_is_asked_of_the_engines_thread_may_be_given_up_and_may_fail() -> None:
@@ -226,10 +226,10 @@ def test_the_command_ends_with_its_engine(tmp_path: Path) -> None:
     with command(*arguments, extra_paths=[tmp_path]) as server:
         *events, last = server.stream(prompt=[1], max_tokens=50)
         assert len(events) == 6
-        assert last["error"]["message"] == "six tokens are too many"
+        assert last["error"]["message"] == "ValueError: six tokens are too many"
         status, said = server.end()
     assert status == 2
-    assert said[-1] == "error: the engine has failed: six tokens are too many"
+    assert said[-1] == "error: the engine has failed: ValueError: six tokens are too many"
     # It is a bug, and the traceback says where.
     assert said[0] == "Traceback (most recent call last):"
     assert any("broken_policy.py" in line for line in said)

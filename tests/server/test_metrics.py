@@ -27,7 +27,10 @@ def scrape(server: RunningServer) -> Samples:
     assert len({family.name for family in families}) == len(families)
     assert all(family.documentation for family in families)
     return {
-        (sample.name.removeprefix("fastserve_"), ",".join(sample.labels.values())): sample.value
+        (
+            sample.name.removeprefix("fastserve_"),
+            ",".join(value for name, value in sample.labels.items() if name != "model_name"),
+        ): sample.value
         for family in families
         for sample in family.samples
     }

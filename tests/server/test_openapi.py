@@ -44,6 +44,10 @@ EXAMPLES = {
     ("GET", "/v1/models/{name}", VALID): 10,
     ("GET", "/v1/models/{name}", INVALID): 10,
     ("GET", "/health", VALID): 3,
+    ("GET", "/ping", VALID): 3,
+    ("POST", "/ping", VALID): 3,
+    ("GET", "/load", VALID): 3,
+    ("POST", "/reset_prefix_cache", VALID): 3,
     ("GET", "/version", VALID): 3,
     ("GET", "/metrics", VALID): 3,
 }
@@ -95,4 +99,4 @@ def test_every_answer_is_one_that_is_documented(
     before = server.watcher.outcomes["finished"]
     check()
     served = server.watcher.outcomes["finished"] - before
-    assert served > 10 or method == "GET" or mode is INVALID
+    assert served > 10 or not path.endswith("/completions") or mode is INVALID

@@ -47,7 +47,7 @@ def served(directory: Path, policy: str, options: dict[str, Any], num_gpu_blocks
             engine_options=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
             profile="a100-80g/opt-13b-tp1",
             torch_threads=1,
-            served_name="small",
+            served_names=("small",),
         ),
     )
 

@@ -61,6 +61,27 @@ def ask(server: Command, body: bytes) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_it_finishes_what_it_has_begun_health_says_so(simulation: list[str], number: signal.Signals) -> None:
+    with command(*simulation) as server:
+        stream = server.stream(prompt=[1], max_tokens=500)
+        assert stream.tokens(1) == [0]
+        server.signal(number)
+        server.until_said("SIG")
+        # On new connections, as long as the stream goes on.
+        for _ in range(3):
+            with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+                connection.request("GET", "/health")
+                response = connection.getresponse()
+                assert response.status == 503
+                assert json.load(response) == {"status": "draining", "reason": "the server is stopping"}
+                assert 1 <= int(response.headers["Retry-After"]) <= 60
+        assert ask(server, b'{"prompt": [1]}') == 503
+        *_, last = stream
+        assert last == DONE
+        assert server.end() == (0, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_finishes_what_it_has_begun_and_takes_nobody_new(simulation: list[str], number: signal.Signals) -> None:
     with command(*simulation) as server, ThreadPoolExecutor() as clients:
         assert server.said == [f"serving slow by fastserve at http://127.0.0.1:{server.port}"]
@@ -113,14 +134,15 @@ def test_a_second_signal_cuts_off_at_once(simulation: list[str]) -> None:
 
 
 def test_who_neither_asks_nor_leaves_does_not_keep_it(simulation: list[str]) -> None:
-    with command(*simulation, "--drain-timeout", "0.1") as server, socket.socket() as idle, socket.socket() as half:
+    with command(*simulation, "--drain-timeout", "1000") as server, socket.socket() as idle, socket.socket() as half:
         for connection in (idle, half):
             connection.connect(("127.0.0.1", server.port))
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert health(server) == 200
         server.signal()
-        assert server.end() == (2, ["SIGTERM: finishing 0 requests, for at most 0.1 s", CUT_OFF])
+        assert server.end() == (0, ["SIGTERM: finishing 0 requests, for at most 1000 s"])
         assert idle.recv(1) == b""
+        assert half.recv(1000).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
 
 
 # -- what cannot be served -------------------------------------------------------------------------------------------
@@ -176,7 +198,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         said = run(monkeypatch, capfd, "--model", "./nowhere", "--port", str(port))
-    assert said == f"cannot serve at 127.0.0.1:{port}: Address already in use; choose another --port"
+    assert said == f"port {port} of 127.0.0.1 is in use; choose another --port, 0 for any free one"
 
 
 def test_a_port_that_somebody_takes_while_the_model_is_loaded() -> None:
@@ -187,7 +209,7 @@ def test_a_port_that_somebody_takes_while_the_model_is_loaded() -> None:
         with bound_socket("127.0.0.1", port) as theirs:
             theirs.listen()
             server = Server(ServerOptions(), engine, metrics, RecentRequests())
-            with pytest.raises(ConfigError, match=f"cannot serve at 127.0.0.1:{port}: Address already in use"):
+            with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 is in use"):
                 asyncio.run(run_server(server, ours))
     engine.stop()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import uvloop
+from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve.clock import WallClock
 from fastserve.config import EngineOptions
@@ -204,6 +205,17 @@ class RunningServer:
             assert engine.scheduler.num_requests == 0
 
         self.call(check)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Of /metrics, the one value of `fastserve_` + `name` with these labels and maybe more."""
+        text = self.get("/metrics").content.decode()
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        (value,) = [
+            sample.value
+            for sample in samples
+            if sample.name == f"fastserve_{name}" and labels.items() <= sample.labels.items()
+        ]
+        return float(value)
 
     # -- a plain client ------------------------------------------------------------------------------------------
 

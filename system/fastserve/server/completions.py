@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
@@ -19,6 +18,7 @@ from fastserve.request import SamplingParams
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.errors import error_body, json_response
 from fastserve.server.protocol import GenerationRequest
+from fastserve.server.request_id import RequestId
 from fastserve.server.streams import FinishReason, StreamEnded, TokenStream
 from fastserve.server.text import Detokenizer
 
@@ -59,15 +59,17 @@ class Answer(ABC):
     object_name: str
     chunk_name: str
 
-    def __init__(self, body: GenerationRequest, engine: EngineThread, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, body: GenerationRequest, engine: EngineThread, prompts: Sequence[Prompt], request: RequestId
+    ) -> None:
         """The prompts enter the engine here; whoever makes an answer must `close` it."""
         self._body = body
         self._engine = engine
-        self._id = f"{self.prefix}-{uuid.uuid4().hex[:24]}"
+        self._id, unique = f"{self.prefix}-{request.said}", f"{self.prefix}-{request.unique}"
         self._created = int(time.time())
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self.choices = [
-            Choice(i, engine.add(f"{self._id}-{i}", prompt.token_ids, prompt.params), prompt.detokenizer)
+            Choice(i, engine.add(f"{unique}-{i}", prompt.token_ids, prompt.params), prompt.detokenizer)
             for i, prompt in enumerate(prompts)
         ]
 

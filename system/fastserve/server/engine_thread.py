@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from fastserve.engine import Observer, Observers
+from fastserve.engine import Engine, Observer, Observers
+from fastserve.errors import failure_reason
 from fastserve.job import Job
 from fastserve.request import Request, RequestStatus, SamplingParams
+from fastserve.scheduler import Iteration
 from fastserve.server.model import ServedModel
 from fastserve.server.streams import Token, TokenStream, finish_reason
 
@@ -26,6 +29,8 @@ _LONGEST_WAIT_S = 0.005
 """How long an engine that can do nothing but wait for a transfer or a stage does not look whether anyone has come."""
 _FINISHES_REMEMBERED = 64
 _MOST_RETRY_AFTER_S = 60
+_LAST_ITERATION_S = 10.0
+"""How long the end of the iteration in progress is waited for when the thread is told to stop."""
 
 
 class EngineThread:
@@ -48,11 +53,19 @@ class EngineThread:
         self._open: dict[str, TokenStream] = {}
         """Unfinished requests, as the event loop knows them."""
         self._finished_at: deque[float] = deque(maxlen=_FINISHES_REMEMBERED)
+        self._busy_since = 0.0
+        """When the oldest request arrived of those that the event loop waits for, if it waits for any."""
+        self._delivery = _Delivery()
+        self._idle = False
+        """Whether the thread waits for a command because there is nothing else to do."""
+        began = time.monotonic()
         built: Future[ServedModel] = Future()
         self._thread = threading.Thread(target=self._main, args=(build, observer, built), name="engine", daemon=True)
         self._thread.start()
         self.model = built.result()
         self.clock = self.model.engine.clock
+        self.load_s = time.monotonic() - began
+        """Seconds that it took to make the model."""
 
     # -- for the event loop --------------------------------------------------------------------------------------
 
@@ -67,6 +80,16 @@ class EngineThread:
             self._loop = None
 
     @property
+    def failure(self) -> str:
+        """What ended the engine, in words; empty while it runs."""
+        return "" if self.error is None else failure_reason(self.error)
+
+    @property
+    def standstill_s(self) -> float:
+        """Seconds since the last iteration ended while there is something to do; 0 while there is nothing."""
+        return 0.0 if self._idle else time.monotonic() - self._delivery.progress_s
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that were added and have neither ended nor been aborted."""
         return len(self._open)
@@ -76,6 +99,8 @@ class EngineThread:
         stream = TokenStream(request_id, params.max_tokens)
         request = Request.from_tokens(request_id, self.clock.now(), prompt)
         request.max_output_tokens = params.max_tokens  # What its user declares.
+        if not self._open:
+            self._busy_since = request.arrival_s
         self._open[request_id] = stream
         self._command(lambda: self._add(request, params, stream))
         return stream
@@ -110,17 +135,26 @@ class EngineThread:
         return await asyncio.wrap_future(future)
 
     def retry_after_s(self, num_requests: int) -> int:
-        """Seconds in which so many requests will probably have left, by how fast they left of late."""
-        if len(self._finished_at) < 2:
-            return 1
-        since = self.clock.now() - self._finished_at[0]
-        return max(1, min(_MOST_RETRY_AFTER_S, math.ceil(num_requests * since / len(self._finished_at))))
+        """Seconds in which so many requests will probably have left, by how fast they left of late.
 
-    def stop(self) -> None:
-        """End the thread after the iteration that it computes, and close the model."""
+        Before two have left, as long again as the first has waited.
+        """
+        now = self.clock.now()
+        if len(self._finished_at) >= 2:
+            seconds = num_requests * (now - self._finished_at[0]) / len(self._finished_at)
+        else:
+            seconds = now - self._busy_since if self._open else 0.0
+        return max(1, min(_MOST_RETRY_AFTER_S, math.ceil(seconds)))
+
+    def stop(self) -> bool:
+        """End the thread after the iteration in progress, and close the model.
+
+        Returns whether it has ended: a policy or a kernel that hangs never does, and the process must end without it.
+        """
         self.detach()
         self._command(self._set_stopping)
-        self._thread.join()
+        self._thread.join(_LAST_ITERATION_S)
+        return not self._thread.is_alive()
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -151,8 +185,8 @@ class EngineThread:
             built.set_exception(error)
             return
         self._engine = engine = model.engine
-        self._delivery = _Delivery()
         engine.observer = Observers(observer, self._delivery)
+        self._delivery.progress_s = time.monotonic()
         built.set_result(model)
         try:
             while not self._stopping:
@@ -160,7 +194,7 @@ class EngineThread:
                     self._turn()
                 except Exception as error:
                     self.error = error
-                    self._delivery.fail_all(str(error))
+                    self._delivery.fail_all(failure_reason(error))
                     self._tell_loop(self._on_failure, error)
                 tokens = self._delivery.take()
                 if tokens:
@@ -177,8 +211,11 @@ class EngineThread:
             engine.step(engine.clock.now() + _LONGEST_WAIT_S)
             del engine.iterations[:-1]  # A run's record; a server has no end.
         else:
+            self._idle = True
             self._wake.wait()
             self._wake.clear()
+            self._delivery.progress_s = time.monotonic()
+            self._idle = False
 
     def _tell_loop(self, callback: Callable[[Any], None] | None, about: Any) -> None:
         with self._loop_lock:
@@ -188,7 +225,7 @@ class EngineThread:
     def _add(self, request: Request, params: SamplingParams, stream: TokenStream) -> None:
         self._delivery.expect(stream)
         if self.error is not None:
-            self._delivery.fail(stream, str(self.error))
+            self._delivery.fail(stream, self.failure)
             return
         job = self._engine.add_request(request, params)
         if job.is_done:
@@ -208,6 +245,8 @@ class _Delivery(Observer):
     def __init__(self) -> None:
         self._streams: dict[str, TokenStream] = {}
         self._gathered: list[tuple[TokenStream, Token | str]] = []
+        self.progress_s = time.monotonic()
+        """When an iteration last ended or the thread last had nothing to do."""
 
     def expect(self, stream: TokenStream) -> None:
         self._streams[stream.request_id] = stream
@@ -226,6 +265,9 @@ class _Delivery(Observer):
     def take(self) -> list[tuple[TokenStream, Token | str]]:
         gathered, self._gathered = self._gathered, []
         return gathered
+
+    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+        self.progress_s = time.monotonic()
 
     def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
         stream = self._streams.get(job.request.request_id)

@@ -7,8 +7,10 @@ asks, together with how the engine stands then.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -37,7 +39,18 @@ _COUNTERS = {
 }
 _NAMES = {"requests": "requests_arrived", "refused": "requests_refused_queue_full"}
 """Where a counter's name says too little among others."""
+_MODEL = "model_name"
+"""Label that all have."""
 _OUTCOMES = tuple(status.value for status in (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.FAILED))
+
+
+class Health(NamedTuple):
+    """Of the engine's thread."""
+
+    stalled: bool
+    """Whether it has stood still for longer than it may."""
+    standstill_s: float
+    """Seconds since an iteration ended, while requests wait."""
 
 
 class ServerMetrics(Observer, Collector):
@@ -47,16 +60,20 @@ class ServerMetrics(Observer, Collector):
         self.totals = dict.fromkeys((*_COUNTERS, *_OUTCOMES), 0)
         """Since the start: the counters, and how requests ended."""
         self._ttft, self._gap, self._jct = _Histogram(_LATENCY_S), _Histogram(_GAP_S), _Histogram(_LATENCY_S)
+        self._answers: Counter[tuple[str, str, int]] = Counter()
+        """HTTP responses by method, route and status; the event loop's."""
+        self._model_name = ""
         self._state: EngineState | None = None
+        self._health = Health(False, 0.0)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
         self._registry.register(self)
 
-    def exposition(self, state: EngineState) -> bytes:
+    def exposition(self, model_name: str, state: EngineState, health: Health) -> bytes:
         """All of it, with the engine's `state`, in Prometheus' text format."""
-        self._state = state
+        self._model_name, self._state, self._health = model_name, state, health
         return generate_latest(self._registry)
 
     # -- as things happen ----------------------------------------------------------------------------------------
@@ -64,6 +81,10 @@ class ServerMetrics(Observer, Collector):
     def refused(self, num_requests: int) -> None:
         """So many requests found the queue full."""
         self.totals["refused"] += num_requests
+
+    def answered(self, method: str, route: str, status: int) -> None:
+        """An HTTP request was answered; `route` is a path of /openapi.json, so that there are only so many."""
+        self._answers[method, route, status] += 1
 
     def on_arrival(self, job: Job) -> None:  # noqa: D102 (an observer's)
         self.totals["requests"] += 1
@@ -95,6 +116,12 @@ class ServerMetrics(Observer, Collector):
     # -- as Prometheus has it ------------------------------------------------------------------------------------
 
     def collect(self) -> Iterable[Metric]:  # noqa: D102 (a collector's)
+        for metric in self._metrics():
+            for sample in metric.samples:
+                sample.labels[_MODEL] = self._model_name
+            yield metric
+
+    def _metrics(self) -> Iterable[Metric]:
         for name, what in _COUNTERS.items():
             yield CounterMetricFamily(f"fastserve_{_NAMES.get(name, name)}", what, value=self.totals[name])
         ended = CounterMetricFamily("fastserve_requests", "Requests that left the engine", labels=["outcome"])
@@ -104,6 +131,24 @@ class ServerMetrics(Observer, Collector):
         yield self._ttft.metric("time_to_first_token_seconds", "Arrival to first token")
         yield self._gap.metric("inter_token_seconds", "From one token of a request to its next")
         yield self._jct.metric("request_seconds", "Arrival to last token, of finished requests")
+        answers = CounterMetricFamily(
+            "fastserve_http_requests",
+            "HTTP requests answered; status 499: the client went away before",
+            labels=["method", "path", "status"],
+        )
+        for (method, route, status), count in self._answers.items():
+            answers.add_metric([method, route, str(status)], count)
+        yield answers
+        yield GaugeMetricFamily(
+            "fastserve_engine_stalled",
+            "1 if requests wait and no iteration has ended for longer than --stall-timeout",
+            value=int(self._health.stalled),
+        )
+        yield GaugeMetricFamily(
+            "fastserve_engine_standstill_seconds",
+            "Time since an iteration ended, while requests wait",
+            value=self._health.standstill_s,
+        )
         if self._state is not None:
             yield from _standing(self._state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from fastserve.clock import WallClock
@@ -12,6 +13,7 @@ from fastserve.engine import Engine
 from fastserve.errors import ConfigError
 from fastserve.latency import load_profile
 from fastserve.server.text import TextCodec
+from fastserve.server.version import software_version
 from fastserve.simulation import simulated_engine
 from fastserve.tokenizer import load_tokenizer
 
@@ -27,8 +29,9 @@ class ModelOptions:
     policy: str = "fastserve"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     engine_options: EngineOptions = field(default_factory=EngineOptions)
-    served_name: str | None = None
-    """What clients call it. None: the name of the preset, the directory or the profile."""
+    served_names: tuple[str, ...] = ()
+    """What clients call it; the server itself says the first. Empty: the name of the preset, the directory or the
+    profile."""
     tokenizer: str | None = None
     load_format: str = "auto"
     device: str = "cpu"
@@ -73,6 +76,20 @@ class ServedModel:
     vocab_size: int | None
     """Token ids are below this; None in a simulation, where any will do."""
     close: Callable[[], None]
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use for it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that clients may call it."""
+        return (self.name, *self.aliases)
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: another one where the software, the model or the engine's sizes differ."""
+        engine = self.engine
+        settings = (self.name, self.policy, engine.scheduler.config, engine.kv.config, engine.max_model_len)
+        return f"fastserve-{software_version()}-{sha256(repr(settings).encode()).hexdigest()[:8]}"
 
     @property
     def policy(self) -> str:
@@ -91,8 +108,8 @@ def _simulated(options: ModelOptions) -> ServedModel:
         load_profile(options.profile), options.policy, options.policy_options, options.engine_options, WallClock()
     )
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    name = options.served_name or options.profile
-    return ServedModel(name, engine, TextCodec(tokenizer), None, engine.executor.close)
+    name, *aliases = options.served_names or (options.profile,)
+    return ServedModel(name, engine, TextCodec(tokenizer), None, engine.executor.close, tuple(aliases))
 
 
 def _real(options: ModelOptions) -> ServedModel:
@@ -119,5 +136,7 @@ def _real(options: ModelOptions) -> ServedModel:
         tokenizer=options.tokenizer,
         **asdict(options.engine_options),
     )
-    name = options.served_name or llm.model_config.name
-    return ServedModel(name, llm.engine, TextCodec(llm.tokenizer), llm.model_config.vocab_size, llm.close)
+    name, *aliases = options.served_names or (llm.model_config.name,)
+    return ServedModel(
+        name, llm.engine, TextCodec(llm.tokenizer), llm.model_config.vocab_size, llm.close, tuple(aliases)
+    )

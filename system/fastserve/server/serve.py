@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import resource
 import signal
 import socket
+import ssl
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +23,19 @@ from fastserve.engine import Observers
 from fastserve.errors import ConfigError, FastServeError
 from fastserve.server.app import Server, ServerOptions, create_app
 from fastserve.server.engine_thread import EngineThread
+from fastserve.server.half_open import http_protocol
+from fastserve.server.hosts import is_loopback
+from fastserve.server.log import logger, say, start_log
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.model import ModelOptions, load_served_model
 from fastserve.server.state import RecentRequests
 
 _BACKLOG = 2048
 _LAST_WORDS_S = 2.0
-"""Time to tell those who are cut off that they are, before their connections are closed."""
+"""Time to tell clients that are cut off, before their connections are closed; and, after a failure, time in which
+/health says so."""
+_LOOK_S = 0.02
+"""How often the server looks, when it is to stop, whether all is answered."""
 _SWITCH_INTERVAL_S = 0.0005
 """How long the engine's thread and the event loop keep each other from Python at the most; 5 ms by default."""
 
@@ -35,24 +44,30 @@ class ServingError(FastServeError):
     """The server ended although nobody told it to, or before it had finished what it had begun."""
 
 
-def serve(model_options: ModelOptions, options: ServerOptions, host: str, port: int) -> None:
+def serve(model_options: ModelOptions, options: ServerOptions) -> None:
     """Load the model and serve it until SIGTERM or SIGINT.
 
-    Then nobody new is taken, what is unfinished goes on for at most the drain timeout, and this returns; a second
-    signal cuts it short. Raises ConfigError, before the model is loaded, for an address that cannot be had; what
-    `load_served_model` raises; ServingError if the engine failed or requests were cut off.
+    Then new requests are refused, those in progress go on for at most the drain timeout, and this returns; a second
+    signal cuts it short. Raises ConfigError, before the model is loaded, for an address that cannot be had and for a
+    certificate that cannot be read; what `load_served_model` raises; ServingError if the engine failed or requests were
+    cut off.
     """
-    with bound_socket(host, port) as listener:
+    start_log(options.log_level)
+    require_certificate(options)
+    with bound_socket(options.host, options.port) as listener:
         _allow_open_files()
         metrics, recent = ServerMetrics(), RecentRequests()
         engine = EngineThread(partial(load_served_model, model_options), Observers(metrics, recent))
+        ended = False
         try:
             # What is there now stays, and need not be looked through for garbage while somebody waits for a token.
             gc.collect()
             gc.freeze()
             uvloop.run(run_server(Server(options, engine, metrics, recent), listener))
         finally:
-            engine.stop()
+            ended = engine.stop()
+        if not ended:
+            raise ServingError("the engine's thread does not end: its policy or its device hangs")
 
 
 @contextmanager
@@ -61,23 +76,48 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--host {host} --port {port}: {error}") from error
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise _unusable(host, port, error) from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
-            raise _taken(host, port, error) from error
+            raise _unusable(host, port, error) from error
         yield listener
+
+
+def require_certificate(options: ServerOptions) -> None:
+    """Raise ConfigError unless the certificate and its key, if any, can be read and belong together."""
+    certificate, key = options.ssl_certfile, options.ssl_keyfile
+    if certificate is None:
+        return
+    for name, path in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        try:
+            if path is not None:
+                path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{name} {path}: {error.strerror}") from error
+    try:
+        # Without a password OpenSSL would ask for one at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"--ssl-certfile {certificate} and --ssl-keyfile {key or certificate} are no certificate in PEM format "
+            f"with its unencrypted key: {error}"
+        ) from error
 
 
 def http_server(server: Server) -> uvicorn.Server:
     """What speaks HTTP for it; leaves signals to others."""
     config = uvicorn.Config(
         create_app(server),
-        log_level="warning",
+        http=http_protocol(server.options.receive_timeout_s),
+        ws="none",
+        log_config=None,
         access_log=False,
+        ssl_certfile=server.options.ssl_certfile,
+        ssl_keyfile=server.options.ssl_keyfile,
         lifespan="off",
         server_header=False,
         timeout_keep_alive=75,
@@ -91,55 +131,69 @@ async def run_server(server: Server, listener: socket.socket) -> None:
     http = http_server(server)
     loop = asyncio.get_running_loop()
     num_cut_off = 0
+    draining: asyncio.Task[None] | None = None
 
     def cut_off(why: str) -> None:
         nonlocal num_cut_off
         num_cut_off += server.engine.abort_all(why)
+        http.should_exit = True
         loop.call_later(_LAST_WORDS_S, hang_up)
 
     def hang_up() -> None:
-        """On those who do not read what they are told."""
+        """Close the connections of clients that do not read the end of their answers."""
         nonlocal num_cut_off
         connections = list(http.server_state.connections)
         num_cut_off = max(num_cut_off, len(connections))
         for connection in connections:
             connection.transport.abort()
 
+    async def exit_when_answered() -> None:
+        """Until then connections are accepted, so that /health can say what the server does."""
+        while server.load or server.engine.num_unfinished:
+            await asyncio.sleep(_LOOK_S)
+        http.should_exit = True
+
     def drain(name: str) -> None:
-        if server.draining:
+        nonlocal draining
+        if draining is not None:
             cut_off("the server was told to stop at once")
             return
-        server.draining = http.should_exit = True
-        count = server.engine.num_unfinished
-        _say(f"{name}: finishing {count} requests, for at most {server.options.drain_timeout_s:g} s")
-        loop.call_later(server.options.drain_timeout_s, cut_off, "the server is stopping and could not wait longer")
+        timeout_s = server.options.drain_timeout_s
+        server.stop_by = time.monotonic() + timeout_s
+        say(f"{name}: finishing {server.engine.num_unfinished} requests, for at most {timeout_s:g} s")
+        draining = loop.create_task(exit_when_answered())
+        loop.call_later(timeout_s, cut_off, "the server is stopping and could not wait longer")
+
+    def exit_failed() -> None:
+        http.should_exit = True
+        loop.call_later(_LAST_WORDS_S, hang_up)
 
     def failed(error: Exception) -> None:
         if not isinstance(error, FastServeError):  # A bug, of a policy perhaps.
             traceback.print_exception(error)
-        http.should_exit = True
-        loop.call_later(_LAST_WORDS_S, hang_up)
+        loop.call_later(_LAST_WORDS_S, exit_failed)
 
     host, port = listener.getsockname()[:2]
     try:
         listener.listen(_BACKLOG)
     except OSError as error:  # Somebody else was quicker while the model was loaded.
-        raise _taken(host, port, error) from error
+        raise _unusable(host, port, error) from error
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     server.engine.attach(failed)
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, drain, signum.name)
     model = server.engine.model
     shown = f"[{host}]" if ":" in host else host
-    _say(f"serving {model.name} by {model.policy} at http://{shown}:{port}")
-    if server.options.api_key is None and not _is_loopback(host):
-        _say(f"warning: anyone who can reach {host} can use this server; --api-key asks for a key")
+    scheme = "http" if server.options.ssl_certfile is None else "https"
+    say(f"serving {model.name} by {model.policy} at {scheme}://{shown}:{port}")
+    if server.options.api_key is None and not is_loopback(host):
+        logger.warning("anyone who can reach %s can use this server; --api-key asks for a key", host)
     try:
         await http.serve(sockets=[listener])
     finally:
         server.engine.detach()
     if server.engine.error is not None:
-        raise ServingError(f"the engine has failed: {server.engine.error}") from server.engine.error
+        raise ServingError(f"the engine has failed: {server.engine.failure}") from server.engine.error
     if num_cut_off:
         raise ServingError(f"{num_cut_off} requests were cut off; a longer --drain-timeout lets them finish")
 
@@ -152,19 +206,28 @@ class _HTTPServer(uvicorn.Server):
         yield
 
 
-def _taken(host: str, port: int, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot serve at {host}:{port}: {error.strerror}; choose another --port")
+def _unusable(host: str, port: int, error: Exception) -> ConfigError:
+    """What is wrong with an address, and with which of its two parts."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return ConfigError(
+            f"--host {host} is no address and no name that can be resolved ({error}); give one of this machine's "
+            "addresses, 127.0.0.1 for this machine only or 0.0.0.0 for every network"
+        )
+    if number == errno.EADDRINUSE:
+        return ConfigError(f"port {port} of {host} is in use; choose another --port, 0 for any free one")
+    if number == errno.EADDRNOTAVAIL:
+        return ConfigError(
+            f"--host {host} is no address of this machine; give one that is, 127.0.0.1 for this machine only or "
+            "0.0.0.0 for every network"
+        )
+    if number in (errno.EACCES, errno.EPERM):
+        return ConfigError(f"port {port} of {host} needs privileges; choose a --port from 1024 on")
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return ConfigError(f"cannot serve at --host {host} --port {port}: {why}")
 
 
 def _allow_open_files() -> None:
     """As many as may be: each client has one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("::1", "localhost")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from fastapi import Request
 from starlette.responses import Response
@@ -15,9 +17,13 @@ from fastserve.server.errors import APIError, bad_request
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.options import ServerOptions
 from fastserve.server.protocol import GenerationRequest
-from fastserve.server.state import RecentRequests
+from fastserve.server.state import EngineView, RecentRequests
 from fastserve.server.streams import StreamEnded
 
+Status = Literal["ready", "draining", "failed", "stalled"]
+
+COUNTED = "counted"
+"""Key in a request's state: it is one of those that `load` counts."""
 _TOKENIZED_AT_ONCE = 4096
 """Characters of a prompt up to which tokenizing is quicker than handing it to another thread."""
 
@@ -29,15 +35,39 @@ class Server:
         self.options = options
         self.engine = engine
         self.metrics = metrics
-        self.recent = recent
-        self.draining = False
+        self.view = EngineView(engine, recent)
+        self.load = 0
+        """HTTP requests whose answers are being generated."""
+        self.stop_by: float | None = None
+        """Time on the monotonic clock until which the requests in progress may go on; None unless draining."""
         self.started_at = int(time.time())
         self._started = time.monotonic()
 
     @property
-    def status(self) -> str:
-        """`ready`, `draining` or `failed`."""
-        return "failed" if self.engine.error is not None else "draining" if self.draining else "ready"
+    def draining(self) -> bool:
+        """Whether the server was told to stop and finishes what it has begun."""
+        return self.stop_by is not None
+
+    @property
+    def status(self) -> Status:
+        """Whether requests are taken, or what keeps the server from it."""
+        if self.engine.error is not None:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "stalled" if self.engine.standstill_s > self.options.stall_timeout_s else "ready"
+
+    @property
+    def reason(self) -> str:
+        """Why no requests are taken; empty while they are."""
+        match self.status:
+            case "failed":
+                return f"the engine has failed: {self.engine.failure}"
+            case "draining":
+                return "the server is stopping"
+            case "stalled":
+                return f"the engine is stalled: no iteration has ended for {self.engine.standstill_s:.0f} s"
+        return ""
 
     @property
     def uptime_s(self) -> float:
@@ -46,9 +76,8 @@ class Server:
 
     def require_ready(self, num_requests: int) -> None:
         """Raise APIError unless so many more requests can be taken."""
-        if self.status != "ready":
-            why = f"the engine has failed: {self.engine.error}" if self.engine.error else "the server is stopping"
-            raise APIError(503, why, code=self.status, headers={"retry-after": "10"})
+        if reason := self.reason:
+            raise self.unavailable(reason)
         limit, unfinished = self.options.max_requests, self.engine.num_unfinished
         if num_requests > limit:
             raise bad_request(f"{num_requests} prompts in one request; this server holds {limit} at most", "prompt")
@@ -62,11 +91,26 @@ class Server:
                 headers={"retry-after": str(seconds)},
             )
 
+    def unavailable(self, reason: str) -> APIError:
+        """Status 503, with the time after which this server, or the next one at its address, is probably ready."""
+        return APIError(503, reason, code=self.status, headers={"retry-after": str(self.retry_after_s)})
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds until requests are probably taken again: the queue's, when draining, and those to load the model."""
+        seconds = self.engine.load_s
+        if self.stop_by is not None and self.engine.error is None:
+            left_s = max(0.0, self.stop_by - time.monotonic())
+            seconds += min(left_s, self.engine.retry_after_s(self.engine.num_unfinished))
+        return max(1, math.ceil(seconds))
+
     def require_model(self, name: str | None) -> None:
         """Raise APIError 404 unless the model of that name is served."""
-        if name is not None and name != self.engine.model.name:
+        names = self.engine.model.names
+        if name is not None and name not in names:
+            known = ", ".join(map(repr, names))
             raise APIError(
-                404, f"model {name!r} is not served here; this server has {self.engine.model.name!r}",
+                404, f"model {name!r} is not served here; this server has {known}",
                 param="model", code="model_not_found",
             )  # fmt: skip
 
@@ -109,13 +153,15 @@ class Server:
         self, answer_class: type[Answer], body: GenerationRequest, prompts: list[Prompt], http: Request
     ) -> Response:
         """Whole, or as events."""
-        answer = answer_class(body, self.engine, prompts)
+        answer = answer_class(body, self.engine, prompts, http.state.request_id)
+        self.load += 1
+        setattr(http.state, COUNTED, True)
         if body.stream:
             return EventStream(answer)
         try:
             response = await answer_unless_gone(answer, answer.whole(), http.receive)
         except StreamEnded as error:
-            raise APIError(503, str(error), code=self.status) from error
+            raise self.unavailable(str(error)) from error
         return response or Response(status_code=499)  # Nobody is there to read it.
 
     @staticmethod

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from fastserve.engine import Engine, Observer
 from fastserve.job import Job
+from fastserve.server.engine_thread import EngineThread
 from fastserve.server.streams import finish_reason
 
 _RECENT = 20
+_PATIENCE_S = 1.0
+"""How long the engine's thread may take to say how it stands before the last known state is shown."""
 
 
 class Pool(TypedDict):
@@ -93,3 +97,34 @@ class RecentRequests(Observer):
                 "finished_s": job.finished_s,
             }
         )
+
+
+class Snapshot(NamedTuple):
+    """How the engine stood, and the requests that had left last, newest first."""
+
+    state: EngineState
+    recent: list[dict[str, Any]]
+
+
+class EngineView:
+    """How the engine stands, as its thread says; as it said last, if it does not answer in time."""
+
+    def __init__(self, engine: EngineThread, recent: RecentRequests) -> None:
+        """To be made before the first request, while the engine does nothing."""
+        self._engine = engine
+        self._recent = recent
+        self._last = self._take()
+        self._asked: asyncio.Future[Snapshot] | None = None
+        """The question that the thread has not answered yet: a thread that hangs is asked once."""
+
+    async def look(self) -> Snapshot:
+        """At most a second old, unless the engine's thread is busy for longer."""
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.ensure_future(self._engine.call(self._take))
+        answered, _ = await asyncio.wait({self._asked}, timeout=_PATIENCE_S)
+        if answered:
+            self._last = self._asked.result()
+        return self._last
+
+    def _take(self) -> Snapshot:
+        return Snapshot(engine_state(self._engine.model.engine), self._recent.rows())

@@ -42,9 +42,9 @@ def openai_routes(server: Server) -> APIRouter:
         server.require_ready(1)
         return await server.respond(ChatAnswer, body, [prompt], http)
 
-    def card() -> dict[str, Any]:
+    def card(name: str) -> dict[str, Any]:
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": server.started_at,
             "owned_by": "fastserve",
@@ -57,12 +57,12 @@ def openai_routes(server: Server) -> APIRouter:
     @routes.get("/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
         """What is served."""
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [card(name) for name in model.names]}
 
     @routes.get("/models/{name:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
     async def model_card(name: str) -> dict[str, Any]:
         """The model of that name."""
         server.require_model(name)
-        return card()
+        return card(name)
 
     return routes

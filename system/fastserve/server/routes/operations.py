@@ -1,44 +1,74 @@
-"""For those who operate the server: health, version, metrics."""
+"""For those who operate the server: health, version, load, metrics."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from fastserve.server.errors import json_response
+from fastserve.server.access import KeyFirst
+from fastserve.server.errors import bad_request, json_response
+from fastserve.server.metrics import Health
+from fastserve.server.routes.documented import ERRORS
 from fastserve.server.service import Server
-from fastserve.server.state import engine_state
+from fastserve.server.version import software_version
+
+_UNAVAILABLE: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Stopping; or the engine has failed, or is stalled. The body says which, and why"}
+}
 
 
 def operation_routes(server: Server) -> APIRouter:
     """What monitoring and orchestration ask; no key is needed."""
     routes = APIRouter()
 
-    @routes.get("/health", responses={503: {"description": "Stopping, or the engine has failed"}})
+    @routes.get("/health", responses=_UNAVAILABLE)
     async def health() -> Response:
         """Whether requests are taken."""
-        return json_response({"status": server.status}, 200 if server.status == "ready" else 503)
+        if reason := server.reason:
+            headers = {"retry-after": str(server.retry_after_s)}
+            return json_response({"status": server.status, "reason": reason}, 503, headers)
+        return json_response({"status": server.status})
+
+    @routes.get("/ping", responses=_UNAVAILABLE)
+    async def ping() -> Response:
+        """As /health, by the name that SageMaker asks for."""
+        return await health()
+
+    @routes.post("/ping", responses=_UNAVAILABLE)
+    async def ping_posted() -> Response:
+        """As /health."""
+        return await health()
 
     @routes.get("/version")
     async def version_of_server() -> dict[str, str]:
         """The version of this software."""
         return {"version": software_version()}
 
+    @routes.get("/load")
+    async def load() -> dict[str, int]:
+        """How many requests for completions are being answered."""
+        return {"server_load": server.load}
+
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
-        engine = server.engine
-        state = await engine.call(lambda: engine_state(engine.model.engine))
-        return Response(server.metrics.exposition(state), media_type="text/plain; version=0.0.4; charset=utf-8")
+        view = await server.view.look()
+        health = Health(server.status == "stalled", server.engine.standstill_s)
+        content = server.metrics.exposition(server.engine.model.name, view.state, health)
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
 
 
-def software_version() -> str:
-    """Of the installed package."""
-    try:
-        return version("fastserve-repro")
-    except PackageNotFoundError:  # A checkout on the path, not installed.
-        return "0"
+def management_routes() -> APIRouter:
+    """What changes the server; the key is needed."""
+    routes = APIRouter(route_class=KeyFirst)
+
+    @routes.post("/reset_prefix_cache", responses={400: ERRORS[400], 401: ERRORS[401]})
+    async def reset_prefix_cache() -> Response:
+        """Refused: this server has no prefix cache."""
+        raise bad_request("this server has no prefix cache, so there is nothing to reset", code="no_prefix_cache")
+
+    return routes

@@ -10,7 +10,6 @@ from starlette.responses import HTMLResponse, Response
 from fastserve.server.access import authorize
 from fastserve.server.errors import json_response
 from fastserve.server.service import Server
-from fastserve.server.state import engine_state
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -30,18 +29,16 @@ def page_routes(server: Server) -> APIRouter:
     @routes.get("/page/state", dependencies=[Depends(authorize)])
     async def state() -> Response:
         engine = server.engine
-        standing, totals, recent = await engine.call(
-            lambda: (engine_state(engine.model.engine), dict(server.metrics.totals), server.recent.rows())
-        )
+        view = await server.view.look()
         about = {
             "model": engine.model.name,
             "policy": engine.model.policy,
             "status": server.status,
-            "error": str(engine.error or ""),
+            "error": server.reason if server.status in ("failed", "stalled") else "",
             "uptime_s": server.uptime_s,
         }
         return json_response(
-            {**about, **standing, "totals": totals, "recent": recent},
+            {**about, **view.state, "totals": dict(server.metrics.totals), "recent": view.recent},
             headers={"cache-control": "no-store"},
         )
 
