@@ -124,7 +124,8 @@ def test_one_that_never_sends_what_it_promised(quick: RunningServer) -> None:
     before = len(quick.watcher.jobs)
     with closing(socket.create_connection(("127.0.0.1", quick.port))) as connection:
         head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n"
         )
         connection.sendall(head + b'{"prompt": [1')
         assert quick.post({"prompt": [1]}).status == 200
