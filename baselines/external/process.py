@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from fastserve.errors import OutputError, ServerError
+from fastserve.processes import Leash
 
 _ASK_EVERY_S = 0.2
 _ANSWER_WITHIN_S = 5.0
@@ -38,7 +39,7 @@ class ServerProcess:
     """A server that a command starts, in a session of its own: Ctrl-C is ours to handle.
 
     Use it as a context manager. It ends, and whatever it has started, when that is left, by an error too, and at the
-    latest when this process exits.
+    latest when this process exits. If this process is killed, what has not left the server's process group is killed.
 
     Args:
         name: what errors call it.
@@ -65,6 +66,7 @@ class ServerProcess:
             output = log.open("wb")
         except OSError as error:
             raise OutputError(f"cannot write {log}: {error.strerror}") from error
+        leash = Leash()
         with output:
             try:
                 leader = subprocess.Popen(
@@ -76,8 +78,10 @@ class ServerProcess:
                     start_new_session=True,
                 )
             except OSError as error:
+                leash.close()
                 raise ServerError(f"{name} cannot be started: {command[0]}: {error.strerror}") from error
-        self._family = _Family(leader)
+        leash.hold(leader.pid)
+        self._family = _Family(leader, leash)
         self._at_exit = weakref.finalize(self, self._family.kill)
 
     @property
@@ -175,8 +179,9 @@ class ServerProcess:
 class _Family:
     """A process that leads a session, with all that it has started, sessions of their own too."""
 
-    def __init__(self, leader: subprocess.Popen[bytes]) -> None:
+    def __init__(self, leader: subprocess.Popen[bytes], leash: Leash) -> None:
         self.leader = leader
+        self._leash = leash
         self._known: set[psutil.Process] = set()
 
     def members(self) -> set[psutil.Process]:
@@ -212,6 +217,7 @@ class _Family:
             psutil.wait_procs(members, timeout=_ORPHANS_END_WITHIN_S)
             if not members:
                 break
+        self._leash.close()
 
 
 def _session(process: psutil.Process) -> int | None:

@@ -142,7 +142,7 @@ class Engine:
         self.iterations: list[IterationRecord] = []
         self.last_run: list[Job] = []
         """What `run` returned, or would have returned, had not an error ended it."""
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """What ended the engine: it takes no more requests."""
         self.observer: Observer | None = None
         self.jumps = True
@@ -233,10 +233,24 @@ class Engine:
     def run(self, arrivals: Iterable[Arrival], on_done: Callable[[Job], None] | None = None) -> list[Job]:
         """Serve requests that arrive at known times, in that order; returns their jobs when all are done.
 
-        `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then.
+        `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then. A
+        KeyboardInterrupt ends the engine too: unfinished jobs are ABORTED, and `last_run` has those to come as well.
         """
         pending = deque(sorted(arrivals, key=lambda arrival: arrival.request.arrival_s))
-        jobs = self.last_run = []
+        self.last_run = []
+        try:
+            self._run(pending, on_done)
+        except KeyboardInterrupt as stop:
+            self._end_all(stop, RequestStatus.ABORTED, "the run was interrupted")
+            for arrival in pending:
+                job = Job(arrival.request, arrival.params, self.eos_token_ids)
+                job.request.status, job.error = RequestStatus.ABORTED, "the run was interrupted before it arrived"
+                self.last_run.append(job)
+            raise
+        return self.last_run
+
+    def _run(self, pending: deque[Arrival], on_done: Callable[[Job], None] | None) -> None:
+        jobs = self.last_run
         while pending or self.has_unfinished:
             now = self.clock.now()
             while pending and pending[0].request.arrival_s <= now:
@@ -255,7 +269,6 @@ class Engine:
         while self.executor.num_transfers_in_flight:
             self.executor.wait(math.inf)
             self._complete_transfers()
-        return jobs
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -272,7 +285,7 @@ class Engine:
         try:
             return self._turn(until)
         except Exception as error:
-            self._fail(error)
+            self._end_all(error, RequestStatus.FAILED, failure_reason(error))
             raise
 
     def _turn(self, until: float) -> list[Job]:
@@ -503,12 +516,12 @@ class Engine:
             stalled_s = 0.0
         self._stalled_s = 0.0
 
-    def _fail(self, error: Exception) -> None:
+    def _end_all(self, error: BaseException, status: RequestStatus, reason: str) -> None:
+        """End the engine, and every request in it with this status."""
         self.error = error
         now = self.clock.now()
         for job in self.jobs.values():
-            job.request.status = RequestStatus.FAILED
-            job.error = failure_reason(error)
+            job.request.status, job.error = status, reason
             job.finished_s = now
             if self.observer:
                 self.observer.on_done(job)

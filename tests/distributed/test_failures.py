@@ -144,11 +144,13 @@ def new_request(llm: LLM):
     return Request.from_tokens("a", llm.engine.clock.now(), [1, 2, 3])
 
 
-def test_ranks_end_with_an_engine_that_is_killed(model: Path) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_ranks_end_with_an_engine_that_is_killed(model: Path, frozen: bool) -> None:
     program = (
         "import os, sys\nfrom fastserve import LLM\n"
         f"llm = LLM({str(model)!r}, policy='fastserve-fcfs', num_gpu_blocks=20, num_host_blocks=0, max_batch_size=2,"
         "tensor_parallel_size=2)\n"
+        f"{'frozen = llm.ranks.frozen(); frozen.__enter__()' if frozen else ''}\n"
         "print(*[peer.hello['pid'] for peer in llm.ranks._peers], flush=True)\nsys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -157,6 +159,7 @@ def test_ranks_end_with_an_engine_that_is_killed(model: Path) -> None:
     assert process.stdout is not None
     ranks = [int(pid) for pid in process.stdout.readline().split()]
     assert len(ranks) == 2
+    assert [psutil.Process(rank).status() == psutil.STATUS_STOPPED for rank in ranks] == [frozen] * 2
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10

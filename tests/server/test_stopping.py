@@ -81,7 +81,7 @@ def test_while_it_finishes_what_it_has_begun_health_says_so(simulation: list[str
         assert server.end() == (0, [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_it_finishes_what_it_has_begun_and_takes_nobody_new(simulation: list[str], number: signal.Signals) -> None:
     with command(*simulation) as server, ThreadPoolExecutor() as clients:
         assert server.said == [f"serving slow by fastserve at http://127.0.0.1:{server.port}"]

@@ -167,6 +167,33 @@ def test_it_does_not_outlive_us(tmp_path: Path) -> None:
     assert not psutil.pid_exists(int(ended.stdout))
 
 
+def test_it_does_not_outlive_us_when_we_are_killed(tmp_path: Path) -> None:
+    """Standing still and with a child: neither can see that we are gone."""
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    code = f"""
+        import sys
+        from pathlib import Path
+        from baselines.external.process import ServerProcess
+        command = {script(child + "; print(flush=True); time.sleep(600)")!r}
+        log = Path({str(tmp_path / "log")!r})
+        server = ServerProcess("s", command, "", log)
+        while not log.read_text():
+            pass
+        server.pause()
+        print(server.pid, flush=True)
+        sys.stdin.read()
+    """
+    with subprocess.Popen(
+        script(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | python_path()
+    ) as parent:
+        assert parent.stdout is not None
+        leader = psutil.Process(int(parent.stdout.readline()))
+        family = [leader, *leader.children()]
+        assert [each.status() for each in family] == [psutil.STATUS_STOPPED] * 2
+        parent.kill()
+    assert gone(family)
+
+
 def python_path() -> dict[str, str]:
     root = Path(__file__).parents[2]
     return {"PYTHONPATH": f"{root}/system:{root}/workflows:{root}"}

@@ -6,12 +6,9 @@ import csv
 import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 from fastserve.console import Progress
 from fastserve.errors import ConfigError
 from fastserve.files import check_writable, written_whole
+from fastserve.processes import worker_pool
 from harness.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
 from harness.results import PERCENTILES, SUMMARIZED, why_late
@@ -169,8 +167,8 @@ def find_capacity(config: RunConfig, objective: Objective, out: Path, say: Calla
     summaries: dict[float, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbench-")))
-        pool = _pool(config.backend, len(objective.seeds))
-        each = stack.enter_context(pool).map if pool else map
+        workers = _num_workers(config.backend, len(objective.seeds))
+        each = stack.enter_context(worker_pool(workers)).map if workers > 1 else map
 
         def measure(rate: float) -> float:
             configs = [replace(config, rate=rate, seed=seed) for seed in objective.seeds]
@@ -217,15 +215,9 @@ def bisect(measure: Callable[[float], float], objective: Objective) -> None:
             rate = (within + beyond) / 2
 
 
-def _pool(backend: str, num_runs: int) -> ProcessPoolExecutor | None:
-    """Processes for runs side by side; none for real engines and servers, whose times they would disturb."""
-    workers = min(num_runs, os.cpu_count() or 1) if backend == "sim" else 1
-    if workers == 1:
-        return None
-    # Ctrl-C ends a worker at once and without a traceback.
-    return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)
-    )
+def _num_workers(backend: str, num_runs: int) -> int:
+    """Runs side by side; one for real engines and servers, whose times others would disturb."""
+    return min(num_runs, os.cpu_count() or 1) if backend == "sim" else 1
 
 
 def _quiet_run(config: RunConfig, folder: Path) -> dict[str, Any]:

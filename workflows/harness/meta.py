@@ -22,7 +22,7 @@ COMMIT_VARIABLE = "FASTSERVE_COMMIT"
 
 
 def run_meta(
-    config: dict[str, Any], workload: Workload, rejected: list[str], error: Exception | None
+    config: dict[str, Any], workload: Workload, rejected: list[str], error: BaseException | None
 ) -> dict[str, Any]:
     """Commit, versions, hardware, resolved configuration, digest of the workload, reasons of the first rejections, and
     what ended the run before its end, if anything did."""
@@ -31,7 +31,7 @@ def run_meta(
         "configuration": config,
         "trace": {"description": workload.description, "digest": workload.digest},
         "rejected": rejected[:20],
-        "error": None if error is None else str(error),
+        "error": None if error is None else str(error) or "interrupted",
     }
 
 

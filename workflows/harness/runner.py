@@ -134,6 +134,7 @@ def run(
     model once. A server over HTTP has its engine elsewhere, and takes none of these.
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then. If a rank
     of the engine is lost, RankError, after the files are written: what was finished is kept, and the rest has failed.
+    Likewise KeyboardInterrupt if a real engine is interrupted; a simulation then writes nothing.
     Likewise ServerError if a server finishes not one request.
     """
     if config.backend not in BACKENDS:
@@ -160,6 +161,10 @@ def run(
         recorder = Timeline()
     with RunFolder(out) as folder:
         jobs, engine = _serve(config, options, policy_settings, workload, history, recorder or observer, worker, ranks)
+        if isinstance(engine.error, KeyboardInterrupt) and not any(
+            job.request.status is RequestStatus.FINISHED for job in jobs
+        ):
+            raise engine.error
         metrics = [job.metrics for job in jobs]
         summary = _what_ran(config) | summarize(metrics, count(metrics, len(engine.iterations)))
         resolved = {**_taken(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
@@ -174,6 +179,8 @@ def run(
         )
     if timeline is not None and recorder is not None:
         recorder.write(timeline)
+    if isinstance(engine.error, KeyboardInterrupt):
+        engine.error.add_note(f"wrote {out}: {summary['finished']} of {len(jobs)} finished, the others are aborted")
     if engine.error is not None:
         raise engine.error
     return summary
@@ -317,7 +324,7 @@ def _serve(
         llm.engine.observer = observer
         _teach(llm.engine.scheduler, history)
         arrivals = list(_arrivals(workload, llm.model_config.vocab_size))
-        with suppress(RankError):  # In `engine.error`, and what was done until then in `last_run`.
+        with suppress(RankError, KeyboardInterrupt):  # In `engine.error`, and what was done until then in `last_run`.
             llm.engine.run(arrivals, progress.advance)
         return llm.engine.last_run, llm.engine
 

@@ -30,8 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastserve.console import Terminated, raise_on_signals
 from fastserve.errors import ConfigError, FastServeError
 from fastserve.files import check_writable, written_whole
+from fastserve.processes import Leash
 from harness.meta import COMMIT_VARIABLE
 from harness.points import read_json, write_json
 from harness.recorded import MORE_TO_DO, Design, add_design_options, design_arguments, design_of
@@ -183,6 +185,7 @@ def carry_out(step: Step, logs: Path, left_s: float) -> Outcome:
 @contextlib.contextmanager
 def _started(arguments: Sequence[str], limit_s: float) -> Iterator[tuple[subprocess.Popen[str], threading.Event]]:
     """A process in a group of its own, which is killed after the limit, when the event is set, or with us."""
+    leash = Leash()
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -193,6 +196,7 @@ def _started(arguments: Sequence[str], limit_s: float) -> Iterator[tuple[subproc
         start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
+    leash.hold(process.pid)
     expired = threading.Event()
 
     def kill() -> None:
@@ -211,6 +215,7 @@ def _started(arguments: Sequence[str], limit_s: float) -> Iterator[tuple[subproc
         timer.cancel()
         kill()
         process.wait()
+        leash.close()
 
 
 def _shorten(log: Path) -> None:
@@ -414,14 +419,14 @@ def main() -> None:
     if "--dry-run" in sys.argv:
         parser.set_defaults(**DRY_RUN)
     # A caller that runs out of time ends us by SIGTERM: our processes are then killed and the folder is packed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    raise_on_signals()
     try:
         sys.exit(session(parser.parse_args()))
     except FastServeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        sys.exit(128 + (error.signum if isinstance(error, Terminated) else signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from fastserve.errors import FastServeError
+from fastserve.console import exit_on_error, raise_on_signals
 
 
 class _Both:
@@ -34,15 +33,10 @@ class _Both:
 
 @contextlib.contextmanager
 def logged(path: str) -> Iterator[None]:
-    """Copy stdout and stderr into the log at `path`; an error ends the job, with one line if it is the user's."""
+    """Copy stdout and stderr into the log at `path`; an error or a signal ends the job as it ends a command."""
+    raise_on_signals()
     with Path(path).open("w", encoding="utf-8") as log:
         both = _Both(sys.stderr, log)
-        with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):  # type: ignore[type-var]
-            try:
-                yield
-            except FastServeError as error:
-                print(f"error: {error}")
-                sys.exit(2)
-            except Exception:
-                traceback.print_exc()
-                sys.exit(1)
+        out, err = contextlib.redirect_stdout(both), contextlib.redirect_stderr(both)  # type: ignore[type-var]
+        with out, err, exit_on_error():
+            yield

@@ -1,7 +1,5 @@
 """Snakemake job: servers side by side on this machine, driven over HTTP."""
 
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
 
 SHOWN = ("output_tokens_per_s", "mean_normalized_latency_s", "mean_ttft_s")
 
-# So that the servers end with us.
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 with logged(snakemake.log[0]):
     start = time.monotonic()
     out = Path(snakemake.output.points)

@@ -28,6 +28,7 @@ from fastserve.kvcache import Direction, Transfer
 from fastserve.models import SequenceInput
 from fastserve.models.source import model_digest, resolve_model
 from fastserve.parallel.channel import Channel, ChannelClosed, Message, frame, parse_address
+from fastserve.processes import Leash
 from fastserve.request import Request
 from fastserve.worker.protocol import RankConfig, copy_frame, run_frame, versions
 from fastserve.worker.runner import require_runner
@@ -97,6 +98,7 @@ class RankGroup:
         places = [config.parallel.place(rank, self.model_config) for rank in range(self.world_size)]
         self._peers: list[_Peer] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._leash: Leash | None = None
         self._selector = selectors.DefaultSelector()
         self._store: TCPStore | None = None
         self._error: RankError | None = None
@@ -291,6 +293,7 @@ class RankGroup:
     def _start(self, port: int, token: str) -> None:
         """Start the ranks as processes of this machine, as torchrun would."""
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._leash = Leash()  # A rank that is frozen when this process is killed does not see its channel close.
         package = str(Path(fastserve.__file__).parents[1])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         for rank in range(self.world_size):
@@ -311,6 +314,7 @@ class RankGroup:
             self._processes[rank] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
             )
+            self._leash.hold(self._processes[rank].pid)
 
     def _greet(self, connection: socket.socket, token: str) -> _Peer | None:
         """The rank at the other end; None if that is none of ours."""
@@ -482,6 +486,8 @@ class RankGroup:
         self._peers = []
         self._selector.close()
         _kill(self._processes)
+        if self._leash is not None:
+            self._leash.close()
         self._store = None
 
 

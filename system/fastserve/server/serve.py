@@ -45,7 +45,7 @@ class ServingError(FastServeError):
 
 
 def serve(model_options: ModelOptions, options: ServerOptions) -> None:
-    """Load the model and serve it until SIGTERM or SIGINT.
+    """Load the model and serve it until SIGTERM, SIGHUP or SIGINT.
 
     Then new requests are refused, those in progress go on for at most the drain timeout, and this returns; a second
     signal cuts it short. Raises ConfigError, before the model is loaded, for an address that cannot be had and for a
@@ -180,8 +180,9 @@ async def run_server(server: Server, listener: socket.socket) -> None:
         raise _unusable(host, port, error) from error
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     server.engine.attach(failed)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, drain, signum.name)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # As under nohup.
+            loop.add_signal_handler(signum, drain, signum.name)
     model = server.engine.model
     shown = f"[{host}]" if ":" in host else host
     scheme = "http" if server.options.ssl_certfile is None else "https"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastserve.console import run_app
+from fastserve.console import exit_on_error
 from fastserve.worker.rank import run_rank
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -27,4 +27,5 @@ def rank(
 
 
 if __name__ == "__main__":
-    run_app(app)
+    with exit_on_error():
+        app()
