@@ -180,7 +180,22 @@ SIM = ["--backend", "sim", "--port", "0"]
         ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--tokenizer", "./none"], "tokenizer './none' is not a directory"),
         ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed=1"], "unknown option 'speed'; valid for policy"),
         ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed"], "--set takes key=value, got 'speed'"),
-        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "no.such.host.invalid"],
+            "--host no.such.host.invalid is no address and no name that can be resolved",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "192.0.2.1"],
+            "--host 192.0.2.1 is no address of this machine; give one that is",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--log-level", "loud"],
+            "log_level must be one of error, warning, info, debug, got 'loud'",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--ssl-certfile", "./none.pem"],
+            "--ssl-certfile none.pem: No such file",
+        ),
         (["--model", "opt-126m", "--port", "0"], "unknown model preset 'opt-126m'"),
         (["--model", "./nowhere", "--port", "0"], "model directory './nowhere' does not exist"),
         (["--model", "opt-tiny", "--port", "0"], "preset 'opt-tiny' has no weights"),

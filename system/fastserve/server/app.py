@@ -30,7 +30,6 @@ def create_app(server: Server) -> ASGIApp:
         title="FastServe",
         version=software_version(),
         description="OpenAI-compatible; one model, one scheduling policy.",
-        root_path=options.root_path,
     )
     install_error_handlers(api)
     api.add_middleware(BodyLimit)

@@ -29,6 +29,8 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # With it routes are found whether a proxy has stripped the path or not.
+        scope["root_path"] = self._server.options.root_path
         state = scope.setdefault("state", {})
         given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
         state["request_id"] = name = request_id(given)

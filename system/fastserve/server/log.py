@@ -16,7 +16,7 @@ def start_log(level: str) -> None:
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s: %(message)s"))
     for name in (logger.name, "uvicorn"):
         log = logging.getLogger(name)
-        log.handlers, log.propagate = [handler], False
+        log.handlers = [handler]
         log.setLevel(level.upper())
 
 

@@ -66,8 +66,10 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
             uvloop.run(run_server(Server(options, engine, metrics, recent), listener))
         finally:
             ended = engine.stop()
+            if not ended:
+                logger.error("the engine's thread hangs; the process ends without it")
         if not ended:
-            raise ServingError("the engine's thread does not end: its policy or its device hangs")
+            raise ServingError("the engine's thread hangs: its policy, or its device, does not return")
 
 
 @contextmanager

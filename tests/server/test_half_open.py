@@ -1,0 +1,109 @@
+"""Requests that do not arrive whole are answered 408 after a while, and keep nobody else's connection waiting."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+from fastserve.server.app import ServerOptions
+from support.servers import LONG_S, RunningServer, running, simulated
+
+TIMEOUT_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    build = partial(simulated, iteration_s=0.02)
+    with running(build, ServerOptions(receive_timeout_s=TIMEOUT_S)) as server:
+        yield server
+        server.check_empty()
+
+
+def connected(server: RunningServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=LONG_S)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    while piece := connection.recv(65_536):
+        received += piece
+    return received
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"G",
+        b"GET /health HTTP/1.1\r\nHost: loc",
+        HEAD,
+        HEAD + b"Content-Length: 100\r\n\r\n",
+        HEAD + b'Content-Length: 100\r\n\r\n{"prompt": [1',
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+    ],
+)
+def test_half_a_request_is_answered_408(server: RunningServer, sent: bytes) -> None:
+    with closing(connected(server)) as connection:
+        began = time.monotonic()
+        connection.sendall(sent)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert time.monotonic() - began >= TIMEOUT_S - 0.05
+        assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        error = json.loads(body)["error"]
+        assert error["message"] == f"the request did not arrive whole within {TIMEOUT_S} s"
+    if b"\r\n\r\n" in sent:
+        assert server.metric("http_requests_total", path="/v1/completions", status="408") >= 1
+    assert server.metric("requests_arrived_total") == server.metric("requests_total", outcome="finished")
+
+
+def test_a_trickle_of_bytes_does_not_lengthen_the_time(server: RunningServer) -> None:
+    with closing(connected(server)) as connection:
+        began = time.monotonic()
+        connection.settimeout(0.05)
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        answer = b""
+        while not answer:
+            connection.sendall(b"X-A: b\r\n")
+            try:
+                answer = connection.recv(1000)
+            except TimeoutError:
+                assert time.monotonic() - began < LONG_S
+        assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_a_connection_without_a_request_is_closed(server: RunningServer) -> None:
+    with closing(connected(server)) as connection:
+        assert read_all(connection) == b""
+
+
+def test_an_answer_may_take_longer_than_its_request(server: RunningServer) -> None:
+    body = b'{"prompt": [1], "max_tokens": 60}'
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with closing(connected(server)) as connection:
+        # The next request's first half, sent ahead, does not end the answer to this one.
+        connection.sendall(whole + HEAD)
+        received = read_all(connection)
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert b'"completion_tokens": 60' in received
+    assert b"HTTP/1.1 408" in received
+
+
+def test_a_kept_connection_serves_one_request_after_the_other(server: RunningServer) -> None:
+    with closing(connected(server)) as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6 * TIMEOUT_S)
+        time.sleep(TIMEOUT_S)  # Between requests only the keep-alive time counts.
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
