@@ -31,6 +31,7 @@ from fastserve.models import SequenceInput
 from fastserve.presets import preset
 from fastserve.scheduler import Iteration
 from fastserve.worker import Worker
+from fastserve.worker.runner import Computed
 
 POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
 BLOCK_SIZE, PROMPT, TARGET = 16, 256, 0.03
@@ -98,7 +99,7 @@ def serve(arguments: argparse.Namespace, worker: Worker, policy: str, batch: int
 @contextmanager
 def steps_at_once(worker: Worker) -> Iterator[None]:
     """Within, the worker's steps end as they begin, with the same token for all."""
-    launch = lambda sequences, sampling: lambda: [7] * len(sequences)  # noqa: E731
+    launch = lambda sequences, sampling, extras=None: lambda: Computed([7] * len(sequences))  # noqa: E731
     worker.launch = launch  # type: ignore[method-assign]
     try:
         yield

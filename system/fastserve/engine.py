@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,11 @@ from fastserve.errors import failure_reason
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
 from fastserve.job import Job
 from fastserve.kvcache import KVCacheManager
+from fastserve.logprobs import Scores
 from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration, Scheduler
 
+NO_LOGPROBS = "logprobs and prompt_logprobs need a model, and a simulation has none; leave them out"
 _FEWEST_WORTH_A_JUMP, _LONGEST_JUMP = 3, 1024
 
 
@@ -168,6 +170,8 @@ class Engine:
             raise self.error
         job = Job(request, params, self.eos_token_ids)
         job.error = self.why_never(request.request_id, request.num_prompt_tokens, params.max_tokens)
+        if params.asks_logprobs and not self.executor.has_logits:
+            job.error = f"request {request.request_id}: {NO_LOGPROBS}"
         if job.error:
             request.status = RequestStatus.REJECTED
             return job
@@ -175,7 +179,7 @@ class Engine:
             limit = self.max_model_len or self.kv.config.num_gpu_blocks * self.kv.block_size
             request.max_output_tokens = limit - request.num_prompt_tokens
         self.jobs[request.request_id] = job
-        self.executor.add_request(request, params)
+        self.executor.add_request(request, params, self.eos_token_ids)
         self.scheduler.add(request)
         if self.observer:
             self.observer.on_arrival(job)
@@ -369,6 +373,8 @@ class Engine:
         observer = self.observer
         if observer:
             observer.on_iteration(self, iteration, start, end)
+        if result.scores:
+            self._take_scores(iteration, result.scores)
         for request, num_scheduled, token in zip(
             iteration.requests, iteration.num_scheduled_tokens, result.tokens, strict=True
         ):
@@ -395,7 +401,9 @@ class Engine:
             request.num_tokens += 1
             if request.token_ids:
                 request.token_ids.append(token)
-            if request.num_tokens >= job.max_tokens or token in job.stop_token_ids:
+            if request.num_tokens >= job.max_tokens or (
+                token in job.stop_token_ids and request.num_tokens >= job.min_tokens
+            ):
                 request.status = RequestStatus.FINISHED
             if observer:
                 observer.on_token(job, token, end, last_token_s)
@@ -425,6 +433,12 @@ class Engine:
         )
         self._stalled_s = 0.0
         return finished
+
+    def _take_scores(self, iteration: Iteration, scores: Mapping[int, Scores]) -> None:
+        for place, one in scores.items():
+            job = self.jobs.get(iteration.requests[place].request_id)
+            if job is not None and job.logprobs is not None:
+                job.logprobs.add(one)
 
     def _jump(self, iteration: Iteration, until: float) -> bool:
         """Carry out this iteration and all after it that can only be like it at once, if there are any.

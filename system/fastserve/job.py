@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from fastserve.logprobs import RequestLogprobs
 from fastserve.request import Request, RequestStatus, SamplingParams
 
 
@@ -19,6 +20,10 @@ class Job:
     """Prompt and output together, at the most."""
     stop_token_ids: frozenset[int] = field(init=False)
     """Tokens that end it, the end of sequence among them unless ignored."""
+    min_tokens: int = field(init=False)
+    """Prompt and output together, before which those do not end it."""
+    logprobs: RequestLogprobs | None = field(init=False, default=None)
+    """What is told of its tokens; None unless it asks."""
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -36,6 +41,9 @@ class Job:
 
     def __post_init__(self) -> None:
         self.max_tokens = self.request.num_prompt_tokens + self.params.max_tokens
+        self.min_tokens = self.request.num_prompt_tokens + self.params.min_tokens
+        if self.params.asks_logprobs:
+            self.logprobs = RequestLogprobs()
         eos = () if self.params.ignore_eos else self.eos_token_ids
         self.stop_token_ids = frozenset((*self.params.stop_token_ids, *eos))
 

@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 
 from fastserve.errors import ConfigError
 from fastserve.kvcache import Direction, Transfer
+from fastserve.logprobs import Scores, TokenLogprobs
 from fastserve.models import SequenceInput
 from fastserve.parallel.channel import Channel, ChannelClosed, Message, frame, parse_address
 from fastserve.request import Request, SamplingParams
-from fastserve.worker.protocol import copy_frame, parse_copies, parse_run, run_frame
+from fastserve.worker.extras import LogitChanges, PromptTargets, RowExtras
+from fastserve.worker.protocol import copy_frame, parse_copies, parse_run, parse_tokens, run_frame, tokens_frame
+from fastserve.worker.runner import Computed
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -30,6 +34,32 @@ def received(channel: Channel, count: int) -> list[Message]:
     while len(messages) < count:
         messages += channel.receive()
     return messages
+
+
+IDS = st.lists(st.integers(0, 99), max_size=3)
+EXTRAS = st.builds(
+    RowExtras,
+    st.none()
+    | st.builds(
+        LogitChanges,
+        allowed=st.none() | IDS,
+        forbidden=IDS,
+        bias=st.lists(st.tuples(st.integers(0, 99), st.floats(-100, 100)), max_size=3),
+        repetition_penalty=st.floats(0.1, 2),
+        frequency_penalty=st.floats(-2, 2),
+        presence_penalty=st.floats(-2, 2),
+        counts=st.dictionaries(st.integers(0, 99), st.integers(0, 9)),
+    ),
+    st.none() | st.integers(0, 20),
+    st.none() | st.builds(PromptTargets, st.integers(0, 9), IDS, st.integers(0, 20)),
+)
+
+
+def as_lists(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(value, dict):
+        return {key: as_lists(one) for key, one in value.items()}
+    return [as_lists(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @settings(max_examples=50, deadline=None)
@@ -116,18 +146,29 @@ def test_an_iteration_survives_the_wire(sequences: list[SequenceInput], data: st
                 top_p=st.sampled_from([0.5, 1.0]),
                 top_k=st.integers(0, 50),
                 seed=st.integers(0, 9),
+                min_p=st.sampled_from([0.0, 0.1]),
             ),
             min_size=len(sequences),
             max_size=len(sequences),
         )
     )
-    index, there, drawn = parse_run(decoded(run_frame(7, sequences, sampling)))
+    asked = data.draw(st.dictionaries(st.integers(0, len(sequences) - 1), EXTRAS))
+    index, there, drawn, extras = parse_run(decoded(run_frame(7, sequences, sampling, asked)))
     assert index == 7
     assert there == sequences
     for one, other in zip(sampling, drawn, strict=True):
         assert other.temperature == one.temperature
         if one.temperature:
             assert (other.top_p, other.top_k, other.seed) == (one.top_p, one.top_k, one.seed)
+            assert other.min_p == one.min_p
+    assert as_lists(extras or {}) == as_lists(asked)
+
+
+def test_what_came_of_an_iteration_survives_the_wire() -> None:
+    token = TokenLogprobs(7, -0.1234567890123, 3, [(2, -0.01), (5, -0.2)])
+    for scores in (None, {0: Scores([], token), 2: Scores([token, token], None)}):
+        computed = Computed([7, 8, 9], scores)
+        assert parse_tokens(decoded(tokens_frame(5, computed))) == computed
 
 
 def test_transfers_survive_the_wire() -> None:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "system/fastserve"
 # Each room may import itself and the rooms before it; `errors`, `config` and the like come before all.
 ORDER = [
     {"errors"},
-    {"config", "options", "clock", "command", "console", "files", "processes", "tokenizer"},
+    {"config", "options", "clock", "command", "console", "files", "processes", "logprobs", "tokenizer"},
     {"request", "presets", "parallel.layout", "parallel"},
     {"latency", "kvcache"},
     {"scheduler"},

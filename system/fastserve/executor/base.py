@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastserve.kvcache import Transfer
+from fastserve.logprobs import Scores
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler.iteration import Iteration
 
@@ -20,6 +21,8 @@ class IterationResult(NamedTuple):
     """One per request of the iteration, in its order; meaningless where the prompt is not yet wholly computed."""
     start_s: float
     end_s: float
+    scores: Mapping[int, Scores] | None = None
+    """Log probabilities, by a request's place in the iteration, of those that ask for some; None: none does."""
 
 
 class FinishedTransfer(NamedTuple):
@@ -40,6 +43,8 @@ class Executor(ABC):
 
     max_in_flight: int = 1
     """Iterations that may be submitted and not yet collected: 1, or the depth of the pipeline."""
+    has_logits: bool = True
+    """Whether tokens are drawn from a model's logits, so that log probabilities can be told."""
 
     @property
     def can_submit(self) -> bool:
@@ -53,8 +58,10 @@ class Executor(ABC):
         engine has nothing else to do than to collect it."""
         return False
 
-    def add_request(self, request: Request, params: SamplingParams) -> None:  # noqa: B027 (optional hook)
-        """A request enters the system."""
+    def add_request(  # noqa: B027 (optional hook)
+        self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int] = ()
+    ) -> None:
+        """A request enters the system; `eos_token_ids` are the model's."""
 
     def remove_request(self, request: Request) -> None:  # noqa: B027 (optional hook)
         """A request has finished or was aborted."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastserve.clock import Clock
 from fastserve.errors import RankError
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
-from fastserve.executor.inputs import Inputs, tokens_by_request
+from fastserve.executor.inputs import Inputs, by_request
 from fastserve.executor.ranks import RankGroup
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler.iteration import Iteration
+from fastserve.worker.protocol import parse_tokens
+from fastserve.worker.runner import Computed
 
 
 @dataclass(slots=True)
@@ -40,21 +43,21 @@ class DistributedExecutor(Executor):
         self._inputs = Inputs(kv)
         self._running: deque[tuple[Iteration, float]] = deque()
         """Iterations not collected, and when they were submitted."""
-        self._results: deque[tuple[list[int], float]] = deque()
-        """Tokens of the oldest of those, and when they came."""
+        self._results: deque[tuple[Computed, float]] = deque()
+        """What came of the oldest of those, and when."""
         self._in_first_stage: int | None = None
         """The iteration that the first stage has not ended."""
         self._num_transfers = 0
         self._copying: dict[int, _Copying] = {}
         self._copied: list[FinishedTransfer] = []
 
-    def add_request(self, request: Request, params: SamplingParams) -> None:
+    def add_request(self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int] = ()) -> None:
         """Remember how to sample."""
-        self._inputs.params[request.request_id] = params
+        self._inputs.add(request, params, eos_token_ids)
 
     def remove_request(self, request: Request) -> None:
         """Forget how to sample."""
-        del self._inputs.params[request.request_id]
+        self._inputs.remove(request)
 
     @property
     def can_submit(self) -> bool:
@@ -71,7 +74,10 @@ class DistributedExecutor(Executor):
         """Tell the ranks."""
         if iteration.requests:
             start = self._clock.now()
-            self._in_first_stage = self._ranks.run(self._inputs.sequences(iteration), self._inputs.sampling(iteration))
+            inputs = self._inputs
+            self._in_first_stage = self._ranks.run(
+                inputs.sequences(iteration), inputs.sampling(iteration), inputs.extras(iteration)
+            )
             self._running.append((iteration, start))
         transfers = (*iteration.swap_out, *iteration.swap_in)
         if transfers:
@@ -85,8 +91,9 @@ class DistributedExecutor(Executor):
         while not self._results:
             self._poll(math.inf)
         iteration, start = self._running.popleft()
-        tokens, end = self._results.popleft()
-        return IterationResult(tokens_by_request(tokens, iteration.num_scheduled_tokens), start, end)
+        computed, end = self._results.popleft()
+        tokens, scores = by_request(computed, iteration.num_scheduled_tokens)
+        return IterationResult(tokens, start, end, scores)
 
     def wait(self, until: float) -> None:
         """Wait for a message about work."""
@@ -126,7 +133,7 @@ class DistributedExecutor(Executor):
         for message in messages:
             numbers = message.numbers
             if message.kind == "tokens":
-                self._results.append((numbers[1:], now))
+                self._results.append((parse_tokens(message), now))
             elif message.kind == "copied":
                 self._part_copied(numbers[0], now - numbers[1] * 1e-9, now)
             # By number: of what a probe ran before, the first stage may be heard of after the last.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastserve.clock import Clock
 from fastserve.executor.base import Executor, FinishedTransfer, IterationResult
-from fastserve.executor.inputs import Inputs, tokens_by_request
+from fastserve.executor.inputs import Inputs, by_request
 from fastserve.kvcache import KVCacheManager
 from fastserve.models import SequenceInput
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler.iteration import Iteration
 from fastserve.worker import Worker
 from fastserve.worker.copier import make_copier
+from fastserve.worker.runner import Computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class _Launched:
     iteration: Iteration
     start_s: float
     sequences: list[SequenceInput]
-    wait: Callable[[], list[int]]
+    wait: Callable[[], Computed]
 
 
 class LocalExecutor(Executor):
@@ -44,20 +45,21 @@ class LocalExecutor(Executor):
         """Requests of the last iteration, and what they compute if the next is of the same."""
         self._copier = make_copier(worker.gpu_cache, worker.host_cache, clock)
 
-    def add_request(self, request: Request, params: SamplingParams) -> None:
+    def add_request(self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int] = ()) -> None:
         """Remember how to sample."""
-        self._inputs.params[request.request_id] = params
+        self._inputs.add(request, params, eos_token_ids)
 
     def remove_request(self, request: Request) -> None:
         """Forget how to sample."""
-        del self._inputs.params[request.request_id]
+        self._inputs.remove(request)
 
     def submit(self, iteration: Iteration) -> None:
         """Start the computation, then the copies: starting them takes time in which the device can already work."""
         if iteration.requests:
             start = self._clock.now()
             sequences = self._foreseen_sequences(iteration) or self._inputs.sequences(iteration)
-            launched = self._worker.launch(sequences, self._inputs.sampling(iteration))
+            inputs = self._inputs
+            launched = self._worker.launch(sequences, inputs.sampling(iteration), inputs.extras(iteration))
             self._submitted.append(_Launched(iteration, start, sequences, launched))
         self._foreseen = None
         for transfer in (*iteration.swap_out, *iteration.swap_in):
@@ -72,8 +74,8 @@ class LocalExecutor(Executor):
             ahead = [SequenceInput([0], one.start + 1, one.block_table) for one in launched.sequences]
             self._worker.prepare(ahead)
             self._foreseen = (iteration.requests, ahead)
-        tokens = tokens_by_request(launched.wait(), iteration.num_scheduled_tokens)
-        return IterationResult(tokens, launched.start_s, self._clock.now())
+        tokens, scores = by_request(launched.wait(), iteration.num_scheduled_tokens)
+        return IterationResult(tokens, launched.start_s, self._clock.now(), scores)
 
     def _foreseen_sequences(self, iteration: Iteration) -> list[SequenceInput] | None:
         """The sequences prepared while the last iteration ran, if they are what this one needs."""

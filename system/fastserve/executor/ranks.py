@@ -30,6 +30,7 @@ from fastserve.models.source import model_digest, resolve_model
 from fastserve.parallel.channel import Channel, ChannelClosed, Message, frame, parse_address
 from fastserve.processes import Leash
 from fastserve.request import Request
+from fastserve.worker.extras import Extras
 from fastserve.worker.protocol import RankConfig, copy_frame, run_frame, versions
 from fastserve.worker.runner import require_runner
 from fastserve.worker.sampler import SamplingLike
@@ -144,12 +145,17 @@ class RankGroup:
 
     # -- work ----------------------------------------------------------------------------------------------------
 
-    def run(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> int:
-        """Have all ranks compute an iteration; returns its number. What comes of it comes from `poll`: a message
-        "free" when the first of several stages has ended it, and "tokens" when the last has."""
+    def run(
+        self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], extras: Extras | None = None
+    ) -> int:
+        """Have all ranks compute an iteration, as `Worker.launch` takes it; returns its number.
+
+        What comes of it comes from `poll`: a message "free" when the first of several stages has ended it, and "tokens"
+        when the last has.
+        """
         index = self._num_runs
         self._num_runs += 1
-        self._send(run_frame(index, sequences, sampling))
+        self._send(run_frame(index, sequences, sampling, extras))
         return index
 
     def copy(self, transfers: Iterable[tuple[int, Transfer]]) -> None:
@@ -188,7 +194,7 @@ class RankGroup:
     def probe(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> tuple[float, ...]:
         """Seconds that each stage takes for its part of an iteration, all of them at the same time, with all-reduces
         and without sends: as in a full pipeline, where stages share cores and memory. While nothing else runs."""
-        answers = self._ask(run_frame(0, sequences, sampling, "probe"), "probed")
+        answers = self._ask(run_frame(0, sequences, sampling, kind="probe"), "probed")
         return tuple(numbers[0] * 1e-9 for numbers in answers)
 
     def all_reduce_times(self, sizes: Sequence[int], repeats: int = 15) -> list[tuple[int, float]]:

@@ -25,6 +25,8 @@ class SimulatedExecutor(Executor):
     they are priced as one transfer over `host_link`, which is the sum of those links.
     """
 
+    has_logits = False
+
     def __init__(
         self,
         stages: Sequence[LatencyModel],

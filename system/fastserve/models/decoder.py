@@ -1,4 +1,4 @@
-"""What decoder families have in common: embed, run the layers, project each request's last token to the vocabulary."""
+"""What decoder families have in common: embed, run the layers, project tokens to the vocabulary."""
 
 from __future__ import annotations
 
@@ -132,15 +132,28 @@ class DecoderModel(nn.Module):
         `x` is what the stage before gave, `[num_tokens, hidden_size]`, None for the first stage. The last one gives
         logits of each request's last query token, `[num_requests, tokens of the shard]`, others what the next needs.
         """
+        states = self.states(batch, cache, x, batch.last_tokens())
+        return states if self.lm_head is None else self.lm_head(states)
+
+    @torch.inference_mode()
+    def states(self, batch: ForwardBatch, cache: Tensor, x: Tensor | None, keep: Tensor | None) -> Tensor:
+        """Run a batch up to the projection: `[len(keep), hidden_size]`, what `project` takes, of those query tokens.
+
+        `keep` holds indices of query tokens, None for all. A stage before the last gives all, for the next.
+        """
         x, residual = self.embed(batch) if x is None else x, None
         rotary = self.rotary(batch.positions)
         last = len(self.layers) - 1 if self.place.is_last_stage else None
         for index, layer in enumerate(self.layers):
-            # Beyond the last layer's attention only the last token of a request matters.
-            keep = batch.last_tokens() if index == last else None
-            x, residual = layer(x, residual, cache, index, batch, rotary, keep)
-        if self.final_norm is None or self.lm_head is None:
+            # Beyond the last layer's attention only the tokens kept matter.
+            x, residual = layer(x, residual, cache, index, batch, rotary, keep if index == last else None)
+        if self.final_norm is None:
             assert residual is not None
             return x + residual
-        x, _ = self.final_norm(x, residual)
-        return self.lm_head(x)
+        return self.final_norm(x, residual)[0]
+
+    @torch.inference_mode()
+    def project(self, states: Tensor) -> Tensor:
+        """`[rows, tokens of the shard]`: logits of what `states` gave, in the last stage."""
+        assert self.lm_head is not None
+        return self.lm_head(states)

@@ -20,7 +20,10 @@ from fastserve.kernels import AttentionMetadata, Kernels
 from fastserve.kernels.cuda_graph import capture
 from fastserve.models import DecoderModel, ForwardBatch, SequenceInput
 from fastserve.parallel.groups import DEVICE, Ranks
-from fastserve.worker.sampler import SamplingLike, SharedVocabulary, best_tokens, sample
+from fastserve.worker.extras import Extras
+from fastserve.worker.runner import Computed
+from fastserve.worker.sampler import SamplingLike, SharedVocabulary, best_tokens, needs_logits, sample
+from fastserve.worker.scoring import Scorer
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -143,14 +146,17 @@ class DecodeRunner:
         """Write down what a launch of these very sequences will need, all but their tokens."""
         self._rows.prepare(sequences)
 
-    def launch(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> Callable[[], list[int]]:
-        """Start a batch that `takes` accepts; the function returned waits for it and gives the tokens, if this is the
-        last stage."""
+    def launch(
+        self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], extras: Extras | None = None
+    ) -> Callable[[], Computed]:
+        """Start a batch that `takes` accepts, whose `extras` score no prompts; the function returned waits for it and
+        gives the tokens, if this is the last stage."""
         count = len(sequences)
         size = self.sizes[bisect_left(self.sizes, count)]
         self._rows.write(sequences, size)
         self._packed_array[:size] = self._rows.array[:size]
         neighbours = self._ranks.neighbours
+        scorer: Scorer | None = None
         if self._received is not None:
             assert neighbours is not None
             neighbours.receive(self._received[:count])
@@ -159,17 +165,22 @@ class DecodeRunner:
             assert neighbours is not None
             # The next replay writes to the same place, perhaps before this has been taken.
             neighbours.send(result.clone() if self._on_gpu else result)
-        elif any(params.temperature > 0 for params in sampling):  # The step itself publishes the greedy tokens.
-            drawn = sample(result, sampling, [sequence.start + 1 for sequence in sequences], self._vocabulary)
+        elif needs_logits(sampling, extras):  # The step itself publishes the greedy tokens.
+            positions = [sequence.start + 1 for sequence in sequences]
+            drawn = sample(result, sampling, positions, self._vocabulary, extras)
             self._kernels.exchange(drawn, self._tokens)
+            if extras:
+                scorer = Scorer(extras, self._vocabulary)
+                scorer.score_new(result, drawn, range(count))
         if self._done is not None:
             self._done.record()
 
-        def wait() -> list[int]:
+        def wait() -> Computed:
             if self._done is not None:
                 with self._ranks.progress.waiting(DEVICE):
                     self._done.synchronize()
-            return self._tokens[:count].tolist() if self._place.is_last_stage else []
+            tokens = self._tokens[:count].tolist() if self._place.is_last_stage else []
+            return Computed(tokens, None if scorer is None else scorer.results())
 
         return wait
 

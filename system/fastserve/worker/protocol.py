@@ -27,15 +27,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import fastserve
 from fastserve.kvcache import Direction, Transfer
+from fastserve.logprobs import Scores, TokenLogprobs
 from fastserve.models import SequenceInput
 from fastserve.parallel.channel import Message, frame
 from fastserve.parallel.layout import ParallelConfig
+from fastserve.worker.extras import Extras, LogitChanges, PromptTargets, RowExtras
+from fastserve.worker.runner import Computed
 from fastserve.worker.sampler import SamplingLike
 
 DIRECTIONS = tuple(Direction)
@@ -96,13 +99,18 @@ class _Sampling(NamedTuple):
     top_p: float
     top_k: int | None
     seed: int | None
+    min_p: float
 
 
-_GREEDY = _Sampling(0.0, 1.0, None, None)
+_GREEDY = _Sampling(0.0, 1.0, None, None, 0.0)
 
 
 def run_frame(
-    index: int, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], kind: str = "run"
+    index: int,
+    sequences: Sequence[SequenceInput],
+    sampling: Sequence[SamplingLike],
+    extras: Extras | None = None,
+    kind: str = "run",
 ) -> bytes:
     """The message that has every rank compute iteration number `index`, or with "probe" its part of one by itself."""
     numbers = [index, len(sequences)]
@@ -111,13 +119,17 @@ def run_frame(
         numbers += (one.start, len(token_ids), len(block_table))
         numbers += token_ids
         numbers += block_table
-    if not any(params.temperature for params in sampling):
-        return frame(kind, numbers)
-    drawn = [(p.temperature, p.top_p, p.top_k, p.seed) if p.temperature else None for p in sampling]
-    return frame(kind, numbers, sampling=drawn)
+    fields: dict[str, Any] = {}
+    if any(params.temperature for params in sampling):
+        fields["sampling"] = [
+            (p.temperature, p.top_p, p.top_k, p.seed, p.min_p) if p.temperature else None for p in sampling
+        ]
+    if extras:
+        fields["extras"] = [(place, *_packed(one)) for place, one in extras.items()]
+    return frame(kind, numbers, **fields)
 
 
-def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[SamplingLike]]:
+def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[SamplingLike], Extras | None]:
     """What `run_frame` was given."""
     numbers = message.numbers
     index, count = numbers[0], numbers[1]
@@ -127,10 +139,56 @@ def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[Sampling
         end = tokens_end + numbers[at + 2]
         sequences.append(SequenceInput(numbers[at + 3 : tokens_end], numbers[at], numbers[tokens_end:end]))
         at = end
-    drawn = message.fields.get("sampling")
-    if drawn is None:
-        return index, sequences, [_GREEDY] * count
-    return index, sequences, [_GREEDY if one is None else _Sampling(*one) for one in drawn]
+    drawn = message.fields.get("sampling") or [None] * count
+    sampling: list[SamplingLike] = [_GREEDY if one is None else _Sampling(*one) for one in drawn]
+    packed = message.fields.get("extras")
+    extras = None if packed is None else {place: _unpacked(*one) for place, *one in packed}
+    return index, sequences, sampling, extras
+
+
+def _packed(extras: RowExtras) -> tuple[Any, ...]:
+    """As JSON takes it, in which the keys of an object would be text."""
+    changes = extras.changes
+    if changes is not None:
+        *others, counts = changes
+        return (*others, list(counts.items())), extras.logprobs, extras.prompt
+    return None, extras.logprobs, extras.prompt
+
+
+def _unpacked(changes: list[Any] | None, logprobs: int | None, prompt: list[Any] | None) -> RowExtras:
+    if changes is not None:
+        *others, counts = changes
+        changes = [*others, dict(counts)]
+    return RowExtras(
+        None if changes is None else LogitChanges(*changes),
+        logprobs,
+        None if prompt is None else PromptTargets(*prompt),
+    )
+
+
+def tokens_frame(index: int, computed: Computed) -> bytes:
+    """The message that says what came of iteration number `index`."""
+    numbers = (index, *computed.tokens)
+    if not computed.scores:
+        return frame("tokens", numbers)
+    return frame("tokens", numbers, scores=[(place, *one) for place, one in computed.scores.items()])
+
+
+def parse_tokens(message: Message) -> Computed:
+    """What `tokens_frame` was given."""
+    packed = message.fields.get("scores")
+    if packed is None:
+        return Computed(message.numbers[1:])
+    scores = {
+        place: Scores([_token_logprobs(each) for each in prompt], None if token is None else _token_logprobs(token))
+        for place, prompt, token in packed
+    }
+    return Computed(message.numbers[1:], scores)
+
+
+def _token_logprobs(packed: list[Any]) -> TokenLogprobs:
+    token, logprob, rank, top = packed
+    return TokenLogprobs(token, logprob, rank, [(other, likelihood) for other, likelihood in top])
 
 
 def copy_frame(transfers: Iterable[tuple[int, Transfer]]) -> bytes:

@@ -30,7 +30,7 @@ from fastserve.parallel.channel import Channel, ChannelClosed, Message, parse_ad
 from fastserve.parallel.groups import Progress, Ranks, join, leave
 from fastserve.parallel.timing import time_all_reduces, time_sends
 from fastserve.worker.copier import BlockCopier, make_copier
-from fastserve.worker.protocol import WORK, RankConfig, parse_copies, parse_run, versions
+from fastserve.worker.protocol import WORK, RankConfig, parse_copies, parse_run, tokens_frame, versions
 from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks
 from fastserve.worker.worker import Worker, find_device
 
@@ -198,11 +198,11 @@ class Rank:
             if message.kind != "run":
                 self._measure(message, worker)
                 continue
-            index, sequences, sampling = parse_run(message)
-            tokens = worker.launch(sequences, sampling)()
+            index, sequences, sampling, extras = parse_run(message)
+            computed = worker.launch(sequences, sampling, extras)()
             self._num_ended += 1
             if tells_tokens:
-                self._channel.send("tokens", (index, *tokens))
+                self._channel.send_frame(tokens_frame(index, computed))
             elif tells_free:
                 self._channel.send("free", (index,))
 
@@ -210,7 +210,7 @@ class Rank:
         """Time an iteration of this stage by itself, or messages between ranks; the first shard tells."""
         ranks, place = self._ranks, worker.place
         if message.kind == "probe":
-            _, sequences, sampling = parse_run(message)
+            _, sequences, sampling, _ = parse_run(message)
             with _disconnected(ranks):
                 start = time.perf_counter()
                 worker.launch(sequences, sampling)()

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from fastserve.config import CacheConfig, ModelConfig
 from fastserve.errors import ConfigError
+from fastserve.logprobs import Scores
 from fastserve.models import SequenceInput
 from fastserve.worker.sampler import SamplingLike
+
+
+class Computed(NamedTuple):
+    """What came of an iteration."""
+
+    tokens: list[int]
+    """The next of each sequence; empty if a later stage has them."""
+    scores: Mapping[int, Scores] | None = None
+    """Log probabilities, by a sequence's place, of those that ask for some; None: none does."""
 
 
 class Runner(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastserve.config import ModelConfig
 from fastserve.parallel.groups import Group
 from fastserve.parallel.layout import Place
+from fastserve.worker.extras import Extras, change_logits
 
 _PARTS = 64
 """That a row of logits is seen as where it can be divided so."""
@@ -34,6 +35,10 @@ class SamplingLike(Protocol):
     @property
     def top_k(self) -> int | None:
         """Keep so many of the likeliest tokens; None, 0 and -1 keep all."""
+
+    @property
+    def min_p(self) -> float:
+        """Keep tokens of at least this share of the likeliest one's probability; 0 keeps all."""
 
     @property
     def seed(self) -> int | None:
@@ -94,29 +99,48 @@ def _argmax(logits: Tensor) -> Tensor:
     return part * parts.shape[2] + parts[torch.arange(rows), part].argmax(-1)
 
 
+def needs_logits(sampling: Sequence[SamplingLike], extras: Extras | None) -> bool:
+    """Whether anything but the likeliest token of each row is asked for."""
+    return bool(extras) or any(params.temperature > 0 for params in sampling)
+
+
 def sample(
     logits: Tensor,
     sampling: Sequence[SamplingLike],
     positions: Sequence[int],
     shared: SharedVocabulary | None = None,
+    extras: Extras | None = None,
 ) -> Tensor:
     """One token per request, `[num_requests]` int64 on the device of `logits`, without waiting for it.
 
-    A request's token depends on its logits, its parameters, its seed and its position: never on the other requests or
-    on what was drawn before, so a preempted or recomputed request draws the same tokens.
+    A request's token depends on its logits, its parameters, its seed, its position and its own tokens: never on the
+    other requests or on what was drawn before, so a preempted or recomputed request draws the same tokens.
 
     Args:
         logits: `[num_requests, vocab_size]`; with `shared`, this shard's columns of that.
         sampling: parameters, one per request.
         positions: where the new token will stand in each request.
         shared: how shards find the same tokens together; None: there is one.
+        extras: what changes the logits of some rows, by row.
     """
     tokens = best_tokens(logits, shared)
+    changes = {row: one.changes for row, one in extras.items() if one.changes is not None} if extras else {}
+
+    def changed(rows: list[int], index: Tensor) -> Tensor:
+        part = logits[index] if shared is None else shared.whole(logits[index])
+        if not changes:
+            return part
+        part = part.double()
+        change_logits(part, [changes.get(row) for row in rows])
+        return part
+
+    if changes and (rows := [row for row in sorted(changes) if not sampling[row].temperature]):
+        index = _on_device(torch.tensor(rows), logits.device)
+        tokens.index_copy_(0, index, changed(rows, index).argmax(-1))
     rows = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if rows:
         index = _on_device(torch.tensor(rows), logits.device)
-        drawn_from = logits[index] if shared is None else shared.whole(logits[index])
-        drawn = _draw(drawn_from, [sampling[row] for row in rows], [positions[row] for row in rows])
+        drawn = _draw(changed(rows, index), [sampling[row] for row in rows], [positions[row] for row in rows])
         # Without a seed each shard would draw another.
         tokens.index_copy_(0, index, drawn if shared is None else shared.agreed(drawn))
     return tokens
@@ -127,13 +151,16 @@ def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[
     device, vocab_size = logits.device, logits.shape[1]
     top_k = [params.top_k if params.top_k and params.top_k > 0 else vocab_size for params in sampling]
     uniform = [_uniform(params.seed, position) for params, position in zip(sampling, positions, strict=True)]
-    settings = [(p.temperature, p.top_p, k, u) for p, k, u in zip(sampling, top_k, uniform, strict=True)]
+    settings = [(p.temperature, p.top_p, p.min_p, k, u) for p, k, u in zip(sampling, top_k, uniform, strict=True)]
     numbers = _on_device(torch.tensor(settings, dtype=torch.float64), device)
-    temperature, top_p, limit, draw = numbers.unsqueeze(2).unbind(1)
+    temperature, top_p, min_p, limit, draw = numbers.unsqueeze(2).unbind(1)
     # A stable sort gives equal logits one order; the largest is subtracted lest a tiny temperature overflow.
     scores, order = logits.double().sort(stable=True, dim=-1, descending=True)
     probabilities = ((scores - scores[:, :1]) / temperature).softmax(-1)
-    kept = torch.arange(vocab_size, device=device) < limit
+    # What a change of the logits forbids has the probability 0.
+    kept = (torch.arange(vocab_size, device=device) < limit) & (probabilities > 0)
+    if any(params.min_p for params in sampling):
+        kept &= probabilities >= min_p * probabilities[:, :1]
     probabilities = probabilities * kept
     probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities

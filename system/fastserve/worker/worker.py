@@ -17,9 +17,11 @@ from fastserve.models.linear_tuning import LinearChoice, tune_linears
 from fastserve.parallel.groups import DEVICE, Ranks
 from fastserve.parallel.layout import Place
 from fastserve.worker.decode_runner import DecodeRunner, graph_sizes
+from fastserve.worker.extras import Extras, tokens_on
 from fastserve.worker.memory import pinned_zeros, require_room
-from fastserve.worker.runner import require_runner
+from fastserve.worker.runner import Computed, require_runner
 from fastserve.worker.sampler import SamplingLike, SharedVocabulary, sample
+from fastserve.worker.scoring import Scorer
 from fastserve.worker.sizing import rank_bytes
 
 
@@ -140,23 +142,28 @@ class Worker:
         require_runner("worker", self, own, model_config, cache, (str(find_device(device)), dtype))
 
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
-        """`launch`, and wait for it."""
-        return self.launch(sequences, sampling)()
+        """`launch`, and wait for its tokens."""
+        return self.launch(sequences, sampling)().tokens
 
     @torch.inference_mode()
-    def launch(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> Callable[[], list[int]]:
+    def launch(
+        self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], extras: Extras | None = None
+    ) -> Callable[[], Computed]:
         """Start an iteration: compute the tokens of `sequences`, store their keys and values, sample each next token.
+
+        `extras` is what some of them ask for beyond that, by their place; None: nothing.
 
         Returns a function, to be called before the next launch, that waits for it (a CPU computes only then) and gives
         the next tokens in the order of `sequences`; none if a later stage has them. That of a chunk which is not a
         prompt's last is of no use. When it returns, the blocks are written and may be copied.
         """
-        if self._decodes is not None and self._decodes.takes(sequences):
-            return self._decodes.launch(sequences, sampling)
+        scores_prompts = extras is not None and any(one.prompt is not None for one in extras.values())
+        if self._decodes is not None and not scores_prompts and self._decodes.takes(sequences):
+            return self._decodes.launch(sequences, sampling, extras)
         if self.device.type == "cpu":
-            return partial(self._compute, sequences, sampling)
+            return partial(self._compute, sequences, sampling, extras)
         batch = ForwardBatch.build(sequences, self.block_size, self.device)
-        computed = self._next_tokens(batch, sampling)
+        computed, scorer = self._next_tokens(batch, sampling, extras)
         tokens = None
         if computed is not None:
             tokens = torch.empty(batch.num_requests, dtype=torch.int64, pin_memory=True)
@@ -164,10 +171,10 @@ class Worker:
         done = torch.cuda.Event()
         done.record()
 
-        def wait() -> list[int]:
+        def wait() -> Computed:
             with self._ranks.progress.waiting(DEVICE):
                 done.synchronize()
-            return [] if tokens is None else batch.in_callers_order(tokens.tolist())
+            return _computed(batch, tokens, scorer)
 
         return wait
 
@@ -181,26 +188,61 @@ class Worker:
             self._decodes.prepare(sequences)
 
     @torch.inference_mode()
-    def _compute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
+    def _compute(
+        self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], extras: Extras | None
+    ) -> Computed:
         batch = ForwardBatch.build(sequences, self.block_size, self.device)
-        tokens = self._next_tokens(batch, sampling)
-        return [] if tokens is None else batch.in_callers_order(tokens.tolist())
+        return _computed(batch, *self._next_tokens(batch, sampling, extras))
 
-    def _next_tokens(self, batch: ForwardBatch, sampling: Sequence[SamplingLike]) -> Tensor | None:
-        """`[num_requests]`, in the batch's order; None if a later stage has them."""
+    def _next_tokens(
+        self, batch: ForwardBatch, sampling: Sequence[SamplingLike], extras: Extras | None
+    ) -> tuple[Tensor | None, Scorer | None]:
+        """`[num_requests]`, in the batch's order, and what scores them; None if a later stage has them."""
         neighbours, received = self._ranks.neighbours, None
         if not self.place.is_first_stage:
             assert neighbours is not None
             size = (len(batch.token_ids), self.model.config.hidden_size)
             received = torch.empty(size, dtype=self._cache.dtype, device=self.device)
             neighbours.receive(received)
-        result = self.model(batch, self._cache, received)
         if not self.place.is_last_stage:
             assert neighbours is not None
-            neighbours.send(result)
-            return None
+            neighbours.send(self.model(batch, self._cache, received))
+            return None, None
+        scorer = None if extras is None else Scorer(extras, self._vocabulary)
+        before_targets = [] if extras is None else _before_targets(batch, extras)
+        if before_targets:
+            count, last = batch.num_requests, batch.attention.query_starts[1:] - 1
+            keep = torch.cat((last, tokens_on(self.device, before_targets)))
+            states = self.model.states(batch, self._cache, received, keep)
+            logits = self.model.project(states[:count])
+            assert scorer is not None
+            scorer.score_prompts(states[count:], self.model.project, batch.order, self.model.config.vocab_size)
+        else:
+            logits = self.model(batch, self._cache, received)
+        by_row = extras and {row: extras[place] for row, place in enumerate(batch.order) if place in extras}
         context_lens = batch.attention.host_context_lens
-        return sample(result, [sampling[i] for i in batch.order], context_lens, self._vocabulary)
+        tokens = sample(logits, [sampling[i] for i in batch.order], context_lens, self._vocabulary, by_row)
+        if scorer is not None:
+            scorer.score_new(logits, tokens, batch.order)
+        return tokens, scorer
+
+
+def _computed(batch: ForwardBatch, tokens: Tensor | None, scorer: Scorer | None) -> Computed:
+    """What was computed, in the caller's order."""
+    in_order = [] if tokens is None else batch.in_callers_order(tokens.tolist())
+    return Computed(in_order, None if scorer is None else scorer.results())
+
+
+def _before_targets(batch: ForwardBatch, extras: Extras) -> list[int]:
+    """Indices of the query tokens whose logits score a prompt token, rows in the batch's order."""
+    found: list[int] = []
+    start = 0
+    for place, query_len in zip(batch.order, batch.attention.host_query_lens, strict=True):
+        if place in extras and (prompt := extras[place].prompt) is not None:
+            first = start + prompt.first
+            found += range(first, first + len(prompt.token_ids))
+        start += query_len
+    return found
 
 
 def find_device(name: str) -> torch.device:
