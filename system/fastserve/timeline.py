@@ -11,7 +11,7 @@ from typing import Any
 
 from fastserve.engine import Engine, Observer
 from fastserve.executor.base import FinishedTransfer
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from fastserve.job import Job
 from fastserve.kvcache import Direction
 from fastserve.request import Request
@@ -161,7 +161,7 @@ class Timeline(Observer):
 
     def write(self, path: Path) -> None:
         """Write the trace, an event a line; OutputError if it cannot be written."""
-        with written_whole(path) as staging, staging.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as staging, staging.open("w", encoding="utf-8") as file:
             file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
             for i, event in enumerate(self.events()):
                 file.write((",\n" if i else "") + json.dumps(event, separators=(",", ":"), allow_nan=False))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastserve.engine import Arrival, Observer
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from fastserve.scheduler import Iteration, find_policy, list_policies
 from support.engines import arrival, make_engine
 
@@ -120,7 +120,7 @@ def main() -> None:
     """Write the file anew."""
     lines = (f"{json.dumps(case.name)}: {json.dumps(digest(case))}" for case in cases())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    with written_whole(FILE) as path:
+    with atomic_write(FILE) as path:
         path.write_text(text, encoding="utf-8")
     print(f"wrote {FILE}")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastserve.console import Progress
 from fastserve.errors import ConfigError
-from fastserve.files import check_writable, written_whole
+from fastserve.files import atomic_write, check_writable
 from fastserve.processes import worker_pool
 from harness.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
@@ -147,7 +147,7 @@ class Result:
             "objective": asdict(self.objective),
             **self.provenance,
         }
-        with written_whole(out / "capacity.csv") as table, written_whole(out / "capacity.json") as result:
+        with atomic_write(out / "capacity.csv") as table, atomic_write(out / "capacity.json") as result:
             with table.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(
                     file, [*COLUMNS, self.objective.metric], extrasaction="ignore", lineterminator="\n"

@@ -35,7 +35,7 @@ from fastserve.clock import WallClock
 from fastserve.config import ModelConfig, require_positive
 from fastserve.engine import Engine, Observer
 from fastserve.errors import ConfigError
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from fastserve.latency import HostLink, Profile, StageLink, fit_link
 from fastserve.latency.profiler import Shape, StageTimes, by_stage, fit, residuals, times_between, with_overhead
 from fastserve.parallel.layout import ParallelConfig
@@ -333,7 +333,7 @@ def _of_series(config: RunConfig, series: Mapping[str, Any]) -> RunConfig:
 
 def _write_model(architecture: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / "config.json") as staging:
+    with atomic_write(folder / "config.json") as staging:
         staging.write_text(json.dumps(dict(architecture), indent=2) + "\n", encoding="utf-8")
     return folder
 

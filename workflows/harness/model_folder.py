@@ -13,7 +13,7 @@ from typing import Any
 
 from fastserve.config import ModelConfig
 from fastserve.errors import OutputError
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
@@ -38,7 +38,7 @@ def write_model_folder(architecture: Mapping[str, Any], folder: Path, seed: int 
     config = load_config(folder)
     model = empty_model(Part.whole(config, torch.float32, torch.device("cpu")))
     dummy_weights(model, seed)
-    with written_whole(folder / "model.safetensors") as staging:
+    with atomic_write(folder / "model.safetensors") as staging:
         tensors = {weight.name: weight.target.contiguous() for weight in model.weights()}
         save_file(tensors, staging, metadata={"format": "pt"})
     _write_tokenizer(config, folder)
@@ -51,7 +51,7 @@ def _write_tokenizer(config: ModelConfig, folder: Path) -> None:
     words = {f"w{i}": i for i in range(config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with written_whole(folder / "tokenizer.json") as staging:
+    with atomic_write(folder / "tokenizer.json") as staging:
         tokenizer.save(str(staging))
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -66,5 +66,5 @@ def _write_tokenizer(config: ModelConfig, folder: Path) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(path) as staging:
+    with atomic_write(path) as staging:
         staging.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")

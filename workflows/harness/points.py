@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fastserve.errors import ConfigError
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from harness.capacity import capacity_estimate, capacity_of, is_monotone, largest_fall
 from harness.experiments import Experiment, points_of
 
@@ -169,13 +169,13 @@ def provenance(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write beside the old file, then put it in its place; the same table gives the same bytes."""
-    with written_whole(path) as staging:
+    with atomic_write(path) as staging:
         table.to_csv(staging, index=False, lineterminator="\n", encoding="utf-8")
 
 
 def write_json(content: Any, path: Path) -> None:
     """Write `content` as JSON, whole."""
-    with written_whole(path) as staging:
+    with atomic_write(path) as staging:
         staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

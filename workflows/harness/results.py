@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from fastserve.engine import IterationRecord
 from fastserve.errors import OutputError
+from fastserve.files import put_in_place
 from fastserve.job import RequestMetrics
 from harness.intervals import FloatArray
 
@@ -157,7 +157,7 @@ class RunFolder:
             (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             (staging / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             for name in ("requests.parquet", "iterations.parquet", "meta.json", "summary.json"):
-                os.replace(staging / name, self.path / name)
+                put_in_place(staging / name, self.path / name)
         except OSError as error:
             raise OutputError(
                 f"cannot write the results to {self.path}: {error.strerror}; earlier results there were kept"

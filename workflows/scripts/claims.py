@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from harness.captions import findings
 from harness.claims import Evidence, claims_table
 from harness.claims_page import claims_page
@@ -22,7 +22,7 @@ with logged(snakemake.log[0]):
         evidence[path.parent.name] = Evidence(experiment, read_table(path), load_reported(reported, experiment))
     table = claims_table(snakemake.params.claims, evidence)
     write_csv(table, Path(snakemake.output.table))
-    with written_whole(Path(snakemake.output.page)) as staging:
+    with atomic_write(Path(snakemake.output.page)) as staging:
         staging.write_text(claims_page(table), encoding="utf-8")
     write_json(findings(table), Path(snakemake.output.captions))
     for row in table.itertuples():

@@ -32,7 +32,7 @@ from typing import Any
 
 from fastserve.console import Terminated, raise_on_signals
 from fastserve.errors import ConfigError, FastServeError
-from fastserve.files import check_writable, written_whole
+from fastserve.files import atomic_write, check_writable
 from fastserve.processes import Leash
 from harness.meta import COMMIT_VARIABLE
 from harness.points import read_json, write_json
@@ -348,7 +348,7 @@ def pack(out: Path, archive: Path) -> None:
         is_archive = entry.name.endswith(archive.name)
         return None if is_archive or Path(entry.name).name.startswith(".") else entry
 
-    with written_whole(archive) as staging, tarfile.open(staging, "w:gz") as tar:
+    with atomic_write(archive) as staging, tarfile.open(staging, "w:gz") as tar:
         tar.add(out, arcname=within, filter=kept)
     print(f"packed {archive}: {archive.stat().st_size / 2**20:.1f} MiB")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastserve.config import require_int, require_positive
 from fastserve.errors import ConfigError
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from fastserve.latency.base import LatencyModel
 from fastserve.latency.communication import AllReduce, HostLink, StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
@@ -120,7 +120,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile whole; OutputError if it cannot be written."""
-        with written_whole(path) as staging:
+        with atomic_write(path) as staging:
             staging.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from harness.plots.style import SMALL
 
 WIDTH = 12.0
@@ -125,7 +125,7 @@ class Page:
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.pdf. Same figure, same bytes, and both are drawn before either is put there."""
     png, pdf = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf"))
-    with written_whole(png) as staged_png, written_whole(pdf) as staged_pdf:
+    with atomic_write(png) as staged_png, atomic_write(pdf) as staged_pdf:
         figure.savefig(staged_png, format="png", dpi=160)
         figure.savefig(staged_pdf, format="pdf", metadata={"CreationDate": None})
     return [png, pdf]
