@@ -221,9 +221,15 @@ def test_a_model_that_is_not_served(quick: RunningServer, path: str) -> None:
         (b"5", "the body must be a JSON object"),
         (b'"text"', "the body must be a JSON object"),
         (b"null", "the body must be a JSON object"),
-        (b'{"prompt": "\xff"}', "There was an error parsing the body"),
-        (b"[" * 100_000, "There was an error parsing the body"),
-        (b'{"prompt": [1], "seed": ' + b"9" * 5000 + b"}", "There was an error parsing the body"),
+        (b'{"prompt": "\xff"}', "the body is not UTF-8: byte 0xff at 12"),
+        (b"[" * 10_000, "nested too deeply"),
+        (b"[" * 100_000, "the body has more than 16384 lists and objects; send less in one request"),
+        (b'{"prompt": [1], "seed": ' + b"9" * 5000 + b"}", "a number of 5000 digits; no field needs more than 100"),
+        (b'{"prompt": [1], "seed": 1, "seed": 2}', "the body has the field 'seed' twice; send it once"),
+        (b'{"prompt": [1], "a": [{"b": {}, "c": {}, "b": {}}]}', "the body has the field 'b' twice"),
+        (b'{"prompt": [1]} {}', "the body is not JSON: Extra data at character 16"),
+        ('{"prompt": [1]}'.encode("utf-16"), "the body is not UTF-8: byte 0xff at 0"),
+        ('{"prompt": [1]}'.encode("utf-16-le"), "the body is not JSON"),
         (b'{"prompt": [1], "max_tokens": 1e999}', "finite"),
     ],
 )
@@ -248,16 +254,27 @@ def test_a_body_of_another_kind(quick: RunningServer, kind: str) -> None:
     refused(reply, 400, None, "the body must be a JSON object, sent with 'Content-Type: application/json'")
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br"])
+def test_a_body_that_is_compressed(quick: RunningServer, encoding: str) -> None:
+    reply = quick.post(b"\x1f\x8b", headers={"Content-Encoding": encoding})
+    refused(reply, 400, None, f"Content-Encoding '{encoding}' is not supported; send the body as it is")
+
+
+def test_a_body_with_a_byte_order_mark_is_the_body(quick: RunningServer) -> None:
+    assert quick.post(b"\xef\xbb\xbf" + b'{"prompt": [1], "max_tokens": 1}').status == 200
+
+
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large(quick: RunningServer, chunked: bool) -> None:
-    piece, count = b" " * 2**20, 33
-    content = iter([piece] * count) if chunked else piece * count
+@pytest.mark.parametrize("size_mib", [3, 33])
+def test_a_body_that_is_too_large(quick: RunningServer, chunked: bool, size_mib: int) -> None:
+    piece = b" " * 2**20
+    content = iter([piece] * size_mib) if chunked else piece * size_mib
     headers = {"Content-Type": "application/json"}
     try:
         reply = quick.ask("POST", TEXT, content, headers)
     except (BrokenPipeError, ConnectionResetError):
         pytest.fail("it was not told why")
-    refused(reply, 413, None, "the body is larger than 32 MiB")
+    refused(reply, 413, None, "the body is larger than 2097184 bytes, which is enough for the model's context")
 
 
 def test_as_many_prompts_as_the_server_holds_and_no_more() -> None:

@@ -11,7 +11,8 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
-from fastserve.server.errors import APIError
+from fastserve.server.body import BoundedRequest
+from fastserve.server.errors import APIError, bad_request, describe
 
 BEARER = HTTPBearer(auto_error=False, description="The key that the server was started with, if with one.")
 
@@ -31,7 +32,7 @@ async def authorize(http: Request) -> None:
 
 
 class KeyFirst(APIRoute):
-    """A route that reads nothing of a request's body before its key."""
+    """A route that reads nothing of a request's body before its key, and no more of it than a request needs."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """As FastAPI has it."""
@@ -39,6 +40,16 @@ class KeyFirst(APIRoute):
 
         async def authorized(http: Request) -> Response:
             await authorize(http)
-            return await handle(http)
+            try:
+                return await handle(BoundedRequest(http, self._validated))
+            finally:
+                http.app.state.bodies.release(http)
 
         return authorized
+
+    def _validated(self, value: Any) -> Any:
+        assert self.body_field is not None
+        body, errors = self.body_field.validate(value, {}, loc=("body",))
+        if errors:
+            raise bad_request(*describe(errors[0]))
+        return body

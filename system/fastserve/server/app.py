@@ -7,7 +7,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from fastserve.server.access import BEARER
-from fastserve.server.body_limit import BodyLimit
 from fastserve.server.errors import install_error_handlers
 from fastserve.server.front import Front
 from fastserve.server.hosts import AllowedHosts, names_for
@@ -32,8 +31,8 @@ def create_app(server: Server) -> ASGIApp:
         description="OpenAI-compatible; one model, one scheduling policy.",
     )
     install_error_handlers(api)
-    api.add_middleware(BodyLimit)
     api.state.api_key = options.api_key
+    api.state.bodies = server.bodies
     api.include_router(openai_routes(server), dependencies=[Depends(BEARER)])
     api.include_router(management_routes(), dependencies=[Depends(BEARER)])
     api.include_router(operation_routes(server))

@@ -68,8 +68,6 @@ def describe(error: Mapping[str, Any]) -> tuple[str, str | None]:
     """The message of an error of pydantic's, and the path of the field at fault: `messages.3.content`."""
     # Tags of unions are no part of what the client has sent.
     path = [str(step) for step in error["loc"][1:] if not str(step).startswith("<")]
-    if error["type"] == "json_invalid":
-        return f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}", None
     if not path and error["type"] in ("missing", "model_type", "model_attributes_type"):
         return "the body must be a JSON object, sent with 'Content-Type: application/json'", None
     if error["type"] == "field":

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
 
+from fastserve.server.body import Bodies, BodyLimits
 from fastserve.server.completions import Answer, EventStream, Prompt, answer_unless_gone
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.errors import APIError, bad_request
 from fastserve.server.metrics import ServerMetrics
+from fastserve.server.offload import Offload
 from fastserve.server.options import ServerOptions
 from fastserve.server.protocol import GenerationRequest
 from fastserve.server.state import EngineView, RecentRequests
@@ -24,8 +25,11 @@ Status = Literal["ready", "draining", "failed", "stalled"]
 
 COUNTED = "counted"
 """Key in a request's state: it is one of those that `load` counts."""
-_TOKENIZED_AT_ONCE = 4096
-"""Characters of a prompt up to which tokenizing is quicker than handing it to another thread."""
+_TOKENIZE_S_A_CHARACTER = 1.3e-6
+_CHARACTERS_A_MESSAGE = 30
+"""What it costs to write a message in a chat template, in characters tokenized."""
+
+T = TypeVar("T")
 
 
 class Server:
@@ -36,6 +40,8 @@ class Server:
         self.engine = engine
         self.metrics = metrics
         self.view = EngineView(engine, recent)
+        self.offload = Offload()
+        self.bodies = Bodies(BodyLimits.of_context(engine.model.engine.longest_request), self.offload)
         self.load = 0
         """HTTP requests whose answers are being generated."""
         self.stop_by: float | None = None
@@ -138,21 +144,44 @@ class Server:
             )
         return Prompt(token_ids, body.sampling_params(max_tokens), model.codec.decoder(token_ids, body.stop_texts))
 
-    async def tokens_of(self, prompt: str | list[int]) -> list[int]:
-        """A prompt's token ids."""
-        if not isinstance(prompt, str):
-            return prompt
-        return await self._in_thread_if_long(len(prompt), lambda: self.engine.model.codec.encode(prompt))
+    async def tokens_of(self, prompts: list[str | list[int]]) -> list[list[int]]:
+        """Each prompt's token ids. APIError 400 for texts that are too long."""
+        num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        return await self._tokenize(num_characters, lambda: self._encode_all(prompts))
 
     async def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation's token ids."""
-        size = sum(len(message["content"]) for message in messages)
-        return await self._in_thread_if_long(size, lambda: self.engine.model.codec.encode_chat(messages))
+        """A conversation's token ids. APIError 400 for one that is too long."""
+        codec, contents = self.engine.model.codec, [message["content"] for message in messages]
+
+        def encode() -> list[int]:
+            codec.require_short(contents, self.engine.model.engine.longest_request, "messages")
+            return codec.encode_chat(messages)
+
+        size = sum(map(len, contents)) + _CHARACTERS_A_MESSAGE * len(messages)
+        return await self._tokenize(size, encode)
+
+    def _encode_all(self, prompts: list[str | list[int]]) -> list[list[int]]:
+        codec, longest = self.engine.model.codec, self.engine.model.engine.longest_request
+        token_ids: list[list[int]] = []
+        num_tokens, most = 0, self.bodies.limits.num_values
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                codec.require_short([prompt], longest, "prompt")
+                prompt = codec.encode(prompt)
+            num_tokens += len(prompt)
+            if num_tokens > most:
+                raise bad_request(f"the prompts have more than {most} tokens; send them in several requests", "prompt")
+            token_ids.append(prompt)
+        return token_ids
+
+    async def _tokenize(self, num_characters: int, encode: Callable[[], T]) -> T:
+        return await self.offload.run(num_characters * _TOKENIZE_S_A_CHARACTER, encode)
 
     async def respond(
         self, answer_class: type[Answer], body: GenerationRequest, prompts: list[Prompt], http: Request
     ) -> Response:
         """Whole, or as events."""
+        self.bodies.release(http)
         answer = answer_class(body, self.engine, prompts, http.state.request_id)
         self.load += 1
         setattr(http.state, COUNTED, True)
@@ -163,7 +192,3 @@ class Server:
         except StreamEnded as error:
             raise self.unavailable(str(error)) from error
         return response or Response(status_code=499)  # Nobody is there to read it.
-
-    @staticmethod
-    async def _in_thread_if_long(size: int, encode: Callable[[], list[int]]) -> list[int]:
-        return encode() if size <= _TOKENIZED_AT_ONCE else await asyncio.to_thread(encode)

@@ -13,6 +13,12 @@ _PROMPT_TOKENS_SEEN = 8
 _MOST_TOKENS_DECODED = 64
 """How long one waits for text: a model can go on with bytes that are no character for ever."""
 _MOST_BYTES_OF_A_CHARACTER = 4
+_ALWAYS_TOKENIZED = 2**18
+"""Characters, which take less than 100 MB."""
+_MOST_CHARACTERS_A_TOKEN = 8
+"""In the mean of a long text; in English 4."""
+_PIECE = 2**16
+_SURELY_LONGER = 1.25
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -26,11 +32,32 @@ class TextCodec:
     def __init__(self, tokenizer: Any = None) -> None:
         """`tokenizer`: of transformers, backed by the tokenizers library."""
         self._tokenizer = tokenizer
+        self._longest_token = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()))
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether texts can be told from tokens."""
         return self._tokenizer is not None
+
+    def require_short(self, texts: Sequence[str], context: int, param: str) -> None:
+        """Raise APIError 400 if the texts are sure to be more than `context` tokens in all.
+
+        A tokenizer takes some 300 bytes of memory for each token, and it is not to take them for nothing. So the
+        longest texts are counted in pieces first; at a cut there may be a token more than in the whole.
+        """
+        num_characters = sum(map(len, texts))
+        if self._tokenizer is None or num_characters <= _ALWAYS_TOKENIZED:
+            return
+        beginning = f"This model's maximum context length is {context} tokens: {num_characters} characters"
+        most = min(context * self._longest_token, max(_ALWAYS_TOKENIZED, context * _MOST_CHARACTERS_A_TOKEN))
+        if num_characters > most:
+            raise bad_request(f"{beginning} are longer; send at most {most}", param, "context_length_exceeded")
+        num_tokens = 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                num_tokens += len(self._tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False))
+                if num_tokens > _SURELY_LONGER * context:
+                    raise bad_request(f"{beginning} are longer", param, "context_length_exceeded")
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt. APIError 400 without a tokenizer."""

@@ -26,8 +26,8 @@ def openai_routes(server: Server) -> APIRouter:
         server.require_ready(len(body.prompts))
         names = ["prompt"] if len(body.prompts) == 1 else [f"prompt.{i}" for i in range(len(body.prompts))]
         prompts = [
-            server.prompt(body, await server.tokens_of(prompt), "max_tokens", name)
-            for prompt, name in zip(body.prompts, names, strict=True)
+            server.prompt(body, token_ids, "max_tokens", name)
+            for token_ids, name in zip(await server.tokens_of(body.prompts), names, strict=True)
         ]
         server.require_ready(len(prompts))
         return await server.respond(TextAnswer, body, prompts, http)
