@@ -102,6 +102,13 @@ class RequestMetrics:
     recomputed_tokens: int
     error: str
 
+    @property
+    def tpot_s(self) -> float:
+        """Mean time between output tokens; NaN for fewer than two."""
+        if self.output_tokens < 2:
+            return math.nan
+        return (self.finished_s - self.first_token_s) / (self.output_tokens - 1)
+
 
 def _or_nan(time_s: float | None) -> float:
     return math.nan if time_s is None else time_s

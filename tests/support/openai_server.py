@@ -20,6 +20,16 @@ def token(text: str = " w") -> bytes:
     return b"data: " + json.dumps({"choices": [{"index": 0, "text": text}], "usage": None}).encode() + b"\n\n"
 
 
+def chunk(**content: Any) -> bytes:
+    """An event of this content."""
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+def delta(finish_reason: str | None = None, **content: Any) -> bytes:
+    """An event of a chat."""
+    return chunk(choices=[{"index": 0, "delta": content, "finish_reason": finish_reason}])
+
+
 def usage(prompt_tokens: int, completion_tokens: int) -> bytes:
     counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     return b"data: " + json.dumps({"choices": [], "usage": counts}).encode() + b"\n\n"
@@ -27,7 +37,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> bytes:
 
 @dataclass
 class Call:
-    """One request for a completion."""
+    """One request for a completion or a chat."""
 
     server: OpenAIServer
     request: web.Request
@@ -38,12 +48,20 @@ class Call:
         """The workload's name of it, which X-Request-ID ends with."""
         return self.request.headers["X-Request-ID"].partition("-")[2]
 
-    async def stream(self, *chunks: bytes) -> web.StreamResponse:
-        """Begin a stream, with these chunks."""
+    @property
+    def is_completion(self) -> bool:
+        """Whether it has a prompt; else it is a chat."""
+        return "prompt" in self.body
+
+    async def stream(self, *chunks: bytes | float) -> web.StreamResponse:
+        """Begin a stream with these chunks; a number is a pause, in seconds."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(self.request)
-        for chunk in chunks:
-            await response.write(chunk)
+        for each in chunks:
+            if isinstance(each, bytes):
+                await response.write(each)
+            else:
+                await asyncio.sleep(each)
         return response
 
     async def others(self, count: int) -> None:
@@ -61,12 +79,13 @@ Script = Callable[[Call], Awaitable[web.StreamResponse]]
 
 
 async def complete(call: Call) -> web.StreamResponse:
-    """As many tokens as were asked for, and how many they were."""
+    """As many tokens as were asked for, each by itself, and how many they were."""
     count = call.body["max_tokens"]
     response = await call.stream()
     for _ in range(count):
-        await response.write(token())
-    await response.write(usage(len(call.body["prompt"]), count))
+        await response.write(token() if call.is_completion else delta(content=" w"))
+        await asyncio.sleep(0.002)  # A client that read several at once would take the answer for one kept back.
+    await response.write(usage(len(call.body["prompt"]) if call.is_completion else 5, count))
     await response.write(DONE)
     return response
 
@@ -80,8 +99,8 @@ def refuse(status: int, content: object, **headers: str) -> Script:
     return script
 
 
-def say(*chunks: bytes) -> Script:
-    """A stream of these chunks, whatever was asked for."""
+def say(*chunks: bytes | float) -> Script:
+    """A stream of these chunks and pauses, whatever was asked for."""
 
     async def script(call: Call) -> web.StreamResponse:
         return await call.stream(*chunks)
@@ -106,6 +125,10 @@ class OpenAIServer:
     scripts: Mapping[str, Script] = field(default_factory=dict)
     models: object = field(default_factory=lambda: {"data": [{"id": "tiny", "owned_by": "someone"}]})
     models_status: int = 200
+    not_ready: list[Mapping[str, str]] = field(default_factory=list)
+    """Headers of the answers 503 that GET /v1/models gives before it gives the models."""
+    endpoint: str = "/v1/completions"
+    """The one kind of request it knows."""
     version: str | None = None
     metrics: list[str] = field(default_factory=list)
     """What GET /metrics gives, one after the other; 404 when there is none left."""
@@ -126,7 +149,7 @@ class OpenAIServer:
         app.router.add_get("/v1/models", self._list_models)
         app.router.add_get("/version", self._say_version)
         app.router.add_get("/metrics", self._say_metrics)
-        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post(self.endpoint, self._complete)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)
@@ -153,6 +176,8 @@ class OpenAIServer:
         return await handler(request)
 
     async def _list_models(self, _: web.Request) -> web.Response:
+        if self.not_ready:
+            return web.json_response({"error": {"message": "loading"}}, status=503, headers=self.not_ready.pop(0))
         return web.json_response(self.models, status=self.models_status)
 
     async def _say_version(self, _: web.Request) -> web.Response:

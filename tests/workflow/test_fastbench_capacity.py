@@ -146,7 +146,10 @@ def test_the_real_engine(tmp_path: Path) -> None:
         (["--slo", "1", "--tolerance", "0"], "--tolerance must be at least 0.0001 and below 1, not 0"),
         (["--slo", "1", "--policy", "fcfs"], "unknown policy 'fcfs'"),
         (["--slo", "1", "--seeds", "0", "--set", "alpha=1"], "unknown option 'alpha'"),
-        (["--slo", "1", "--seeds", "0", "--set", "num_gpu_blocks=1"], f"no request has a {METRIC}; `fastbench run`"),
+        (
+            ["--slo", "1", "--seeds", "0", "--set", "num_gpu_blocks=1"],
+            f"{METRIC} cannot be told of the run with seed 0, which finished 0 requests and not ",
+        ),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, arguments: list[str], message: str) -> None:

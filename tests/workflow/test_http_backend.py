@@ -11,6 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,9 @@ from aiohttp import web
 
 from fastserve.engine import IterationRecord
 from fastserve.errors import ConfigError, FastServeError, ServerError
-from harness import http_replay
+from harness import http_replay, http_server
 from harness.capacity_search import Objective, find_capacity
+from harness.http_request import parse_extra_body
 from harness.http_server import message_of
 from harness.results import CLIENT_COLUMNS, REQUEST_COLUMNS
 from harness.runner import RunConfig, run
@@ -33,7 +37,9 @@ from support.openai_server import (
     Call,
     OpenAIServer,
     Script,
+    chunk,
     complete,
+    delta,
     never,
     refuse,
     say,
@@ -80,6 +86,7 @@ def test_the_four_files_are_those_of_the_other_backends(tmp_path: Path) -> None:
         assert (row["request_id"], row["status"]) == (str(i), "finished")
         assert (row["prompt_tokens"], row["output_tokens"]) == (5, 4)
         assert row["arrival_s"] == workload.arrival_s[i]
+        assert row["event_tokens"] is None
         times = [row["arrival_s"], row["sent_s"], *row["token_s"]]
         assert times == sorted(times)
         assert (row["first_token_s"], row["finished_s"]) == (row["token_s"][0], row["token_s"][3])
@@ -140,17 +147,29 @@ def test_an_own_vocabulary_wins_over_that_of_the_server(tmp_path: Path) -> None:
     assert meta_of(tmp_path)["configuration"]["vocab_size"] == 1
 
 
-def test_prompts_as_text(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of seven words, the first of them special, so that it has no text in a prompt."""
     tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("words")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(7)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    words.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return str(folder)
+
+
+def text_of(request: int) -> str:
+    ids = make_workload(TRACE, "poisson", 200.0, request + 1, 0).prompt_token_ids(request, 7)
+    return " ".join(f"w{i}" for i in ids if i)
+
+
+def test_prompts_as_text(tmp_path: Path, words: str) -> None:
     server = OpenAIServer()
-    replayed(server, tmp_path / "out", prompts="text", tokenizer=str(tmp_path), num_requests=1)
-    ids = make_workload(TRACE, "poisson", 200.0, 1, 0).prompt_token_ids(0, 7)
-    assert server.calls[0].body["prompt"] == " ".join(f"w{i}" for i in ids)
-    assert rows_of(tmp_path / "out")[0]["prompt_tokens"] == len(server.calls[0].body["prompt"])  # as the server says
+    replayed(server, tmp_path, prompts="text", tokenizer=words, num_requests=1, warmup=1)
+    assert [call.body["prompt"] for call in server.calls] == [" ".join(16 * ["w1"]), text_of(0)]
+    assert rows_of(tmp_path)[0]["prompt_tokens"] == len(server.calls[1].body["prompt"])  # as the server says
 
 
 def test_requests_are_sent_on_schedule_though_none_is_answered(tmp_path: Path) -> None:
@@ -176,8 +195,9 @@ def test_a_late_client_counts_as_latency_and_says_so(
     sleep, slept = asyncio.sleep, []
 
     async def overslept(seconds: float) -> None:
-        slept.append(seconds)
-        await sleep(seconds + 0.05)
+        is_client = threading.current_thread() is threading.main_thread()
+        slept.extend([seconds] if is_client else [])
+        await sleep(seconds + 0.05 * is_client)
 
     monkeypatch.setattr(http_replay.asyncio, "sleep", overslept)
     summary, rows = replayed(OpenAIServer(), tmp_path, arrivals="constant", rate=1000.0)
@@ -233,7 +253,20 @@ GOOD: dict[str, tuple[Script, int, int]] = {
     "with comments and without spaces": (say(b": ping\n\n", OF_TWO.replace(b"data: ", b"data:")), 2, 2),
     "without usage": (say(token(), token(), token(), DONE), 3, 3),
     "several tokens an event": (say(token(" a b"), usage(5, 4), DONE), 1, 4),
-    "no text yet": (say(token(""), token(), DONE), 2, 2),
+    "no text yet": (say(token(""), token(), DONE), 1, 1),
+    "usage without choices": (say(token(), token(), chunk(usage={"completion_tokens": 2}), DONE), 2, 2),
+    "usage with the last choice": (
+        say(token(), token(), chunk(choices=[{"text": "", "finish_reason": "length"}], usage={"completion_tokens": 2})),
+        2,
+        2,
+    ),
+    "no choices and no usage": (say(chunk(choices=[], usage=None), token(), token(), usage(5, 2), DONE), 2, 2),
+    "no empty line after [DONE]": (say(token(), token(), usage(5, 2), b"data: [DONE]"), 2, 2),
+    "one newline after [DONE]": (say(token(), token(), usage(5, 2), b"data: [DONE]\n"), 2, 2),
+    "a finish_reason and no [DONE]": (say(token(), chunk(choices=[{"text": "w", "finish_reason": "length"}])), 2, 4),
+    "keep-alives": (say(b": OPENROUTER PROCESSING\n\n", chunk(), token(), chunk(type="ping"), token(), DONE), 2, 2),
+    "a byte order mark": (say(b"\xef\xbb\xbf" + OF_TWO), 2, 2),
+    "data of several lines": (say(token(), b'data: {"choices": [\ndata: {"text": "w"}]}\n\n', DONE), 2, 2),
 }
 
 
@@ -242,6 +275,7 @@ def test_streams_that_can_be_read(tmp_path: Path, name: str) -> None:
     script, num_events, num_tokens = GOOD[name]
     summary, (row,) = replayed(OpenAIServer(script), tmp_path, num_requests=1)
     assert (summary["finished"], row["output_tokens"], len(row["token_s"])) == (1, num_tokens, num_events)
+    assert row["event_tokens"] is None
     assert row["token_s"] == sorted(row["token_s"])
     assert math.isfinite(summary["mean_jct_s"])
 
@@ -261,7 +295,9 @@ BAD: dict[str, tuple[Script, str, str]] = {
     "cut": (break_off, "failed", "connection failed: "),
     "error event": (say(token(), b'data: {"error": {"message": "lost a rank"}}\n\n', DONE), "failed", "1 tokens: lost"),
     "both": (say(b'data: {"choices": [{}], "error": {"message": "gone"}}\n\n'), "failed", "after 0 tokens: gone"),
-    "short": (say(token(), usage(5, 1)), "failed", "the stream (text/event-stream) ended before [DONE]"),
+    "error kind": (say(token(), b'event: error\ndata: {"message": "full"}\n\n'), "failed", "after 1 tokens: full"),
+    "aborted": (say(token(), chunk(choices=[{"finish_reason": "abort"}]), DONE), "failed", "finish_reason 'abort'"),
+    "short": (say(token(), usage(5, 1)), "failed", "(text/event-stream) ended before [DONE] and without a finish_reas"),
     "empty": (say(DONE), "failed", "the stream held no token"),
     "no JSON": (say(token(), b"data: oops\n\n", DONE), "failed", "after 1 tokens: oops"),
     "no object": (say(b"data: 3\n\n"), "failed", "after 0 tokens: 3"),
@@ -341,8 +377,13 @@ def test_an_answer_that_is_done_is_finished_though_its_connection_stays_open(tmp
 def test_other_lengths_than_asked_for_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scripts = {"1": say(token(), DONE)}
     replayed(OpenAIServer(scripts=scripts), tmp_path)
-    assert "1 of 4 requests got another number of tokens than they asked for" in capsys.readouterr().err
+    said = "1 of 4 requests got another number of tokens than they asked for: the server may not know ignore_eos"
+    assert said in capsys.readouterr().err
     assert meta_of(tmp_path)["client"]["of_other_length"] == 1
+    replayed(OpenAIServer(scripts=scripts), tmp_path, ignore_eos=False)
+    assert "with --no-ignore-eos the model ends its outputs, so their lengths are not the trace's" in " ".join(
+        meta_of(tmp_path)["warnings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -358,6 +399,195 @@ def test_other_lengths_than_asked_for_are_said(tmp_path: Path, capsys: pytest.Ca
 )
 def test_the_message_in_an_answer(answer: bytes, message: str) -> None:
     assert message_of(answer) == message
+
+
+# -- servers that differ ---------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_knows_chats_alone(tmp_path: Path, words: str) -> None:
+    """Its first event has a role and no text."""
+
+    async def script(call: Call) -> web.StreamResponse:
+        response = await call.stream(delta(role="assistant", content=""), 0.3)
+        for i in range(call.body["max_tokens"]):
+            await response.write(delta(**{"reasoning_content" if i < 2 else "content": "w "}))
+            await asyncio.sleep(0.01)
+        await response.write(delta(finish_reason="length") + usage(9, call.body["max_tokens"]) + DONE)
+        return response
+
+    server = OpenAIServer(script, endpoint="/v1/chat/completions")
+    text = {"prompts": "text", "tokenizer": words, "num_requests": 2}
+    with pytest.raises(ServerError, match="may have no /v1/completions: try --endpoint chat --prompts text"):
+        replayed(server, tmp_path, **text)
+    summary, rows = replayed(server, tmp_path, endpoint="chat", **text)
+    assert {call.name: call.body for call in server.calls} == {
+        str(i): {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": text_of(i)}],
+            "max_tokens": 4,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for i in range(2)
+    }
+    assert [(row["output_tokens"], len(row["token_s"]), row["prompt_tokens"]) for row in rows] == [(4, 4, 9)] * 2
+    assert min(row["first_token_s"] - row["sent_s"] for row in rows) > 0.29
+    assert 0.0099 < summary["mean_tpot_s"] < 0.3
+    assert meta_of(tmp_path)["configuration"]["endpoint"] == "chat"
+
+
+def test_a_strict_server_names_the_option_that_helps(tmp_path: Path, words: str) -> None:
+    async def script(call: Call) -> web.StreamResponse:
+        if "ignore_eos" in call.body:
+            return await refuse(422, {"detail": "Unexpected fields in the request: {'ignore_eos'}"})(call)
+        if not isinstance(call.body["prompt"], str):
+            return await refuse(400, {"detail": "prompt must be a string."})(call)
+        return await complete(call)
+
+    def run_with(**changes: Any) -> dict[str, Any]:
+        return replayed(OpenAIServer(script), tmp_path, **changes)[0]
+
+    with pytest.raises(ServerError, match=r"HTTP 422: .*: add --no-ignore-eos"):
+        run_with()
+    with pytest.raises(ServerError, match=r"HTTP 400: .* needs --prompts text --tokenizer DIR"):
+        run_with(ignore_eos=False)
+    assert run_with(ignore_eos=False, prompts="text", tokenizer=words)["finished"] == 4
+    assert run_with(extra_body={"ignore_eos": None}, prompts="text", tokenizer=words)["finished"] == 4
+
+
+def test_a_body_of_ones_own(tmp_path: Path) -> None:
+    server = OpenAIServer()
+    extra = {"temperature": None, "top_k": 1, "stream_options": {"continuous_usage_stats": True}}
+    replayed(server, tmp_path, extra_body=extra, num_requests=1)
+    body = server.calls[0].body
+    assert "temperature" not in body
+    assert (body["top_k"], body["stream_options"]) == (1, {"include_usage": True, "continuous_usage_stats": True})
+    assert meta_of(tmp_path)["configuration"]["extra_body"] == extra
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "--extra-body '{' is not JSON: "),
+        ("[]", "--extra-body must be a JSON object, such as"),
+        ('{"top_p": NaN}', "NaN is no JSON number"),
+        ("[" * 100_000, "is not JSON: "),
+    ],
+)
+def test_a_body_that_is_none_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_extra_body(text)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "models", [(404, {}), (501, {}), (500, {}), (200, {"data": []}), (200, {"data": [{"id": "b"}]})]
+)
+def test_a_named_model_needs_no_list_and_is_asked_for_before_the_clock_starts(
+    tmp_path: Path, models: tuple[int, object]
+) -> None:
+    server = OpenAIServer(models_status=models[0], models=models[1])
+    summary, _ = replayed(server, tmp_path, model="a")
+    assert (summary["finished"], summary["policy"]) == (4, "unknown")
+    assert [call.name for call in server.calls[:1]] == ["warmup-0"]
+    assert {call.body["model"] for call in server.calls} == {"a"}
+    assert meta_of(tmp_path)["configuration"]["warmup"] == 1
+
+
+def test_a_server_that_is_not_ready_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(http_server, "_FIRST_PAUSE_S", 0.01)
+    past = "Thu, 01 Jan 1970 00:00:00 GMT"
+    server = OpenAIServer(not_ready=[{}, {"Retry-After": "0"}, {"Retry-After": past}, {"Retry-After": "soon"}])
+    summary, _ = replayed(server, tmp_path)
+    assert summary["finished"] == 4
+    errors = capsys.readouterr().err
+    assert errors.count("/v1/models answered 503 (loading); asked again in") == 4
+    assert "asked again in 0.01 s" in errors
+
+
+@pytest.mark.parametrize("header", [{"Retry-After": "3600"}, {}])
+def test_a_server_that_is_not_ready_in_time_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: dict[str, str]
+) -> None:
+    monkeypatch.setattr(http_server, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(http_server, "_PATIENCE_S", 0.2)
+    server = OpenAIServer(not_ready=[header] * 1000)
+    with pytest.raises(ServerError, match="/v1/models answered 503: loading; start it again, or wait"):
+        replayed(server, tmp_path / "out")
+    assert (len(server.headers) == 1) == bool(header), "not asked again where that is of no use"
+    assert not (tmp_path / "out").exists()
+
+
+# -- what cannot be told ---------------------------------------------------------------------------------------------
+
+
+def of_four(*sizes: int, usage_runs: bool = False, pause: float = 0.02) -> Script:
+    """Four tokens in events of these sizes."""
+    chunks: list[bytes | float] = []
+    for i, size in enumerate(sizes):
+        said = {"completion_tokens": sum(sizes[: i + 1])} if usage_runs else None
+        chunks += [chunk(choices=[{"text": size * " w"}], usage=said), pause]
+    return say(*chunks, usage(5, 4), DONE)
+
+
+ALL_AT_ONCE = "4 of 4 finished requests got all their text at once: they have no time to first token, time per token"
+NOT_SAID = "4 of 4 finished requests have 16 tokens in 8 events, and the server does not say how many came with which"
+SAID = "16 tokens came in 8 events: the longest gap is between events"
+
+
+@pytest.mark.parametrize(
+    ("script", "undefined", "warning"),
+    [
+        (of_four(1, 1, 1, 1), set(), None),
+        (of_four(2, 2, usage_runs=True), set(), SAID),
+        (of_four(2, 2), {"tpot", "max_token_gap"}, NOT_SAID),
+        (of_four(4), {"ttft", "tpot", "max_token_gap"}, ALL_AT_ONCE),
+        (of_four(4, usage_runs=True), {"ttft", "tpot", "max_token_gap"}, ALL_AT_ONCE),
+        (say(4 * token() + usage(5, 4) + DONE), {"ttft", "tpot", "max_token_gap"}, ALL_AT_ONCE),
+        (say(*(4 * [token(), 0.01]), DONE), set(), "the server gave no usage for 4 of 4 finished requests"),
+    ],
+)
+def test_what_cannot_be_told_is_null_and_said(
+    tmp_path: Path, script: Script, undefined: set[str], warning: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, rows = replayed(OpenAIServer(script), tmp_path)
+    missing = {name for name in ("jct", "normalized_latency", "ttft", "tpot", "max_token_gap")
+               if summary[f"mean_{name}_s"] is None}  # fmt: skip
+    assert missing == undefined
+    assert {row["output_tokens"] for row in rows} == {4}
+    warnings = [line for line in meta_of(tmp_path)["warnings"] if "late" not in line]
+    assert [line[: len(warning or "")] for line in warnings] == ([] if warning is None else [warning])
+    assert all(f"warning: {line}" in capsys.readouterr().err for line in warnings)
+
+
+def test_a_time_per_token_that_few_requests_lack_is_that_of_the_others(tmp_path: Path) -> None:
+    server = OpenAIServer(of_four(1, 1, 1, 1), {"3": of_four(2, 2), "7": of_four(4)})
+    summary, rows = replayed(server, tmp_path, num_requests=40, rate=1000.0)
+    per_token = [(row["finished_s"] - row["first_token_s"]) / 3 for row in rows if row["request_id"] not in ("3", "7")]
+    assert summary["mean_tpot_s"] == pytest.approx(np.mean(per_token))
+    server.scripts = {**server.scripts, "8": of_four(2, 2)}
+    assert replayed(server, tmp_path, num_requests=40, rate=1000.0)[0]["mean_tpot_s"] is None
+
+
+def test_a_capacity_by_what_cannot_be_told_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with OpenAIServer(of_four(4)).running() as url:
+        objective = Objective(1.0, "mean_tpot_s", seeds=(0,), low=100.0)
+        with pytest.raises(ConfigError, match=f"at 100 requests/s mean_tpot_s cannot be told.*{ALL_AT_ONCE}"):
+            find_capacity(config(url, rate=None), objective, tmp_path, lambda _: None)
+    assert not (tmp_path / "capacity.json").exists()
+
+
+@pytest.mark.parametrize("owner", ["fastserve", "vllm", "someone"])
+def test_servers_known_to_count_are_asked_how_many_tokens_each_event_holds(tmp_path: Path, owner: str) -> None:
+    server = OpenAIServer(models={"data": [{"id": "tiny", "owned_by": owner}]})
+    replayed(server, tmp_path, num_requests=1)
+    asked = server.calls[0].body["stream_options"]
+    assert asked == {"include_usage": True} | ({} if owner == "someone" else {"continuous_usage_stats": True})
 
 
 # -- the server's own counts and warm-up -----------------------------------------------------------------------------
@@ -425,10 +655,23 @@ def test_the_policy_is_what_the_server_says(tmp_path: Path, card: dict, given: s
     ("server", "change", "error", "message"),
     [
         ({"models": {"data": [{"id": "a", "policy": "srpt"}]}}, {"policy": "mlfq"}, ConfigError, "runs policy 'srpt'"),
-        ({"models": {"data": [{"id": "a"}, {"id": "b"}]}}, {"model": "c"}, ConfigError, "no model 'c'; it serves a, b"),
+        (
+            {"models": {"data": [{"id": "a"}, {"id": "b"}]}, "script": refuse(404, {"message": "no model c"})},
+            {"model": "c"},
+            ServerError,
+            "request warmup-0 of the warm-up was rejected: HTTP 404: no model c; the server lists a, b",
+        ),
         ({"models": {"data": []}}, {}, ServerError, "/v1/models lists no model"),
         ({"models": {"data": None}}, {}, ServerError, "/v1/models lists no model"),
         ({"models": ["tiny"]}, {}, ServerError, 'lists no model: ["tiny"]'),
+        (
+            {"models": {}, "models_status": 404},
+            {},
+            ServerError,
+            "answered 404: {}; --url must lead to an OpenAI-compat",
+        ),
+        ({"models": {}, "models_status": 501}, {}, ServerError, "if it lists no models, name one with --model"),
+        ({"models": {}, "models_status": 401}, {"model": "a"}, ServerError, "OPENAI_API_KEY holds the key"),
         ({"models": {"error": "who?"}, "models_status": 401}, {}, ServerError, "answered 401: who?; --url must"),
         ({"models": {}, "models_status": 401}, {}, ServerError, "OPENAI_API_KEY holds the key"),
     ],
@@ -439,7 +682,7 @@ def test_a_server_that_is_not_what_was_meant_is_named_before_anything_is_written
     with pytest.raises(error) as caught:
         replayed(OpenAIServer(**server), tmp_path / "out", **change)
     assert message in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -462,6 +705,10 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         ({"device": "cuda"}, "--device applies to --backend engine only"),
         ({"prompts": "words"}, "--prompts must be ids or text, not 'words'"),
         ({"prompts": "text"}, "--prompts text needs --tokenizer"),
+        ({"endpoint": "chat"}, "--endpoint chat takes no token ids: add --prompts text --tokenizer DIR"),
+        ({"endpoint": "chats"}, "--endpoint must be completions or chat, not 'chats'"),
+        ({"extra_body": {"stream": False}}, "--extra-body must not hold stream: the trace and --model decide"),
+        ({"extra_body": {"prompt": "w", "n": 2}}, "--extra-body must not hold prompt, n: "),
         ({"prompts": "text", "tokenizer": "/nowhere"}, "tokenizer '/nowhere' is not a directory"),
         ({"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),
         ({"max_concurrency": 0}, "max_concurrency must be an integer of at least 1"),
@@ -504,29 +751,79 @@ def test_the_capacity_of_a_server(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "capacity.json").read_text())["configuration"]["policy"] == "someone"
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+@contextmanager
+def started(url: str, out: Path, num_requests: int) -> Iterator[subprocess.Popen[str]]:
+    """The command, in a process of its own."""
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "harness.cli", "run", "--backend", "http", "--url", url, "--trace", TRACE,
+            "--arrivals", "constant", "--rate", "20", "--num-requests", str(num_requests), "--out", str(out),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_was_measured_until_a_signal_is_kept(tmp_path: Path, signum: signal.Signals) -> None:
+    """Requests 0 and 1 are answered and 2 is not; the rest is yet to come."""
+    begun = threading.Event()
+
+    async def script(call: Call) -> web.StreamResponse:
+        begun.set()
+        return await never(call)
+
+    server = OpenAIServer(script, {"0": complete, "1": complete})
+    with server.running() as url, started(url, tmp_path, 1000) as process:
+        assert begun.wait(timeout=60)
+        time.sleep(0.3)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode in (128 + signum, -signum), errors
+    assert "Traceback" not in errors
+    rows = rows_of(tmp_path)
+    assert [row["status"] for row in rows] == 2 * ["finished"] + 998 * ["aborted"]
+    assert {row["sent_s"] is None for row in rows[:3]} == {False}
+    assert rows[-1]["sent_s"] is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["finished"], summary["failed"]) == (2, 998)
+    assert 0 < summary["mean_jct_s"] < 30
+    meta = meta_of(tmp_path)
+    assert meta["error"] == f"{signum.name} ended the run: 2 of 1000 requests had finished"
+    assert meta["failed"][0] == f"request 2: unfinished when {signum.name} ended the run"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "requests.parquet", "iterations.parquet", "summary.json", "meta.json",
+    }  # fmt: skip
+    assert "2" in {server.left.get(timeout=60) for _ in server.calls[2:]}
+
+
+def test_ctrl_c_before_anything_has_finished_leaves_nothing(tmp_path: Path) -> None:
     asked = threading.Event()
 
     async def script(call: Call) -> web.StreamResponse:
         asked.set()
         return await never(call)
 
-    server = OpenAIServer(script)
-    with server.running() as url:
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "harness.cli", "run", "--backend", "http", "--url", url, "--trace", TRACE,
-                "--rate", "10", "--num-requests", "1000", "--out", str(tmp_path),
-            ],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"},
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    with OpenAIServer(script).running() as url, started(url, tmp_path, 1000) as process:
         assert asked.wait(timeout=60)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
+    assert "nothing was written" in errors or not errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_dies_midway_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replayed(OpenAIServer(scripts={"1": break_off, "3": refuse(500, {"error": "out of memory"})}), tmp_path)
+    errors = capsys.readouterr().err
+    assert "2 of 4 requests did not finish and count in no latency; first, request 1: after 2 tokens the conn" in errors
+    assert f"{tmp_path / 'meta.json'} has more" in errors
 
 
 def test_only_a_run_over_http_needs_a_client() -> None:

@@ -180,10 +180,7 @@ def find_capacity(config: RunConfig, objective: Objective, out: Path, say: Calla
                     progress.advance()
             value = float(mean_over_seeds(_values(summaries[rate], objective.metric)))
             if math.isnan(value):
-                raise ConfigError(
-                    f"at {rate:g} requests/s, with some seed no request has a {objective.metric}; `fastbench run` with "
-                    "that rate and the same options writes to meta.json why requests were refused"
-                )
+                raise ConfigError(f"at {rate:g} requests/s {_why_undefined(objective, summaries[rate], folders)}")
             verdict = "within" if value <= objective.slo else "above"
             say(f"{rate:10.4g} requests/s: {objective.metric} {value:.4g}, {verdict} the SLO")
             return value
@@ -227,6 +224,21 @@ def _quiet_run(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def _values(summaries: Sequence[dict[str, Any]], metric: str) -> FloatArray:
     return np.array([summary[metric] for summary in summaries], dtype=float)
+
+
+def _why_undefined(objective: Objective, summaries: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
+    """Why the metric has no mean: what the first run without it warns of, or refused."""
+    metric = objective.metric
+    seed, summary, folder = next(
+        each for each in zip(objective.seeds, summaries, folders, strict=True) if each[1][metric] is None
+    )
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    reasons = [*meta.get("warnings", ()), *meta.get("failed", ()), *meta["rejected"]]
+    why = "; ".join(reasons[:2]) or "none of its requests has one"
+    return (
+        f"{metric} cannot be told of the run with seed {seed}, which finished {summary['finished']} requests and not "
+        f"{summary['failed']}: {why}"
+    )
 
 
 def _provenance(path: Path) -> dict[str, Any]:

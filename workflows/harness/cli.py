@@ -16,6 +16,7 @@ from fastserve.options import option_names
 from fastserve.scheduler import list_policies
 from fastserve.settings import parse_settings
 from harness.capacity_search import Objective, find_capacity
+from harness.http_request import parse_extra_body
 from harness.runner import RunConfig
 from harness.runner import run as run_benchmark
 from harness.traces import list_traces
@@ -80,6 +81,14 @@ DrainLimit = Annotated[
     float, typer.Option(min=0, metavar="SECONDS", help="Time after the last arrival to finish in, else aborted (http).")
 ]
 Warmup = Annotated[int, typer.Option(min=0, help="Short requests before the clock starts, not recorded (http).")]
+Endpoint = Annotated[str, typer.Option(help="completions, or chat, which needs --prompts text (http).")]
+NoIgnoreEos = Annotated[
+    bool,
+    typer.Option("--no-ignore-eos", help="Let the model end its outputs, for servers that refuse the field (http)."),
+]
+ExtraBody = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Merged into every request; null removes a field (http).")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the engine or the policy.")
 ]
@@ -119,6 +128,9 @@ def run(
     max_concurrency: MaxConcurrency = None,
     drain_limit: DrainLimit = 600.0,
     warmup: Warmup = 0,
+    endpoint: Endpoint = "completions",
+    no_ignore_eos: NoIgnoreEos = False,
+    extra_body: ExtraBody = None,
     set_: Settings = None,
 ) -> None:
     """Serve a workload and write requests.parquet, iterations.parquet, summary.json and meta.json."""
@@ -149,6 +161,9 @@ def run(
         max_concurrency=max_concurrency,
         drain_limit_s=drain_limit,
         warmup=warmup,
+        endpoint=endpoint,
+        ignore_eos=not no_ignore_eos,
+        extra_body=parse_extra_body(extra_body),
         settings=parse_settings(set_ or []),
     )
     folder = out or Path("results") / f"{_file_name(config)}-seed{seed}"
@@ -214,6 +229,9 @@ def capacity(
     max_concurrency: MaxConcurrency = None,
     drain_limit: DrainLimit = 600.0,
     warmup: Warmup = 0,
+    endpoint: Endpoint = "completions",
+    no_ignore_eos: NoIgnoreEos = False,
+    extra_body: ExtraBody = None,
     set_: Settings = None,
 ) -> None:
     """Find the highest rate that meets an SLO and write capacity.csv and capacity.json.
@@ -248,6 +266,9 @@ def capacity(
         max_concurrency=max_concurrency,
         drain_limit_s=drain_limit,
         warmup=warmup,
+        endpoint=endpoint,
+        ignore_eos=not no_ignore_eos,
+        extra_body=parse_extra_body(extra_body),
         settings=parse_settings(set_ or []),
     )
     objective = Objective(slo, metric, parse_seeds(seeds), low, high, tolerance)

@@ -20,7 +20,7 @@ from fastserve.job import RequestMetrics
 from harness.intervals import FloatArray
 
 if TYPE_CHECKING:
-    from harness.http_replay import Exchange
+    from harness.http_answer import Exchange
 
 REQUEST_COLUMNS = {
     "request_id": pa.string(),
@@ -39,13 +39,20 @@ REQUEST_COLUMNS = {
     "swap_in_bytes": pa.int64(),
     "recomputed_tokens": pa.int64(),
 }
-CLIENT_COLUMNS = {"sent_s": pa.float64(), "token_s": pa.list_(pa.float64())}
-"""Further columns of a run over HTTP: when a request was sent, and when each event with a token came."""
+CLIENT_COLUMNS = {
+    "sent_s": pa.float64(),
+    "token_s": pa.list_(pa.float64()),
+    "event_tokens": pa.list_(pa.int64()),
+}
+"""Further columns of a run over HTTP: when a request was sent, when each event with a token came, and how many tokens
+each of these events held (null where the server does not say)."""
 SUMMARIZED = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
 """Quantities of which a summary gives mean_, p50_, p90_, p95_ and p99_."""
 COUNTED = ("preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens")
 """Columns of which a summary gives the sum over all requests."""
 PERCENTILES = (50, 90, 95, 99)
+MISSING = 0.05
+"""Share of the requests that may lack a quantity; a summary of fewer than the others says nothing of all."""
 _LATE_S = 0.01
 
 
@@ -79,19 +86,20 @@ def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str
     `counted` has what was counted over the whole run: `iterations` and COUNTED.
 
     `jct` is arrival to last token; `normalized_latency` is that over the output length; `ttft` is arrival to first
-    token; `tpot` is the mean time of the tokens after the first, of requests that have any.
+    token; `tpot` is the mean time of the tokens after the first, of requests that have any. A quantity that a client
+    cannot tell for more than MISSING of the requests is null.
     """
     finished = [row for row in metrics if row.status == "finished"]
-    arrival, first, last, output, gap = (
+    arrival, first, last, output, per_token, gap = (
         np.array([getattr(row, name) for row in finished], dtype=float)
-        for name in ("arrival_s", "first_token_s", "finished_s", "output_tokens", "max_token_gap_s")
+        for name in ("arrival_s", "first_token_s", "finished_s", "output_tokens", "tpot_s", "max_token_gap_s")
     )
     longer = output > 1
     samples = {
         "jct_s": last - arrival,
         "normalized_latency_s": (last - arrival) / output,
         "ttft_s": first - arrival,
-        "tpot_s": (last - first)[longer] / (output[longer] - 1),
+        "tpot_s": per_token[longer],
         "max_token_gap_s": gap[longer],
     }
     duration = float(last.max() - min(row.arrival_s for row in metrics)) if finished else 0.0
@@ -103,11 +111,17 @@ def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str
         "output_tokens_per_s": float(output.sum()) / duration if duration else None,
     }
     for name in SUMMARIZED:
-        values = samples[name]
+        values = _known(samples[name])
         summary[f"mean_{name}"] = float(values.mean()) if len(values) else None
         for percentile in PERCENTILES:
             summary[f"p{percentile}_{name}"] = float(np.percentile(values, percentile)) if len(values) else None
     return summary | {name: counted[name] for name in COUNTED}
+
+
+def _known(values: FloatArray) -> FloatArray:
+    """The values that are there; none if too many are not."""
+    known = values[~np.isnan(values)]
+    return known if len(values) - len(known) <= MISSING * len(values) else known[:0]
 
 
 def count(metrics: Sequence[RequestMetrics], num_iterations: int) -> dict[str, int | None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -93,6 +94,12 @@ class RunConfig:
     """How long after the last scheduled arrival requests over HTTP may take before they are aborted."""
     warmup: int = 0
     """Short requests over HTTP before the clock starts."""
+    endpoint: str = "completions"
+    """What requests over HTTP are: "completions", or "chat" with a message of text each."""
+    ignore_eos: bool = True
+    """Whether a server over HTTP is asked to generate as many tokens as the trace has, whatever the model does."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Merged into every request over HTTP; null removes a field."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,9 +120,17 @@ _TAKEN_BY = {
         ),
         ("engine",),
     ),
-    **dict.fromkeys(("url", "prompts", "vocab_size", "max_concurrency", "drain_limit_s", "warmup"), ("http",)),
+    **dict.fromkeys(
+        (
+            "url", "prompts", "vocab_size", "max_concurrency", "drain_limit_s", "warmup", "endpoint", "ignore_eos",
+            "extra_body",
+        ),
+        ("http",),
+    ),
 }  # fmt: skip
 """Which backends take what not all of them do."""
+_OPTION_OF = {"settings": "set", "ignore_eos": "no-ignore-eos"}
+"""Options that are not called as what they set."""
 
 
 def run(
@@ -209,15 +224,23 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
         raise ConfigError(f"--prompts must be ids or text, not {config.prompts!r}")
     if config.prompts == "text" and config.tokenizer is None:
         raise ConfigError("--prompts text needs --tokenizer: the directory of one in Hugging Face format")
+    if config.endpoint == "chat" and config.prompts != "text":
+        raise ConfigError("--endpoint chat takes no token ids: add --prompts text --tokenizer DIR")
     if config.vocab_size is not None:
         require_int("vocab_size", config.vocab_size, 1)
     from harness.http_replay import DEFAULT_VOCABULARY, ReplayOptions, replay
+    from harness.http_request import Wording
     from harness.http_server import contact
 
-    options = ReplayOptions(config.max_concurrency, config.drain_limit_s, config.warmup)
+    wording = Wording(config.endpoint, config.ignore_eos, config.extra_body)
+    options = ReplayOptions(config.max_concurrency, config.drain_limit_s, config.warmup, wording)
     workload = _workload(config)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer and config.prompts == "text" else None
     server = contact(config.url, config.model)
+    if (
+        not server.is_listed
+    ):  # Whether it has the model shows when it is asked, which should be before the clock starts.
+        options = replace(options, warmup=max(options.warmup, 1))
     vocabularies = (server.vocab_size, len(tokenizer) if tokenizer else None)
     vocab_size = config.vocab_size or min(filter(None, vocabularies), default=DEFAULT_VOCABULARY)
     config = replace(
@@ -226,29 +249,59 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
         model=server.model,
         url=server.public_url,
         vocab_size=vocab_size,
+        warmup=options.warmup,
     )
     with RunFolder(out) as folder:
         with Progress(f"{config.policy} over http", len(workload)) as progress:
             replayed = replay(server, workload, options, vocab_size, tokenizer, progress.advance)
         exchanges = replayed.exchanges
+        stopped_by = replayed.stopped_by
+        if stopped_by and not replayed.finished:
+            _raise_again(stopped_by, f"none of {len(exchanges)} requests had finished; nothing was written")
         summary = _what_ran(config) | summarize(exchanges, replayed.counted) | summarize_lateness(replayed.lateness_s)
-        error = None
-        if not summary["finished"]:
-            error = ServerError(
-                f"not one of {len(exchanges)} requests finished; {replayed.errors()[0]}; {out / 'meta.json'} has more"
-            )
-        meta = run_meta(_taken(config), workload, replayed.errors(RequestStatus.REJECTED), error)
+        ended: str | None = None
+        if stopped_by:
+            ended = f"{stopped_by.name} ended the run: {summary['finished']} of {len(exchanges)} requests had finished"
+        elif not summary["finished"]:
+            ended = f"not one of {len(exchanges)} requests finished; {replayed.errors()[0]}"
+        warnings = list(filter(None, (why_late([summary]), *replayed.warnings)))
+        meta = run_meta(
+            _taken(config), workload, replayed.errors(RequestStatus.REJECTED), ServerError(ended) if ended else None
+        )
         folder.write(
             request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS),
             iteration_table([]),
             summary,
-            meta | {"failed": replayed.errors(RequestStatus.FAILED, RequestStatus.ABORTED)[:20], **replayed.meta},
+            meta
+            | {
+                "failed": replayed.errors(RequestStatus.FAILED, RequestStatus.ABORTED)[:20],
+                "warnings": warnings,
+                **replayed.meta,
+            },
         )
-    for warning in filter(None, (why_late([summary]), *replayed.warnings)):
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if error is not None:
-        raise error
+    if stopped_by:
+        _raise_again(stopped_by, f"{ended}, the others are aborted; the results until then are in {out}")
+    if ended:
+        raise ServerError(f"{ended}; {out / 'meta.json'} has more")
+    if summary["failed"]:
+        print(
+            f"warning: {summary['failed']} of {len(exchanges)} requests did not finish and count in no latency; first, "
+            f"{replayed.errors()[0]}; {out / 'meta.json'} has more",
+            file=sys.stderr,
+        )
     return summary
+
+
+def _raise_again(signum: signal.Signals, note: str) -> NoReturn:
+    """Let a signal that was held back do what it does elsewhere. The note goes with the interruption."""
+    try:
+        signal.raise_signal(signum)
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        error.add_note(note)
+        raise
 
 
 def _workload(config: RunConfig) -> Workload:
@@ -349,5 +402,5 @@ def _refuse_what_is_not_taken(config: RunConfig) -> None:
     defaults = RunConfig()
     for name, backends in _TAKEN_BY.items():
         if config.backend not in backends and getattr(config, name) != getattr(defaults, name):
-            option = {"settings": "set"}.get(name, name.removesuffix("_s").replace("_", "-"))
+            option = _OPTION_OF.get(name, name.removesuffix("_s").replace("_", "-"))
             raise ConfigError(f"--{option} applies to --backend {' or '.join(backends)} only")

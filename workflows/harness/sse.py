@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Event(NamedTuple):
+    """One event: its kind, empty where the stream names none, and its data."""
+
+    kind: bytes
+    data: bytes
+
 
 class EventParser:
-    """Collects the `data` of events; other fields, comments and events without data are passed over.
+    """Collects events; fields other than `event` and `data`, comments and events without data are skipped.
 
-    Lines end with \\n, \\r\\n or \\r, and an empty line ends an event.
+    Lines end with \\n, \\r\\n or \\r, an empty line ends an event, and a byte order mark may begin the stream.
     """
 
-    __slots__ = ("_after_cr", "_data", "_rest")
+    __slots__ = ("_after_cr", "_data", "_kind", "_rest", "_started")
 
     def __init__(self) -> None:
         self._rest = b""
+        self._kind = b""
         self._data: list[bytes] = []
         self._after_cr = False
+        self._started = False
 
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """The data of the events that end in this chunk; several lines of one event are joined by \\n."""
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that end in this chunk; several data lines of one event are joined by \\n."""
         if not chunk:
             return []
+        if not self._started:
+            chunk = self._rest + chunk
+            if len(chunk) < len(_BYTE_ORDER_MARK) and _BYTE_ORDER_MARK.startswith(chunk):
+                self._rest = chunk
+                return []
+            self._started, self._rest = True, b""
+            chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
         # The other half of a \r\n may be in the next chunk; the line does not wait for it.
         if self._after_cr:
             chunk = chunk.removeprefix(b"\n")
         self._after_cr = chunk.endswith(b"\r")
         lines = (self._rest + chunk).splitlines(keepends=True)
         self._rest = b"" if not lines or lines[-1].endswith((b"\n", b"\r")) else lines.pop()
-        events = []
-        for line in lines:
-            text = line.rstrip(b"\r\n")
-            if text.startswith(b"data:"):
-                self._data.append(text[5:].removeprefix(b" "))
-            elif not text:
-                if data := b"\n".join(self._data):
-                    events.append(data)
-                self._data = []
-        return events
+        return [event for line in lines if (event := self._take(line.rstrip(b"\r\n"))) is not None]
+
+    def end(self) -> list[Event]:
+        """The event that the stream's end cut short of its empty line, if it has data.
+
+        The standard drops it; servers exist that end their streams with `data: [DONE]` and no empty line.
+        """
+        rest, self._rest = self._rest, b""
+        if rest:
+            self._take(rest)
+        event = self._take(b"")
+        return [] if event is None else [event]
+
+    def _take(self, line: bytes) -> Event | None:
+        if line.startswith(b"data:"):
+            self._data.append(line[5:].removeprefix(b" "))
+        elif line.startswith(b"event:"):
+            self._kind = line[6:].removeprefix(b" ")
+        elif not line:
+            event = Event(self._kind, b"\n".join(self._data))
+            self._kind, self._data = b"", []
+            return event if event.data else None
+        return None
