@@ -260,8 +260,9 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
             _raise_again(stopped_by, f"none of {len(exchanges)} requests had finished; nothing was written")
         summary = _what_ran(config) | summarize(exchanges, replayed.counted) | summarize_lateness(replayed.lateness_s)
         ended: str | None = None
+        until_then = f"{summary['finished']} of {len(exchanges)} requests had finished"
         if stopped_by:
-            ended = f"{stopped_by.name} ended the run: {summary['finished']} of {len(exchanges)} requests had finished"
+            ended = f"{stopped_by.name} ended the run: {until_then}"
         elif not summary["finished"]:
             ended = f"not one of {len(exchanges)} requests finished; {replayed.errors()[0]}"
         warnings = list(filter(None, (why_late([summary]), *replayed.warnings)))
@@ -282,7 +283,7 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if stopped_by:
-        _raise_again(stopped_by, f"{ended}, the others are aborted; the results until then are in {out}")
+        _raise_again(stopped_by, f"{until_then}, the others are aborted; wrote {out}")
     if ended:
         raise ServerError(f"{ended}; {out / 'meta.json'} has more")
     if summary["failed"]:
