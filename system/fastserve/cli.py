@@ -94,7 +94,7 @@ def profile(
 def serve(
     model: Annotated[str | None, typer.Option(help="Model directory or preset.")] = None,
     policy: Annotated[
-        str, typer.Option(help="Scheduling policy: see `fastbench policies`, or package.module:Class.")
+        str, typer.Option(help="Scheduling policy: see `fastbench policies`, or FILE.py:Class or package.module:Class.")
     ] = "fastserve",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",

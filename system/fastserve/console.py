@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import typer
 
-from fastserve.errors import ConfigError, FastServeError, OutputError
+from fastserve.errors import ConfigError, FastServeError, OutputError, PolicyError
 
 TRACEBACK_VARIABLE = "FASTSERVE_TRACEBACK"
 """Environment variable; 1 prints the traceback of every error, before its line."""
@@ -90,6 +90,9 @@ def exit_on_error() -> Iterator[None]:
             traceback.print_exception(error)
             print("this is a bug, not a fault of your input: please report it with the lines above", file=sys.stderr)
             sys.exit(BUG)
+        for each in (error, error.__cause__):
+            if isinstance(each, PolicyError):
+                print(each.frames, end="", file=sys.stderr)
         _end(error, f"error: {reason}", BAD_INPUT)
 
 

@@ -18,6 +18,7 @@ from fastserve.kvcache import KVCacheManager
 from fastserve.logprobs import Scores
 from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration, Scheduler
+from fastserve.scheduler.own_policies import blamed
 
 NO_LOGPROBS = "logprobs and prompt_logprobs need a model, and a simulation has none; leave them out"
 _FEWEST_WORTH_A_JUMP, _LONGEST_JUMP = 3, 1024
@@ -180,7 +181,10 @@ class Engine:
             request.max_output_tokens = limit - request.num_prompt_tokens
         self.jobs[request.request_id] = job
         self.executor.add_request(request, params, self.eos_token_ids)
-        self.scheduler.add(request)
+        try:
+            self.scheduler.add(request)
+        except Exception as error:
+            raise blamed(error, type(self.scheduler)) from error.__cause__
         if self.observer:
             self.observer.on_arrival(job)
         return job
@@ -289,8 +293,9 @@ class Engine:
         try:
             return self._turn(until)
         except Exception as error:
-            self._end_all(error, RequestStatus.FAILED, failure_reason(error))
-            raise
+            cause = blamed(error, type(self.scheduler))
+            self._end_all(cause, RequestStatus.FAILED, failure_reason(cause))
+            raise cause from error.__cause__
 
     def _turn(self, until: float) -> list[Job]:
         self._complete_transfers()

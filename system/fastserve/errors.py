@@ -18,6 +18,13 @@ class CheckpointError(FastServeError):
     """A model directory that is missing, incomplete, or of an architecture we do not run."""
 
 
+class PolicyError(FastServeError):
+    """The code of a user's policy failed; names the policy, the error, the file and the line."""
+
+    frames: str = ""
+    """The policy's part of the traceback, in lines."""
+
+
 class TraceError(FastServeError):
     """A trace that is missing, empty or malformed; names the file and the line or record."""
 

@@ -1,4 +1,5 @@
 import copy
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from fastserve.errors import ConfigError
+from harness import experiments
 from harness.claims import check_claims
 from harness.experiments import batches_of, check_experiment, linked, points_of, run_name, with_defaults
 from harness.runner import RunConfig
@@ -286,3 +288,23 @@ def test_rates_of_figure_11_are_the_papers():
     ]
     rates = {point["rate"] for point in panel["points"]}
     assert rates - {8} <= set(of_fastserve.request_rate_per_s)  # 8 is ours, to find a crossing between 6 and 10
+
+
+def test_an_edited_policy_gives_its_runs_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (WORKFLOWS.parent / "docs/add-a-policy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# two_classes\.py\n(.*?)```", source, re.DOTALL)
+    path = tmp_path / "two_classes.py"
+    path.write_text(code.replace("@register\n", ""))
+    monkeypatch.chdir(tmp_path)
+    experiments._source.cache_clear()
+    config = RunConfig(policy="two_classes.py:TwoClasses", profile="a100-80g/opt-13b-tp1", rate=2.0)
+    before = run_name(config)
+    assert before.startswith("two_classes.TwoClasses-")
+    path.write_text(code.replace("@register\n", "") + "# edited\n")
+    experiments._source.cache_clear()  # As another job of the pipeline, in a process of its own.
+    assert run_name(config) != before
+
+
+def test_the_source_of_our_policies_is_no_part_of_a_run() -> None:
+    """So a run's name rests on its configuration alone. This one is of the experiments as they were."""
+    assert run_name(RunConfig(profile="a100-80g/opt-13b-tp1", rate=2.0)) == "fastserve-cdc7d92b4376"

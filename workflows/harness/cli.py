@@ -13,7 +13,7 @@ from fastserve.console import parse_stage_layers, run_app
 from fastserve.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 from fastserve.options import option_names
-from fastserve.scheduler import list_policies
+from fastserve.scheduler import file_name, list_policies
 from fastserve.settings import parse_settings
 from harness.capacity_search import Objective, find_capacity
 from harness.http_request import parse_extra_body
@@ -35,7 +35,8 @@ Backend = Annotated[
 Policy = Annotated[
     str,
     typer.Option(
-        help="See `fastbench policies`, or package.module:Class.", show_default="fastserve; http: the server's own"
+        help="See `fastbench policies`, or FILE.py:Class or package.module:Class.",
+        show_default="fastserve; http: the server's own",
     ),
 ]
 Trace = Annotated[str, typer.Option(help="Request lengths: see `fastbench traces`.")]
@@ -284,8 +285,13 @@ def capacity(
 def policies() -> None:
     """List the scheduling policies and their options."""
     for name, policy in list_policies().items():
-        print(f"{name:18} {(policy.__doc__ or '').strip().splitlines()[0]}")
-        defaults = policy.Options()
+        description = (policy.__doc__ or "").strip().splitlines() or ["(its class has no docstring)"]
+        print(f"{name:18} {description[0]}")
+        try:
+            defaults = policy.Options()
+        except Exception as error:  # A user's, such as one without a default.
+            print(f"{'':18} options: {', '.join(option_names(policy.Options))} (no defaults: {error})")
+            continue
         options = [f"{option}={getattr(defaults, option)}" for option in option_names(policy.Options)]
         print(f"{'':18} options: {', '.join(options) or 'none'}")
 
@@ -307,7 +313,7 @@ def profiles() -> None:
 
 def _file_name(config: RunConfig) -> str:
     """Backend and policy, where one is known before a server is asked."""
-    return "-".join(filter(None, (config.backend, config.policy.replace(":", "."))))
+    return "-".join(filter(None, (config.backend, file_name(config.policy))))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

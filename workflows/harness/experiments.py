@@ -18,7 +18,8 @@ import numpy as np
 
 from fastserve.errors import ConfigError
 from fastserve.latency import load_profile
-from fastserve.scheduler import find_policy
+from fastserve.scheduler import file_name, find_policy
+from fastserve.scheduler.own_policies import is_own, source_digest
 from fastserve.settings import resolve_settings
 from harness.runner import SAME_TRACE, RunConfig, check_history
 from harness.traces import load_trace
@@ -193,11 +194,13 @@ def _check_target(name: str, experiment: Experiment, target: Mapping[str, Any]) 
 def run_name(config: RunConfig) -> str:
     """Policy and digest of everything that determines the run, as far as it is not the default.
 
-    So a field that RunConfig gets later renames no run.
+    So a field that RunConfig gets later renames no run. The source of a user's policy is part of it.
     """
     defaults = asdict(RunConfig())
     changed = {name: value for name, value in asdict(config).items() if value != defaults[name]}
-    return f"{_file_name(config.policy)}-{_digest(changed)}"
+    if config.backend != SERVED and (source := _source(config.policy)):
+        changed["policy_source"] = source
+    return f"{file_name(config.policy)}-{_digest(changed)}"
 
 
 def batches_of(experiments: Iterable[Experiment]) -> dict[str, Batch]:
@@ -213,7 +216,7 @@ def batches_of(experiments: Iterable[Experiment]) -> dict[str, Batch]:
         for group in groups.values():
             for configs in _cut(group.values()):
                 digest = _digest([run_name(config) for config in configs])
-                name = f"{configs[0].backend}-{_file_name(configs[0].policy)}-{digest}"
+                name = f"{configs[0].backend}-{file_name(configs[0].policy)}-{digest}"
                 batches[name] = Batch(name, tuple(configs))
     return batches
 
@@ -230,6 +233,13 @@ def _cut(configs: Iterable[RunConfig]) -> Iterator[list[RunConfig]]:
             piece, tokens = [], 0.0
     if piece:
         yield piece
+
+
+@cache
+def _source(policy: str) -> str:
+    """Digest of the source of a user's policy; empty for one of ours."""
+    found = find_policy(policy)
+    return source_digest(found) if is_own(found) else ""
 
 
 @cache
@@ -278,7 +288,3 @@ def _x(point: Mapping[str, Any]) -> Any:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_DIGITS]
-
-
-def _file_name(policy: str) -> str:
-    return policy.replace(":", ".").replace("/", ".")

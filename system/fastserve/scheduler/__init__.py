@@ -2,7 +2,7 @@
 
 from fastserve.scheduler.base import NoOptions, Scheduler
 from fastserve.scheduler.iteration import Drop, Iteration
-from fastserve.scheduler.registry import find_policy, list_policies, make_scheduler, register
+from fastserve.scheduler.registry import file_name, find_policy, list_policies, make_scheduler, register
 from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions, SwapMode
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PreemptiveOptions",
     "Scheduler",
     "SwapMode",
+    "file_name",
     "find_policy",
     "list_policies",
     "make_scheduler",
