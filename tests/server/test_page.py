@@ -19,6 +19,7 @@ import pytest
 
 import fastserve
 from fastserve.server.app import ServerOptions
+from fastserve.server.latencies import summarize
 from support.servers import LONG_S, RunningServer, simulated
 from support.servers import running as running_server
 
@@ -74,6 +75,7 @@ def a_state(**changes: Any) -> State:
         "moving": {"out": 0, "in": 0},
         "totals": totals | {"swap_out_bytes": 0, "swap_in_bytes": 0},
         "recent": [],
+        "last_minute": {name: summarize([]) for name in ("ttft_s", "tpot_s", "jct_s")},
     } | changes
 
 
@@ -345,6 +347,97 @@ def test_rates_are_differences_of_totals(page: Page, server: StandIn) -> None:
     expect(rate(page, "output_tokens")).to_have_text("10.0")
 
 
+def test_sparklines_have_a_scale(page: Page, server: StandIn) -> None:
+    server.next_state = steady = Steady(100, tokens_per_second=50)
+    open_page(page, server)
+    tile = page.locator('[data-rate="output_tokens"] .scale span')
+    assert tile.all_inner_texts() == ["", "0"]
+    steady.second = 101
+    expect(tile.first).to_have_text("50.0")
+    steady.tokens_per_second, steady.second = 60, 103  # 6,180 tokens, after 5,050
+    expect(tile.first).to_have_text("565")
+    assert tile.all_inner_texts() == ["565", "0"]
+
+
+def test_latencies_of_the_last_minute(page: Page, server: StandIn) -> None:
+    open_page(page, server)
+    expect(rate(page, "ttft")).to_have_text("–")
+    expect(page.locator('[data-rate="ttft"] .detail')).to_have_text("no request")
+    assert cells(page, '#latencies [data-key="jct_s"]') == ["To the last token", "–", "–", "–", "–", "0"]
+    latencies = {
+        "ttft_s": summarize([0.01 * number for number in range(1, 101)]),
+        "tpot_s": summarize([0.02]),
+        "jct_s": summarize([1.5, 20.0]),
+    }
+    server.say(uptime_s=13.0, last_minute=latencies)
+    expect(rate(page, "ttft")).to_have_text("0.95")
+    expect(page.locator('[data-rate="ttft"] .detail')).to_have_text("P50 0.50, 100 requests")
+    assert cells(page, '#latencies [data-key="ttft_s"]') == [
+        *("To the first token", "0.505", "0.500", "0.950", "0.990", "100")
+    ]
+    assert cells(page, '#latencies [data-key="tpot_s"]')[1:] == ["0.020", "0.020", "0.020", "0.020", "1"]
+    assert cells(page, '#latencies [data-key="jct_s"]')[1:] == ["10.75", "1.50", "20.00", "20.00", "2"]
+
+
+def test_unfinished_requests_are_drawn_by_where_their_caches_are(page: Page, server: StandIn) -> None:
+    queues = [{"level": 0, "fresh": 1, "resident": 2, "away": 0}, {"level": 3, "fresh": 0, "resident": 0, "away": 5}]
+    server.say(uptime_s=50.0, queues=queues)
+    open_page(page, server)
+    expect(page.get_by_role("img", name="Unfinished requests in the last minute: now 8, at most 8")).to_be_visible()
+    server.say(uptime_s=60.0, queues=queues[:1])
+    expect(page.get_by_role("img", name="Unfinished requests in the last minute: now 3, at most 8")).to_be_visible()
+    expect(page.locator("#chart .most")).to_have_text("8")
+    # Ten seconds ago and now: 2 of 8 on the GPU, then 2 + 5 and 2, then all.
+    outlines = page.locator("#chart polygon").evaluate_all("all => all.map(one => one.getAttribute('points'))")
+    assert outlines == [
+        "50.00,75.00 60.00,75.00 60.00,100.00 50.00,100.00",
+        "50.00,12.50 60.00,75.00 60.00,75.00 50.00,75.00",
+        "50.00,0.00 60.00,62.50 60.00,75.00 50.00,12.50",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queues", "levels", "says"),
+    [
+        ([], [], "level 0 is served first"),
+        ([(0, 2, 3, 0)], [0], "level 0 is served first"),
+        ([(0, 0, 0, 12), (2, 0, 4, 0)], [2, 2], "level 0: 12 wait for their caches; level 2 runs"),
+        (
+            [(0, 3, 0, 12), (2, 0, 4, 0)],
+            [4, 2],
+            "level 0: 12 wait for their caches, 3 wait for room in the cache; levels 2 to 4 run",
+        ),
+        ([(0, 0, 0, 0), (1, 0, 2, 0), (2, 0, 4, 0)], [2], "level 1: 2 wait for the next iteration; level 2 runs"),
+        ([(0, 0, 0, 12), (2, 0, 4, 0)], [], "level 0 is served first"),
+    ],
+)
+def test_it_is_said_why_a_later_level_runs(
+    page: Page, server: StandIn, queues: list[tuple[int, int, int, int]], levels: list[int], says: str
+) -> None:
+    keys = ("level", "fresh", "resident", "away")
+    server.say(
+        queues=[dict(zip(keys, queue, strict=True)) for queue in queues],
+        running=[running(f"r{number}", level=level) for number, level in enumerate(levels)],
+    )
+    open_page(page, server)
+    expect(page.locator("#queues-order")).to_have_text(says)
+
+
+@pytest.mark.parametrize("width", [1400, 1280, 800])
+def test_the_columns_are_as_long_as_each_other(page: Page, server: StandIn, width: int) -> None:
+    server.say(
+        queues=[{"level": level, "fresh": 1, "resident": 1, "away": 1} for level in range(10)],
+        running=[running(f"r{number}") for number in range(16)],
+        recent=[ended(f"e{number}") for number in range(20)],
+    )
+    page.set_viewport_size({"width": width, "height": 1000})
+    open_page(page, server)
+    lengths = page.locator(".column").evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+    if width >= 960:
+        assert min(lengths) > 0.9 * max(lengths)
+    assert fits(page)
+
+
 def test_what_the_server_says_is_text(page: Page, server: StandIn) -> None:
     server.say(
         model=HOSTILE,
@@ -466,7 +559,8 @@ def test_what_a_screen_reader_is_told(page: Page, server: StandIn) -> None:
     open_page(page, server)
     expect(page.locator("html")).to_have_attribute("lang", "en")
     assert page.get_by_role("heading", level=1).all_inner_texts() == ["opt-125m"]
-    headings = ["Queues by level", "KV cache", "Running batch", "Recent requests"]
+    headings = ["Queues by level", "KV cache", "Unfinished requests", "Latency in the last minute", "Running batch"]
+    headings.append("Recent requests")
     assert page.get_by_role("heading", level=2).all_inner_texts() == headings
     for name in ("Queues by level", "Running batch", "Recent requests"):
         expect(page.get_by_role("table", name=name)).to_be_visible()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 from fastserve.engine import Engine, Observer
 from fastserve.job import Job
 from fastserve.server.engine_thread import EngineThread
+from fastserve.server.latencies import Latencies
 from fastserve.server.streams import finish_reason
 
 _RECENT = 20
@@ -72,16 +73,22 @@ def _running(job: Job, now: float) -> dict[str, Any]:
 
 
 class RecentRequests(Observer):
-    """The requests that left last."""
+    """The requests that left last, and the latencies of the last minute."""
 
     def __init__(self) -> None:
+        self.latencies = Latencies()
         self._newest_first: deque[dict[str, Any]] = deque(maxlen=_RECENT)
 
     def rows(self) -> list[dict[str, Any]]:
         """The newest first, as plain data. To be asked for in the engine's thread."""
         return list(self._newest_first)
 
+    def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:  # noqa: D102
+        if previous_s is None:
+            self.latencies.first_token(job, at_s)
+
     def on_done(self, job: Job) -> None:  # noqa: D102
+        self.latencies.done(job)
         request = job.request
         assert job.finished_s is not None
         self._newest_first.appendleft(
@@ -100,10 +107,11 @@ class RecentRequests(Observer):
 
 
 class Snapshot(NamedTuple):
-    """How the engine stood, and the requests that had left last, newest first."""
+    """How the engine stood, the requests that had left last, newest first, and the latencies of the last minute."""
 
     state: EngineState
     recent: list[dict[str, Any]]
+    latencies: dict[str, list[float]]
 
 
 class EngineView:
@@ -127,4 +135,5 @@ class EngineView:
         return self._last
 
     def _take(self) -> Snapshot:
-        return Snapshot(engine_state(self._engine.model.engine), self._recent.rows())
+        state = engine_state(self._engine.model.engine)
+        return Snapshot(state, self._recent.rows(), self._recent.latencies.copy(state["now_s"]))

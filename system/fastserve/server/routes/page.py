@@ -9,6 +9,7 @@ from starlette.responses import HTMLResponse, Response
 
 from fastserve.server.access import authorize
 from fastserve.server.errors import json_response
+from fastserve.server.latencies import summarize
 from fastserve.server.service import Server
 
 _PAGE_POLICY = (
@@ -37,8 +38,15 @@ def page_routes(server: Server) -> APIRouter:
             "error": server.reason if server.status in ("failed", "stalled") else "",
             "uptime_s": server.uptime_s,
         }
+        latencies = {name: summarize(values) for name, values in view.latencies.items()}
         return json_response(
-            {**about, **view.state, "totals": dict(server.metrics.totals), "recent": view.recent},
+            {
+                **about,
+                **view.state,
+                "totals": dict(server.metrics.totals),
+                "recent": view.recent,
+                "last_minute": latencies,
+            },
             headers={"cache-control": "no-store"},
         )
 
