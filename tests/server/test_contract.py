@@ -63,7 +63,7 @@ def test_a_batch_that_runs_to_completion_ends_each_stream_with_its_last_token() 
 def test_a_stream_without_usage(quick: RunningServer) -> None:
     chunks = events(quick, prompt=[1, 2], max_tokens=3)
     assert [chunk["choices"] for chunk in chunks] == [
-        [{"index": 0, "text": f" {token}", "logprobs": None, "finish_reason": reason}]
+        [{"index": 0, "text": f" {token}", "logprobs": None, "finish_reason": reason, "stop_reason": None}]
         for token, reason in enumerate([None, None, "length"])
     ]
     (head,) = {(chunk["id"], chunk["object"], chunk["created"], chunk["model"]) for chunk in chunks}
@@ -100,7 +100,9 @@ def test_several_prompts_are_choices_of_one_answer(quick: RunningServer) -> None
 def test_an_answer_in_one_piece(quick: RunningServer) -> None:
     answer = quick.post({"prompt": [1, 2], "max_tokens": 3, "model": "quick", "stop_token_ids": [1]}).json
     assert answer["object"] == "text_completion"
-    assert answer["choices"] == [{"index": 0, "text": " 0", "finish_reason": "stop", "logprobs": None}]
+    assert answer["choices"] == [
+        {"index": 0, "text": " 0", "finish_reason": "stop", "stop_reason": 1, "logprobs": None}
+    ]
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
 
 

@@ -80,7 +80,9 @@ def test_a_chat(client: openai.OpenAI) -> None:
     )
     (choice,) = completion.choices
     assert (choice.message.role, choice.message.content) == ("assistant", " w0 w1 w2 ")
-    assert choice.finish_reason == "stop"
+    assert (choice.finish_reason, choice.model_extra) == ("stop", {"stop_reason": "w3 w4"})
+    assert completion.system_fingerprint is not None
+    assert completion.system_fingerprint.startswith("fastserve-")
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 8
 

@@ -196,6 +196,7 @@ def test_the_end_of_sequence_ends_an_answer(roomy: RunningServer, reference: Ref
         assert last["choices"][0]["token_ids"] == [end]
         assert last["choices"][0]["text"] == ""
         assert last["choices"][0]["finish_reason"] == "stop"
+        assert last["choices"][0]["stop_reason"] is None  # The model's own end.
         assert ask(ignore_eos=True)[:2] == (expected, "length")
         # Where it is also the last that was asked for, it is the reason.
         assert ask(max_tokens=count)[:2] == (expected[:count], "stop")
@@ -213,10 +214,11 @@ def test_a_stop_text_that_spans_tokens(roomy: RunningServer, reference: Referenc
         stop = text[start:end]
         cut = text[: text.index(stop)]
         (choice,) = roomy.post(body | {"stop": stop}).json["choices"]
-        assert (choice["text"], choice["finish_reason"]) == (cut, "stop"), (text, stop)
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (cut, "stop", stop), (text, stop)
         events = [event["choices"][0] for event in roomy.stream(**body, stop=[stop, "never said"]) if event != DONE]
         assert "".join(event["text"] for event in events) == cut
         assert [event["finish_reason"] for event in events] == [None] * (len(events) - 1) + ["stop"]
+        assert [event["stop_reason"] for event in events] == [None] * (len(events) - 1) + [stop]
         assert len(events) <= NUM_TOKENS
     roomy.check_empty()
 

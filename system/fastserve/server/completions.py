@@ -40,6 +40,8 @@ class Choice:
     index: int
     stream: TokenStream
     detokenizer: Detokenizer
+    stop_token_ids: frozenset[int]
+    """Those its client has given, without the model's own ends of sequence."""
 
 
 class Piece(NamedTuple):
@@ -49,6 +51,8 @@ class Piece(NamedTuple):
     text: str
     token_id: int
     finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    """What the client gave as a stop and ended the choice: a text or a token's id."""
 
 
 class Answer(ABC):
@@ -69,7 +73,12 @@ class Answer(ABC):
         self._created = int(time.time())
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self.choices = [
-            Choice(i, engine.add(f"{unique}-{i}", prompt.token_ids, prompt.params), prompt.detokenizer)
+            Choice(
+                i,
+                engine.add(f"{unique}-{i}", prompt.token_ids, prompt.params),
+                prompt.detokenizer,
+                engine.model.stop_token_ids(prompt.params),
+            )
             for i, prompt in enumerate(prompts)
         ]
 
@@ -98,17 +107,24 @@ class Answer(ABC):
         """The answer when all of it is there. Raises StreamEnded if it cannot be given."""
         texts: list[list[str]] = [[] for _ in self.choices]
         token_ids: list[list[int]] = [[] for _ in self.choices]
-        reasons: list[str | None] = [None] * len(self.choices)
+        last: list[Piece | None] = [None] * len(self.choices)
         async with aclosing(self._pieces()) as pieces:
             async for batch in pieces:
                 for piece in batch:
                     texts[piece.choice].append(piece.text)
                     token_ids[piece.choice].append(piece.token_id)
-                    reasons[piece.choice] = piece.finish_reason
+                    last[piece.choice] = piece
         choices = []
         for choice in self.choices:
-            i = choice.index
-            written = {"index": i, **self.choice("".join(texts[i])), "finish_reason": reasons[i], "logprobs": None}
+            i, end = choice.index, last[choice.index]
+            assert end is not None
+            written = {
+                "index": i,
+                **self.choice("".join(texts[i])),
+                "finish_reason": end.finish_reason,
+                "stop_reason": end.stop_reason,
+                "logprobs": None,
+            }
             choices.append(written | ({"token_ids": token_ids[i]} if self._body.return_token_ids else {}))
         usage = self._usage(sum(map(len, token_ids)))
         return json_response({**self._head(self.object_name), "choices": choices, "usage": usage})
@@ -147,8 +163,12 @@ class Answer(ABC):
         # JSON by hand: there is one for every token.
         token = f', "token_ids": [{piece.token_id}]' if self._body.return_token_ids else ""
         reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
+        stop = "null" if piece.stop_reason is None else json.dumps(piece.stop_reason)
         content = self.chunk_content(json.dumps(piece.text))
-        return f'{{"index": {piece.choice}, {content}{token}, "logprobs": null, "finish_reason": {reason}}}'
+        return (
+            f'{{"index": {piece.choice}, {content}{token}, "logprobs": null, "finish_reason": {reason}, '
+            f'"stop_reason": {stop}}}'
+        )
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes of all choices, as it comes."""
@@ -191,13 +211,21 @@ class Answer(ABC):
                     text += detokenizer.end()
                 if detokenizer.stopped:
                     self._engine.abort(choice.stream)
-                    yield [*pieces, Piece(choice.index, text, token_id, "stop")]
+                    yield [*pieces, Piece(choice.index, text, token_id, "stop", detokenizer.stop_text)]
                     return
-                pieces.append(Piece(choice.index, text, token_id, reason))
+                stop_reason = token_id if reason == "stop" and token_id in choice.stop_token_ids else None
+                pieces.append(Piece(choice.index, text, token_id, reason, stop_reason))
             yield pieces
 
     def _head(self, object_name: str) -> dict[str, Any]:
-        return {"id": self._id, "object": object_name, "created": self._created, "model": self._engine.model.name}
+        model = self._engine.model
+        return {
+            "id": self._id,
+            "object": object_name,
+            "created": self._created,
+            "model": model.name,
+            "system_fingerprint": model.fingerprint,
+        }
 
     def _usage(self, num_output_tokens: int) -> dict[str, int]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastserve.config import EngineOptions
 from fastserve.engine import Engine
 from fastserve.errors import ConfigError
 from fastserve.latency import load_profile
+from fastserve.request import SamplingParams
 from fastserve.server.text import TextCodec
 from fastserve.server.version import software_version
 from fastserve.simulation import simulated_engine
@@ -84,12 +86,17 @@ class ServedModel:
         """All that clients may call it."""
         return (self.name, *self.aliases)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """OpenAI's system_fingerprint: another one where the software, the model or the engine's sizes differ."""
         engine = self.engine
         settings = (self.name, self.policy, engine.scheduler.config, engine.kv.config, engine.max_model_len)
         return f"fastserve-{software_version()}-{sha256(repr(settings).encode()).hexdigest()[:8]}"
+
+    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end an output because its client says so; the model's own ends of sequence are others."""
+        own = () if params.ignore_eos else self.engine.eos_token_ids
+        return frozenset(params.stop_token_ids) - frozenset(own)
 
     @property
     def policy(self) -> str:

@@ -157,11 +157,16 @@ class _Texts(_TokenTexts):
 class Detokenizer:
     """Turns generated tokens into text, one by one."""
 
-    stopped = False
-    """Whether a text to stop at was generated: nothing more is to come."""
+    stop_text: str | None = None
+    """The text to stop at that was generated, if one was: nothing more is to come."""
 
     def __init__(self, tokens: _TokenTexts) -> None:
         self._tokens = tokens
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a text to stop at was generated."""
+        return self.stop_text is not None
 
     def add(self, token: int) -> str:
         """The text that can be shown now that this token is there; may be empty."""
@@ -190,10 +195,11 @@ class StoppingDetokenizer(Detokenizer):
 
     def _up_to_stop(self, added: str) -> str:
         text = self._kept + added
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._kept = True, ""
-            return text[: min(found)]
+            at, self.stop_text = min(found)
+            self._kept = ""
+            return text[:at]
         shown = len(text) - self._longest_beginning(text)
         self._kept = text[shown:]
         return text[:shown]
