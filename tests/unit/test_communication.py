@@ -184,10 +184,10 @@ def test_what_older_versions_can_say_is_written_so_that_they_can_read_it() -> No
 @pytest.mark.parametrize(
     ("part", "wrong", "message"),
     [
-        ("all_reduce", {"latency_s": 0.0}, "malformed: TypeError"),
-        ("later_stages", [{"prefill": {}}], "malformed: KeyError: 'decode'"),
+        ("all_reduce", {"latency_s": 0.0}, "all_reduce has no 'bandwidth_bytes_per_s'; needed: "),
+        ("later_stages", [{"prefill": {}}], r"later_stages\[0\] has no 'decode'; needed: prefill, decode"),
         ("later_stages", [{"prefill": {"constant": 0, "per_token": 0, "per_token_squared": 0}, "decode": []}],
-         "the last decode fit must have max_batch_size null"),
+         r"later_stages\[0\].decode must be a list of at least one fit, got \[\]"),
         ("format_version", 5, "format_version 5, expected 1 to 4"),
     ],
 )  # fmt: skip

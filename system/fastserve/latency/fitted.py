@@ -54,6 +54,8 @@ class PrefillCurve:
                 return seconds[0]
             right, left = left, min(bisect_left(known, known[left] / 2), left - 1)
         slope = (seconds[right] - seconds[left]) / (known[right] - known[left])
+        if num_tokens > known[-1]:
+            slope = max(slope, 0.0)  # Noise may tilt the last points, and times far beyond must not fall to 0.
         return seconds[right] + slope * (num_tokens - known[right])
 
 

@@ -1,0 +1,104 @@
+"""What a profile's file must hold: known keys, numbers of their types, times that can be true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from fastserve.errors import ConfigError
+from fastserve.latency.fitted import FittedLatency
+
+_SHORTEST_S, _LONGEST_S = 1e-6, 10.0
+"""What an iteration of one token can take on any machine. Outside, the unit is not seconds."""
+_SLOWEST_BYTES_PER_S = 1e6
+_LARGEST_BATCH = 4096
+
+
+def fields(where: str, data: Any, required: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
+    """`data`, which must be an object with these keys and no others; ConfigError names the key at fault."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be an object, got {_shown(data)}")
+    for key in required:
+        if key not in data:
+            raise ConfigError(f"{where} has no {key!r}; needed: {', '.join(required)}")
+    for key in data:
+        if key not in required and key not in optional:
+            raise ConfigError(f"{where} has an unknown key {key!r}; known: {', '.join((*required, *optional))}")
+    return data
+
+
+def number(where: str, value: Any) -> float:
+    """A finite number; ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, got {_shown(value)}")
+    return float(value)
+
+
+def text(where: str, value: Any) -> str:
+    """A text; ConfigError otherwise."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where} must be a text, got {_shown(value)}")
+    return value
+
+
+def check_bandwidth(where: str, bytes_per_s: float) -> None:
+    """Raise ConfigError for a bandwidth that can only be in another unit."""
+    if bytes_per_s < _SLOWEST_BYTES_PER_S:
+        raise ConfigError(f"{where} must be in bytes/s, got {bytes_per_s:g}, which no link is as slow as")
+
+
+def check_times(where: str, stage: FittedLatency, capacity_tokens: int) -> None:
+    """Raise ConfigError if an iteration that fits the cache would take no time or less, or one token implausibly long.
+
+    A decode fit is linear in batch and context, so its corners are enough; prompts are sampled at powers of two.
+    """
+    for prompts, contexts in _shapes(stage, capacity_tokens):
+        seconds = stage.iteration_time(prompts, contexts)
+        if not 0 < seconds < math.inf:
+            raise ConfigError(
+                f"{where} gives {seconds:.4g} s for {_described(prompts, contexts)}; every time up to the "
+                f"{capacity_tokens} tokens of the cache must be above 0"
+            )
+    for prompts, contexts in (([1], []), ([], [1])):
+        seconds = stage.iteration_time(prompts, contexts)
+        if not _SHORTEST_S <= seconds <= _LONGEST_S:
+            raise ConfigError(
+                f"{where} gives {seconds:.4g} s for {_described(prompts, contexts)}; a time is in seconds, this one "
+                f"must be from {_SHORTEST_S:g} to {_LONGEST_S:g}"
+            )
+
+
+def _shapes(stage: FittedLatency, capacity_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+    lengths = [2**power for power in range(capacity_tokens.bit_length())] + [capacity_tokens]
+    for length in lengths:
+        yield [length], []
+        yield [1] * min(length, _LARGEST_BATCH), []
+    least = 1
+    for fit in stage.decode:
+        most = min(fit.max_batch_size or _LARGEST_BATCH, capacity_tokens, _LARGEST_BATCH)
+        for batch in {min(least, most), most}:
+            for context in (batch, capacity_tokens):
+                contexts = [1] * (batch - 1) + [context - batch + 1]
+                yield [], contexts
+                yield [1], contexts
+                yield [lengths[-1]], contexts
+        least = most + 1
+
+
+def _described(prompts: list[int], contexts: list[int]) -> str:
+    parts = []
+    if prompts:
+        parts.append(f"{_count(len(prompts), 'prompt')} of {_count(sum(prompts), 'token')}")
+    if contexts:
+        parts.append(f"{_count(len(contexts), 'decode')} over {_count(sum(contexts), 'token')}")
+    return " and ".join(parts)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
