@@ -345,14 +345,14 @@ def running(
 class Command:
     """`fastserve serve` in a process of its own, once it says that it serves."""
 
-    def __init__(self, *arguments: str, extra_paths: Sequence[Path] = ()) -> None:
+    def __init__(self, *arguments: str, extra_paths: Sequence[Path] = (), lifetime_s: float = LONG_S) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fastserve.cli", "serve", "--port", "0", *arguments],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*extra_paths, *PATHS]))},
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._watchdog = threading.Timer(LONG_S, self.process.kill)
+        self._watchdog = threading.Timer(lifetime_s, self.process.kill)
         self._watchdog.start()
         assert self.process.stderr is not None
         self._said = self.process.stderr
@@ -388,9 +388,11 @@ class Command:
 
 
 @contextmanager
-def command(*arguments: str, extra_paths: Sequence[Path] = ()) -> Iterator[Command]:
-    """`extra_paths`: where else it finds modules."""
-    started = Command(*arguments, extra_paths=extra_paths)
+def command(
+    *arguments: str, extra_paths: Sequence[Path] = (), lifetime_s: float = LONG_S
+) -> Iterator[Command]:  # fmt: skip
+    """`extra_paths`: where else it finds modules; `lifetime_s`: seconds after which it is killed."""
+    started = Command(*arguments, extra_paths=extra_paths, lifetime_s=lifetime_s)
     try:
         yield started
     finally:

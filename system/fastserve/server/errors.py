@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_LONGEST_MESSAGE = 2000
 
 
 class APIError(HTTPException):
@@ -39,6 +40,8 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 def error_body(status_code: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The answer to a refused request, or the event that ends a stream."""
+    if len(message) > _LONGEST_MESSAGE:  # What was sent may be quoted in it.
+        message = message[:_LONGEST_MESSAGE] + "..."
     kind = _TYPES.get(status_code, "invalid_request_error" if status_code < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -89,6 +92,10 @@ _REASONS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "
 class _Shown(reprlib.Repr):
     """As JSON has it, where Python has it otherwise."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 100
+
     def repr_bool(self, value: bool, level: int) -> str:
         return "true" if value else "false"
 
@@ -97,4 +104,4 @@ class _Shown(reprlib.Repr):
 
 
 shown = _Shown().repr
-"""A value of a request for an error message: its beginning, at most some 200 characters, however large it is."""
+"""A value of a request for an error message: short, however large it is."""

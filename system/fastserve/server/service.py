@@ -13,7 +13,7 @@ from starlette.responses import Response
 from fastserve.server.body import Bodies, BodyLimits
 from fastserve.server.completions import Answer, EventStream, Prompt, answer_unless_gone
 from fastserve.server.engine_thread import EngineThread
-from fastserve.server.errors import APIError, bad_request
+from fastserve.server.errors import APIError, bad_request, shown
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.offload import Offload
 from fastserve.server.options import ServerOptions
@@ -116,7 +116,7 @@ class Server:
         if name is not None and name not in names:
             known = ", ".join(map(repr, names))
             raise APIError(
-                404, f"model {name!r} is not served here; this server has {known}",
+                404, f"model {shown(name)} is not served here; this server has {known}",
                 param="model", code="model_not_found",
             )  # fmt: skip
 
