@@ -48,16 +48,16 @@ class TextCodec:
         num_characters = sum(map(len, texts))
         if self._tokenizer is None or num_characters <= _ALWAYS_TOKENIZED:
             return
-        beginning = f"This model's maximum context length is {context} tokens: {num_characters} characters"
+        beginning = f"This model's maximum context length is {context} tokens: a prompt of {num_characters} characters"
         most = min(context * self._longest_token, max(_ALWAYS_TOKENIZED, context * _MOST_CHARACTERS_A_TOKEN))
         if num_characters > most:
-            raise bad_request(f"{beginning} are longer; send at most {most}", param, "context_length_exceeded")
+            raise bad_request(f"{beginning} is longer; send at most {most}", param, "context_length_exceeded")
         num_tokens = 0
         for text in texts:
             for start in range(0, len(text), _PIECE):
                 num_tokens += len(self._tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False))
                 if num_tokens > _SURELY_LONGER * context:
-                    raise bad_request(f"{beginning} are longer", param, "context_length_exceeded")
+                    raise bad_request(f"{beginning} is longer", param, "context_length_exceeded")
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt. APIError 400 without a tokenizer."""

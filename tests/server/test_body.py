@@ -1,0 +1,91 @@
+"""Bodies are read as JSON is, within bounds that are the same whatever a body is made of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.profiles import share
+
+pytest.importorskip("fastapi")
+
+from fastserve.server.body import BodyLimits, parse
+from fastserve.server.errors import APIError
+
+LIMITS = BodyLimits.of_context(2048)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**98), 10**99) | st.floats(allow_nan=False) | TEXTS,
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(TEXTS, values, max_size=4),
+    max_leaves=20,
+)
+
+
+def refusal(body: bytes, limits: BodyLimits = LIMITS) -> str:
+    """Why a body is refused."""
+    with pytest.raises(APIError) as caught:
+        parse(body, limits)
+    assert caught.value.status_code == 400
+    return caught.value.detail
+
+
+@share(0.5)
+@given(VALUES, st.booleans())
+def test_json_is_read_as_it_was_written(value: Any, ascii_only: bool) -> None:
+    assert parse(json.dumps(value, ensure_ascii=ascii_only).encode(), LIMITS) == value
+
+
+@share(0.5)
+@given(st.binary() | st.text('[]{}",:\\0e.-tfn \ud7ff', max_size=30).map(str.encode))
+def test_bytes_are_json_or_refused(body: bytes) -> None:
+    try:
+        value = json.loads(body.decode("utf-8-sig"))
+    except ValueError:
+        assert refusal(body)
+        return
+    try:
+        assert parse(body, LIMITS) == value
+    except APIError as error:
+        assert "twice" in error.detail
+
+
+@pytest.mark.parametrize(
+    ("piece", "most", "what"),
+    [
+        (b"[]", 16_383, "lists and objects"),
+        (b"{}", 16_383, "lists and objects"),
+        (b'""', 65_536, "texts"),
+        (rb'"a\\"', 131_073, "texts"),
+        (b"7", 2**18 + 2**13 + 1, "values"),
+        (b"0.5", 4096, "fractions"),
+        (b"1e5", 4096, "fractions"),
+    ],
+)
+def test_as_many_as_allowed_and_no_more(piece: bytes, most: int, what: str) -> None:
+    assert len(parse(b"[" + b",".join([piece] * most) + b"]", LIMITS)) == most
+    assert f"{what}; send less in one request" in refusal(b"[" + b",".join([piece] * (most + 1)) + b"]")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, ",{" * 10**6, '", [' * 10**5, '\\"[' * 10**5, "\\" * 10**5 + "[" * 10**5]
+)
+def test_what_is_in_a_text_does_not_count(text: str) -> None:
+    assert parse(json.dumps({"prompt": text}).encode(), LIMITS) == {"prompt": text}
+
+
+def test_the_limits_follow_the_context() -> None:
+    assert BodyLimits.of_context(2048) == BodyLimits(2 * 2**20, 2**18)
+    assert BodyLimits.of_context(2**17) == BodyLimits(4 * 2**20, 2**18)
+    assert BodyLimits.of_context(10**6) == BodyLimits(8 * 2**20, 10**6)
+    # A prompt as long as the context fits, as ids or as a text of which each character is escaped.
+    for context in (2048, 2**15, 2**17, 2**18):
+        limits = BodyLimits.of_context(context)
+        ids = json.dumps({"prompt": [200_000] * context}).encode()
+        text = json.dumps({"prompt": "東京" * context}).encode()
+        for body in (ids, text):
+            assert len(body) <= limits.num_bytes
+            parse(body, limits)
