@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,13 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from fastserve.server.app import ServerOptions
-from fastserve.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+from fastserve.server.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+)
 from support.servers import Reply, RunningServer, running, simulated
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -123,6 +131,16 @@ def test_what_a_message_has_beside_its_text_is_refused_unless_neutral(quick: Run
 def test_a_refusal_is_one_sentence(quick: RunningServer, name: str, value: Any, shown: str, instead: str) -> None:
     message = quick.post({"prompt": [1], name: value}).error["message"]
     assert message == f"{name}: {shown} is not supported by this server; leave it out{instead}"
+
+
+def test_the_docs_name_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    section = text.partition("## What a request may ask")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w.]+)`", section))
+    supported = {name for model in MODELS.values() for name in model.model_fields} | {*ChatMessage.model_fields}
+    refused_ones = {name for model in (*MODELS.values(), ChatMessage) for name in model.NEUTRAL}
+    refused_ones |= {f"stream_options.{name}" for name in StreamOptions.NEUTRAL}
+    assert supported | refused_ones <= named
 
 
 def test_what_no_server_knows_is_ignored(quick: RunningServer) -> None:
