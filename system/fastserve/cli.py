@@ -13,6 +13,7 @@ from fastserve.command import Version, new_app
 from fastserve.console import Progress, parse_stage_layers, run_app
 from fastserve.errors import OutputError
 from fastserve.settings import parse_settings, resolve_settings
+from fastserve.tokenizer import BUILTIN
 
 app = new_app()
 
@@ -141,13 +142,25 @@ def serve(
         str, typer.Option(help="error, warning, info (a line for each request) or debug.")
     ] = "warning",
     backend: Annotated[
-        str, typer.Option(help="engine: a real model; sim: none, in real time by --profile, tokens are numbers.")
+        str, typer.Option(help="engine: a real model; sim: none, in real time by --profile, tokens are counted.")
     ] = "engine",
     profile: Annotated[
         str | None,
         typer.Option(help="Latency profile: what sim takes; for policies that need one, in place of measuring."),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Directory of a tokenizer.  [default: the model's]")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of a tokenizer, builtin or none.  [default: the model directory's; of a preset or a "
+            "simulation builtin]"
+        ),
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="auto: end tokens and sampling defaults from the model's generation_config.json; none: ignore it."
+        ),
+    ] = "auto",
     load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights (a preset needs it).")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -184,6 +197,7 @@ def serve(
         engine_options=engine_options,
         served_names=names_of(served_model_name or ()),
         tokenizer=tokenizer,
+        generation_config=generation_config,
         load_format=load_format,
         device=device,
         dtype=dtype,
@@ -211,6 +225,12 @@ def serve(
         log_level=log_level,
     )
     serve_model(options, server_options)
+
+
+@app.command()
+def tokenizer() -> None:
+    """Print the directory of the built-in tokenizer, which clients of presets and simulations take."""
+    print(BUILTIN)
 
 
 def main() -> None:

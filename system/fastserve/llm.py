@@ -11,12 +11,14 @@ import torch
 
 from fastserve.clock import WallClock
 from fastserve.config import CacheConfig, EngineOptions
+from fastserve.countable_tokens import StandIns
 from fastserve.engine import Arrival, Engine
 from fastserve.errors import ConfigError, RankError
 from fastserve.executor.base import Executor
 from fastserve.executor.distributed import DistributedExecutor
 from fastserve.executor.local import LocalExecutor
 from fastserve.executor.ranks import RankGroup
+from fastserve.generation_config import load_generation_config, token_ids
 from fastserve.job import Job, RequestMetrics
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel, load_profile
@@ -26,7 +28,7 @@ from fastserve.options import build_options
 from fastserve.parallel.layout import ParallelConfig
 from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import find_policy
-from fastserve.tokenizer import has_tokenizer, load_tokenizer
+from fastserve.tokenizer import load_tokenizer, tokenizer_directory
 from fastserve.worker import Worker
 from fastserve.worker.probe import Probe
 from fastserve.worker.protocol import RankConfig
@@ -78,7 +80,10 @@ class LLM:
         profile: a latency profile for policies that need one. None: measured here, in a few seconds.
         worker: an existing one of the same model, device, dtype and block size, with pools at least as large; `seed`
             and `load_format` are then its own. Engines may use it one after the other. None: a new one is made.
-        tokenizer: a directory with one, in Hugging Face format. None: the model directory's, if it has one.
+        tokenizer: a directory with one, in Hugging Face format, "builtin" or "none". None: the model directory's, if it
+            has one; for a preset the built-in one.
+        generation_config: "auto" reads the model directory's generation_config.json, if there is one, for tokens that
+            end an output; "none" ignores it. What it says of sampling is for servers: here SamplingParams say it all.
 
     Raises ConfigError for what is unknown, out of range or too large for memory, CheckpointError for a bad directory,
     RankError for a rank that fails, dies or hangs.
@@ -109,6 +114,7 @@ class LLM:
         profile: str | None = None,
         worker: Worker | None = None,
         tokenizer: str | Path | None = None,
+        generation_config: str = "auto",
     ) -> None:
         if host_link_gb_per_s is not None:
             raise ConfigError(
@@ -121,6 +127,15 @@ class LLM:
         policy_class = find_policy(policy)
         policy_settings = build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
         self.model_config, model_dir = resolve_model(model, load_format)
+        directory = Path(model) if Path(model).is_dir() else None
+        self.generation_config = load_generation_config(directory, generation_config)
+        of_text = tokenizer_directory(directory, tokenizer)
+        self.tokenizer: Any = None if of_text is None else load_tokenizer(of_text)
+        """Of transformers, the built-in one, or None."""
+        self.stand_ins = (
+            None if self.tokenizer is None else StandIns(self.tokenizer.backend_tokenizer, self.model_config.vocab_size)
+        )
+        """What is shown in place of tokens that the tokenizer does not know."""
         parallel = ParallelConfig(
             tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
         )
@@ -196,12 +211,8 @@ class LLM:
             kv,
             clock,
             max_model_len=context,
-            eos_token_ids=self.model_config.eos_token_ids,
+            eos_token_ids=self._eos_token_ids(),
         )
-        if tokenizer is None and Path(model).is_dir() and has_tokenizer(model):
-            tokenizer = model
-        self.tokenizer: Any = None if tokenizer is None else load_tokenizer(tokenizer)
-        """Of transformers, or None."""
         self._num_requests = 0
 
     def generate(
@@ -233,6 +244,12 @@ class LLM:
             error.outputs = [self._output(job) for job in self.engine.last_run]
             raise
         return [self._output(job) for job in jobs]
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an output, each once: what the configuration, generation_config.json and the tokenizer say."""
+        of_tokenizer = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        ids = (*self.model_config.eos_token_ids, *self.generation_config.eos_token_ids, *token_ids(of_tokenizer))
+        return tuple(dict.fromkeys(ids))
 
     def close(self) -> None:
         """Stop the engine's threads, or its ranks."""
@@ -280,10 +297,10 @@ class LLM:
         if prompts is not None:
             if self.tokenizer is None:
                 raise ConfigError(
-                    "text prompts need a tokenizer, which the model directory lacks; give prompt_token_ids instead"
+                    "text prompts need a tokenizer, which this model has none of; give prompt_token_ids instead"
                 )
             texts = [prompts] if isinstance(prompts, str) else prompts
-            return [self.tokenizer.encode(text) for text in texts]
+            prompt_token_ids = [self.tokenizer.encode(text) for text in texts]
         assert prompt_token_ids is not None
         vocab_size = self.model_config.vocab_size
         for ids in prompt_token_ids:
@@ -300,10 +317,16 @@ class LLM:
             request.request_id,
             request.token_ids[: request.num_prompt_tokens],
             generated,
-            None if self.tokenizer is None else self.tokenizer.decode(generated, skip_special_tokens=True),
+            self._text(generated),
             job.error,
             job.metrics,
         )
+
+    def _text(self, tokens: Sequence[int]) -> str | None:
+        if self.stand_ins is None:
+            return None
+        text: str = self.tokenizer.decode(list(map(self.stand_ins.shown, tokens)), skip_special_tokens=True)
+        return text
 
 
 def _warm_up(probe: Probe, device: str, context: int, options: EngineOptions) -> None:

@@ -186,6 +186,7 @@ def _measure_worker(
             "host_link": link_points,
             "residuals": residuals(latency, measurements),
         },
+        context_tokens=model.max_model_len,
     )
 
 
@@ -248,6 +249,7 @@ def _measure_ranks(config: ProfileConfig, model: ModelConfig, name: str, begin: 
         later_stages=tuple(pure[1:]),
         stage_link=stage_link,
         all_reduce=all_reduce,
+        context_tokens=model.max_model_len,
         kv_capacity_tokens=blocks * config.block_size,
         kv_bytes_per_token=model.kv_bytes_per_token(config.dtype),
         host_link=link,

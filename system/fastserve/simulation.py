@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastserve.clock import Clock, VirtualClock
@@ -24,10 +24,12 @@ def simulated_engine(
     policy_options: Mapping[str, Any] | None = None,
     options: EngineOptions | None = None,
     clock: Clock | None = None,
+    token_ids: Sequence[int] = (),
 ) -> Engine:
     """An engine that takes the time `profile` says, with the cache that fits the profile's hardware.
 
-    In virtual time, or with a WallClock in real time, for a server: its tokens are then numbered.
+    In virtual time, or with a WallClock in real time, for a server: its tokens are then numbered, or with `token_ids`
+    these in turn, over and over.
     Raises ConfigError for an unknown policy or option. Bounded by the cache, not by the model's context: lengths are
     the workload's, and a simulation has no position embeddings to run out of; set `max_model_len` to bound it.
     """
@@ -48,7 +50,12 @@ def simulated_engine(
     limits = options.scheduler_config(profile.pipeline_parallel_size)
     scheduler = make_scheduler(policy, policy_options or {}, limits, kv, profile.latency)
     executor = SimulatedExecutor(
-        profile.stages, host_link, clock, stage_link=profile.stage_link, number_tokens=real_time
+        profile.stages,
+        host_link,
+        clock,
+        stage_link=profile.stage_link,
+        number_tokens=real_time,
+        token_ids=token_ids,
     )
     engine = Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
     engine.jumps = not real_time  # The tokens of iterations computed ahead could not be told one by one.

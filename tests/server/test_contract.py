@@ -139,9 +139,9 @@ def test_a_chat_begins_with_the_role(chats: RunningServer) -> None:
     assert first["choices"] == [
         {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
     ]
-    assert [token_ids(chunk) for chunk in chunks] == [[0], [1], [2]]
-    # The first three words of the vocabulary are special.
-    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"content": ""}] * 3
+    # The first three tokens of the vocabulary are special.
+    assert [token_ids(chunk) for chunk in chunks] == [[3], [4], [5]]
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"content": f" w{i}"} for i in range(3)]
 
 
 def test_a_chat_goes_on_as_far_as_there_is_room(chats: RunningServer) -> None:
@@ -153,7 +153,7 @@ def test_a_chat_goes_on_as_far_as_there_is_room(chats: RunningServer) -> None:
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}]}], "max_completion_tokens": 5},
         "/v1/chat/completions",
     ).json["choices"]
-    assert two["message"]["content"] == " w0 w1"
+    assert two["message"]["content"] == " w0 w1 w2 w3 w4"
 
 
 def test_stop_texts_end_a_stream(chats: RunningServer) -> None:
@@ -161,11 +161,10 @@ def test_stop_texts_end_a_stream(chats: RunningServer) -> None:
     chunks = events(chats, **body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " w0 w1 w2 w3 w4 w5 w6 "
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    # Words 0 to 2 are special, so w8 is the twelfth token.
-    assert len(chunks) == 12
+    assert len(chunks) == 9
     whole = chats.post(body).json
     assert whole["choices"][0]["text"] == " w0 w1 w2 w3 w4 w5 w6 "
-    assert whole["usage"]["completion_tokens"] == 12
+    assert whole["usage"]["completion_tokens"] == 9
     chats.check_empty()
 
 

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, TypeVar
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastserve.clock import WallClock
 from fastserve.config import EngineOptions
 from fastserve.engine import Engine, Observer, Observers
 from fastserve.job import Job
@@ -31,11 +30,9 @@ from fastserve.scheduler import Iteration
 from fastserve.server.app import Server, ServerOptions
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.metrics import ServerMetrics
-from fastserve.server.model import ServedModel
+from fastserve.server.model import ServedModel, simulated_model
 from fastserve.server.serve import bound_socket, http_server
 from fastserve.server.state import RecentRequests
-from fastserve.server.text import TextCodec
-from fastserve.simulation import simulated_engine
 
 T = TypeVar("T")
 
@@ -75,13 +72,13 @@ def simulated(
     tokenizer: Any = None,
     change: Callable[[Engine], None] = lambda engine: None,
 ) -> ServedModel:
-    """A model called `quick` whose tokens are 0, 1, 2, …; `change` does something to its engine."""
+    """A model called `quick` whose tokens are 0, 1, 2, …, or words of its tokenizer; `change` changes its engine."""
     options = EngineOptions(max_batch_size=max_batch_size, num_host_blocks=num_host_blocks, max_model_len=max_model_len)
-    engine = simulated_engine(
-        profile(iteration_s, num_blocks=num_blocks), policy, policy_options, options, clock=WallClock()
+    model = simulated_model(
+        ["quick"], profile(iteration_s, num_blocks=num_blocks), policy, policy_options, options, tokenizer
     )
-    change(engine)
-    return ServedModel("quick", engine, TextCodec(tokenizer), None, engine.executor.close)
+    change(model.engine)
+    return model
 
 
 class Watcher(Observer):

@@ -11,8 +11,19 @@ PACKAGE = ROOT / "system/fastserve"
 # Each room may import itself and the rooms before it; `errors`, `config` and the like come before all.
 ORDER = [
     {"errors"},
-    {"config", "options", "clock", "command", "console", "files", "processes", "logprobs", "tokenizer"},
-    {"request", "presets", "parallel.layout", "parallel"},
+    {
+        "config",
+        "options",
+        "clock",
+        "command",
+        "console",
+        "files",
+        "processes",
+        "logprobs",
+        "tokenizer",
+        "countable_tokens",
+    },
+    {"request", "generation_config", "presets", "parallel.layout", "parallel"},
     {"latency", "kvcache"},
     {"scheduler"},
     {"settings"},

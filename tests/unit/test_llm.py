@@ -76,7 +76,7 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     ("call", "message"),
     [
         ({}, "give either prompts or prompt_token_ids"),
-        ({"prompts": "hello"}, "need a tokenizer"),
+        ({"prompts": "hello", "prompt_token_ids": [[1]]}, "give either prompts or prompt_token_ids"),
         ({"prompt_token_ids": [[]]}, "an empty prompt"),
         ({"prompt_token_ids": [[1, 60_000]]}, "token id 60000"),
         ({"prompt_token_ids": [[1]], "sampling_params": []}, "1 prompts but 0 sampling_params"),

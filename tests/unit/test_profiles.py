@@ -1,9 +1,11 @@
 """The shipped profiles: which there are, that the script makes them, and that the documentation shows its tables."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fastserve.errors import ConfigError
 from fastserve.latency import PipelinedLatency, list_profiles, load_profile
 from fastserve.presets import preset
 from scripts import make_profiles
@@ -92,3 +94,14 @@ def test_stages_send_over_the_link_between_them() -> None:
     # Vidur's profiles: 16 MiB take 65 us within a node and 2,198 between.
     assert within.stage_link.transfer_time(910) == pytest.approx(65e-6, rel=0.3)
     assert between.stage_link.transfer_time(683) == pytest.approx(2198e-6, rel=0.05)
+
+
+def test_the_context_is_that_of_the_profiles_model(tmp_path: Path) -> None:
+    opt, llama = load_profile("a100-80g/opt-66b-tp4"), load_profile("a100-80g/llama-3-8b-tp1")
+    assert (opt.max_model_len, llama.max_model_len) == (2048, 8192)
+    assert replace(opt, model="of-someone").max_model_len is None
+    measured = replace(opt, model="of-someone", context_tokens=512)
+    measured.save(tmp_path / "measured.json")
+    assert load_profile(str(tmp_path / "measured.json")).max_model_len == 512
+    with pytest.raises(ConfigError, match="context_tokens must be an integer of at least 2, got 1"):
+        replace(opt, context_tokens=1)

@@ -1,4 +1,5 @@
-"""Our server, driven by `vllm bench serve` as it is: every request must succeed, and both must count the same tokens.
+"""Our server, driven by `vllm bench serve` as it is: every request must succeed, both must count the same tokens and
+measure the same time to first token.
 
 Starts `fastserve serve` on a small model and calls the client from vLLM's environment (.venv-vllm, which `make
 real-vllm` installs) with different data sets, arrivals and prompts. The exit status is 0 when all agree.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,15 @@ ARCHITECTURE = {
     "word_embed_proj_dim": 64,
 }
 _TIMEOUT_S = 300.0
+_MOST_ADDED, _MOST_ADDED_S, _MOST_ADDED_EACH_S = 0.5, 0.05, 0.002
+"""What connections, HTTP and the client may add to a mean time to first token: this share, these seconds, and so much
+for each request, since those sent at once wait for one another in the client."""
+_TOTALS = {
+    "fastserve_output_tokens_total": "output",
+    "fastserve_prompt_tokens_total": "prompt",
+    "fastserve_time_to_first_token_seconds_count": "first_tokens",
+    "fastserve_time_to_first_token_seconds_sum": "first_tokens_s",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Call:
 def calls(trace: Path) -> list[Call]:
     """Different data sets, arrivals, prompts and limits; `trace` is a file for the timed one."""
     random = ("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "24")
+    chat = ("--backend", "openai-chat", "--endpoint", "/v1/chat/completions")
     timed = ("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--timed-trace-sec-multiplier", "0.001")
     return [
         Call("all at once", 32, (*random, "--request-rate", "inf")),
@@ -62,9 +74,11 @@ def calls(trace: Path) -> list[Call]:
         )),
         Call("at most four at a time, backend vllm", 16, (*random, "--max-concurrency", "4", "--backend", "vllm")),
         Call("sampled, chat", 16, (
-            *random, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--temperature", "0.8",
-            "--top-p", "0.9",
+            *random, *chat, "--temperature", "0.8", "--top-p", "0.9",
         )),
+        # More than a batch, so that most wait for their first token.
+        Call("many at once", 120, (*random, "--request-rate", "inf")),
+        Call("many at once, chat", 120, (*random, *chat, "--request-rate", "inf")),
         Call("timed trace, token ids", 20, timed),
     ]  # fmt: skip
 
@@ -95,19 +109,22 @@ def carry_out(call: Call, vllm: Path, url: str, model: Path, folder: Path) -> Ma
 
 
 def counted(url: str) -> dict[str, float]:
-    """The server's own totals: tokens and finished requests."""
+    """The server's own totals: tokens, finished requests, and first tokens with their times in seconds."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     connection.request("GET", "/metrics")
     families = text_string_to_metric_families(connection.getresponse().read().decode())
-    totals = {"output": 0.0, "prompt": 0.0, "finished": 0.0}
+    totals = dict.fromkeys(("finished", *_TOTALS.values()), 0.0)
     for sample in (sample for family in families for sample in family.samples):
-        if sample.name == "fastserve_output_tokens_total":
-            totals["output"] = sample.value
-        elif sample.name == "fastserve_prompt_tokens_total":
-            totals["prompt"] = sample.value
+        if sample.name in _TOTALS:
+            totals[_TOTALS[sample.name]] = sample.value
         elif sample.name == "fastserve_requests_total" and sample.labels.get("outcome") == "finished":
             totals["finished"] = sample.value
     return totals
+
+
+def ttft_s(ours: Mapping[str, float]) -> float:
+    """Mean time to first token, as the server counts it."""
+    return ours["first_tokens_s"] / ours["first_tokens"] if ours["first_tokens"] else math.nan
 
 
 def disagreements(call: Call, result: Mapping[str, Any], ours: Mapping[str, float]) -> list[str]:
@@ -117,7 +134,13 @@ def disagreements(call: Call, result: Mapping[str, Any], ours: Mapping[str, floa
         "output tokens": (result["total_output_tokens"], ours["output"]),
         "prompt tokens": (result["total_input_tokens"], ours["prompt"]),
     }
-    return [f"{what}: {' and '.join(map(str, values))}" for what, values in pairs.items() if len(set(values)) > 1]
+    wrong = [f"{what}: {' and '.join(map(str, values))}" for what, values in pairs.items() if len(set(values)) > 1]
+    theirs, least = result["mean_ttft_ms"] / 1000, ttft_s(ours)
+    # The client's clock starts before the server's and stops after it.
+    most = least * (1 + _MOST_ADDED) + _MOST_ADDED_S + call.num_prompts * _MOST_ADDED_EACH_S
+    if not least <= theirs <= most:
+        wrong.append(f"mean time to first token: {1000 * theirs:.1f} ms and {1000 * least:.1f} ms")
+    return wrong
 
 
 def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
@@ -144,7 +167,8 @@ def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
                 well &= not wrong
                 print(
                     f"{call.name}: {result['completed']} of {call.num_prompts} requests, "
-                    f"{result['total_output_tokens']} tokens, TTFT {result['mean_ttft_ms']:.1f} ms, "
+                    f"{result['total_output_tokens']} tokens, TTFT {result['mean_ttft_ms']:.1f} ms "
+                    f"(the server's {1000 * ttft_s(ours):.1f} ms), "
                     f"TPOT {result['mean_tpot_ms']:.2f} ms: {'; '.join(wrong) or 'as the server counts'}",
                     flush=True,
                 )

@@ -35,12 +35,13 @@ class SimulatedExecutor(Executor):
         *,
         stage_link: StageLink | None = None,
         number_tokens: bool = False,
+        token_ids: Sequence[int] = (),
     ) -> None:
         """`stages` from the first to the last, each as long as its own part of an iteration takes; `stage_link` between
         two of them, None for sends that take no time. `clock` is a virtual one, or a real one that is slept on.
 
         A token is 0, or with `number_tokens` its place in the output, so that a client of a simulated server sees if
-        one is lost or comes twice.
+        one is lost or comes twice. With `token_ids`, it is the one at that place among these, over and over.
         """
         self.max_in_flight = len(stages)
         self._kinds = tuple(dict.fromkeys(stages))
@@ -50,6 +51,7 @@ class SimulatedExecutor(Executor):
         self._stage_link = stage_link
         self._clock = clock
         self._number_tokens = number_tokens
+        self._token_ids = token_ids
         self._stages_free_at = [0.0] * len(stages)
         self._links_free_at = [0.0] * len(stages)
         """Of the link into each stage; the first has none."""
@@ -85,8 +87,11 @@ class SimulatedExecutor(Executor):
                 end = self._through_later_stages(end, seconds, sum(prefill_lens) + len(context_lens))
             tokens: tuple[int, ...] = (0,) * len(iteration.requests)
             if self._number_tokens:
-                tokens = tuple(request.num_output_tokens for request in iteration.requests)
+                tokens = tuple(self._token(request.num_output_tokens) for request in iteration.requests)
             self._computing.append(IterationResult(tokens, now, end))
+
+    def _token(self, place: int) -> int:
+        return self._token_ids[place % len(self._token_ids)] if self._token_ids else place
 
     def _through_later_stages(self, end: float, seconds: Sequence[float], num_tokens: int) -> float:
         """When the last stage ends an iteration that the first ends at `end`; `seconds` by kind of stage."""

@@ -16,6 +16,7 @@ from fastserve.latency.checks import check_bandwidth, check_times, fields, numbe
 from fastserve.latency.communication import AllReduce, HostLink, StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 from fastserve.latency.pipelined import PipelinedLatency
+from fastserve.presets import PRESETS
 
 FORMAT_VERSION = 4
 """Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`
@@ -50,9 +51,13 @@ class Profile:
     """Times of the second stage to the last; empty where they are the first one's."""
     all_reduce: AllReduce | None = None
     """Among the shards of a stage; None where there is one shard, or where `stage` has it already."""
+    context_tokens: int | None = None
+    """The model's context as the file says it; None in files that do not, such as those of published models."""
 
     def __post_init__(self) -> None:
         require_int("pipeline_parallel_size", self.pipeline_parallel_size, 1)
+        if self.context_tokens is not None:
+            require_int(f"profile {self.name}: context_tokens", self.context_tokens, 2)
         if (self.stage_link is None) != (self.pipeline_parallel_size == 1):
             raise ConfigError(
                 f"profile {self.name}: stage_link is {'missing' if self.stage_link is None else 'given'} with "
@@ -87,6 +92,17 @@ class Profile:
         return tuple(stage.plus(*self.all_reduce.of_stage(i)) for i, stage in enumerate(stages))
 
     @property
+    def max_model_len(self) -> int | None:
+        """Longest prompt + output of the model in tokens, or None if neither the file nor a preset of its name says.
+
+        A server of the profile is bounded by it; a simulation by the cache alone.
+        """
+        if self.context_tokens is not None:
+            return self.context_tokens
+        known = PRESETS.get(self.model)
+        return None if known is None else known.max_model_len
+
+    @property
     def latency(self) -> LatencyModel:
         """Time of an iteration through all stages, with nothing else in flight."""
         stages = self.stages
@@ -111,6 +127,8 @@ class Profile:
             content["later_stages"] = [_stage_to_json(stage) for stage in self.later_stages]
         if self.all_reduce:
             content["all_reduce"] = asdict(self.all_reduce)
+        if self.context_tokens is not None:
+            content["context_tokens"] = self.context_tokens
         return content | {"provenance": self.provenance}
 
     @property
@@ -156,7 +174,7 @@ def _parse(name: str, data: Any) -> Profile:
         "format_version", "model", "hardware", "engine", "dtype", "tensor_parallel_size", "pipeline_parallel_size",
         "coefficients", "kv_cache", "host_link", "provenance",
     )  # fmt: skip
-    data = fields(where, data, required, ("stage_link", "later_stages", "all_reduce"))
+    data = fields(where, data, required, ("stage_link", "later_stages", "all_reduce", "context_tokens"))
     if data["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise ConfigError(f"{where}: format_version {data['format_version']!r}, expected 1 to {FORMAT_VERSION}")
     for key in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -192,6 +210,7 @@ def _parse(name: str, data: Any) -> Profile:
         stage_link=links["stage_link"],
         later_stages=tuple(_parse_stage(f"{where}: later_stages[{i}]", fits) for i, fits in enumerate(later)),
         all_reduce=links["all_reduce"],
+        context_tokens=data.get("context_tokens"),
     )
     for i, stage in enumerate(profile.stages):
         check_times(f"{where}: stage {i}" if len(profile.stages) > 1 else where, stage, profile.kv_capacity_tokens)

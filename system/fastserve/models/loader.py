@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastserve.config import ModelConfig
 from fastserve.errors import CheckpointError, ConfigError
+from fastserve.generation_config import token_ids
 from fastserve.models.decoder import DecoderModel
 from fastserve.models.part import Weight
 
@@ -120,7 +121,7 @@ def _opt_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         intermediate_size=fields["ffn_dim"],
         max_model_len=fields["max_position_embeddings"],
         tie_word_embeddings=fields.get("tie_word_embeddings", True),
-        eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
+        eos_token_ids=token_ids(fields.get("eos_token_id", 2)),
     )
 
 
@@ -150,7 +151,7 @@ def _llama_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         norm_eps=fields["rms_norm_eps"],
         rope_theta=rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
         rope_scaling={key: scaling[key] for key in _LLAMA3_SCALING} if kind == "llama3" else None,
-        eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
+        eos_token_ids=token_ids(fields.get("eos_token_id", 2)),
     )
 
 
@@ -158,12 +159,6 @@ def _require(path: Path, fields: dict[str, Any], key: str, value: object) -> Non
     """Refuse a variant of the architecture that is not implemented; an absent key means the usual one."""
     if fields.get(key, value) != value:
         raise CheckpointError(f"{path}: {key} = {fields[key]!r} is not supported, only {value!r}")
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

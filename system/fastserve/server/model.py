@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 from fastserve.clock import WallClock
 from fastserve.config import EngineOptions
+from fastserve.countable_tokens import StandIns, countable_tokens
 from fastserve.engine import Engine
 from fastserve.errors import ConfigError
-from fastserve.latency import load_profile
+from fastserve.generation_config import GenerationConfig
+from fastserve.latency import Profile, load_profile
 from fastserve.request import SamplingParams
 from fastserve.server.text import TextCodec
 from fastserve.server.version import software_version
 from fastserve.simulation import simulated_engine
-from fastserve.tokenizer import load_tokenizer
+from fastserve.tokenizer import load_tokenizer, tokenizer_directory
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class ModelOptions:
 
     model: str | None = None
     backend: str = "engine"
-    """engine, or sim: no model at all; iterations take the time that `profile` says, and tokens are numbers."""
+    """engine, or sim: no model at all; iterations take the time that `profile` says, and tokens are counted."""
     profile: str | None = None
     policy: str = "fastserve"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +37,9 @@ class ModelOptions:
     """What clients call it; the server itself says the first. Empty: the name of the preset, the directory or the
     profile."""
     tokenizer: str | None = None
+    """A directory, builtin or none. None: the model directory's; of a preset or a simulation the built-in one."""
+    generation_config: str = "auto"
+    """auto: what generation_config.json says counts where requests say nothing; none: it is ignored."""
     load_format: str = "auto"
     device: str = "cpu"
     dtype: str = "float32"
@@ -61,7 +66,7 @@ class ModelOptions:
 _OF_A_REAL_ENGINE = {
     name: ModelOptions.__dataclass_fields__[name].default
     for name in (
-        "model", "load_format", "device", "dtype", "seed", "torch_threads", "tensor_parallel_size",
+        "model", "generation_config", "load_format", "device", "dtype", "seed", "torch_threads", "tensor_parallel_size",
         "pipeline_parallel_size", "stage_layers", "ranks",
     )
 }  # fmt: skip
@@ -80,6 +85,8 @@ class ServedModel:
     close: Callable[[], None]
     aliases: tuple[str, ...] = ()
     """Other names that clients may use for it."""
+    generation_config: GenerationConfig = field(default_factory=GenerationConfig)
+    """What counts where a request says nothing of how its tokens are drawn."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,12 +118,44 @@ def load_served_model(options: ModelOptions) -> ServedModel:
 
 def _simulated(options: ModelOptions) -> ServedModel:
     assert options.profile is not None
-    engine = simulated_engine(
-        load_profile(options.profile), options.policy, options.policy_options, options.engine_options, WallClock()
+    directory = tokenizer_directory(None, options.tokenizer)
+    return simulated_model(
+        options.served_names or (options.profile,),
+        load_profile(options.profile),
+        options.policy,
+        options.policy_options,
+        options.engine_options,
+        None if directory is None else load_tokenizer(directory),
     )
-    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    name, *aliases = options.served_names or (options.profile,)
-    return ServedModel(name, engine, TextCodec(tokenizer), None, engine.executor.close, tuple(aliases))
+
+
+def simulated_model(
+    names: Sequence[str],
+    profile: Profile,
+    policy: str,
+    policy_options: Mapping[str, Any] | None,
+    options: EngineOptions,
+    tokenizer: Any = None,
+) -> ServedModel:
+    """A simulation in real time, called by `names`, bounded by the context of the profile's model.
+
+    It generates tokens that a client can count in their text, or without a tokenizer 0, 1, 2 and so on. Raises
+    ConfigError for an unknown policy or option, and for a tokenizer without such tokens.
+    """
+    if options.max_model_len is None:
+        options = replace(options, max_model_len=profile.max_model_len)
+    codec, token_ids = TextCodec(), list[int]()
+    if tokenizer is not None:
+        token_ids = countable_tokens(tokenizer.backend_tokenizer)
+        if not token_ids:
+            raise ConfigError(
+                "the tokenizer has no tokens whose text is one token again, which is what a simulation generates; give "
+                "another --tokenizer, or builtin or none"
+            )
+        codec = TextCodec(tokenizer, StandIns(tokenizer.backend_tokenizer, None))
+    engine = simulated_engine(profile, policy, policy_options, options, WallClock(), token_ids)
+    name, *aliases = names
+    return ServedModel(name, engine, codec, None, engine.executor.close, tuple(aliases))
 
 
 def _real(options: ModelOptions) -> ServedModel:
@@ -141,9 +180,16 @@ def _real(options: ModelOptions) -> ServedModel:
         seed=options.seed,
         profile=options.profile,
         tokenizer=options.tokenizer,
+        generation_config=options.generation_config,
         **asdict(options.engine_options),
     )
     name, *aliases = options.served_names or (llm.model_config.name,)
     return ServedModel(
-        name, llm.engine, TextCodec(llm.tokenizer), llm.model_config.vocab_size, llm.close, tuple(aliases)
+        name,
+        llm.engine,
+        TextCodec(llm.tokenizer, llm.stand_ins),
+        llm.model_config.vocab_size,
+        llm.close,
+        tuple(aliases),
+        llm.generation_config,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -209,9 +211,10 @@ class GenerationRequest(Body):
         """Texts that end the output and are not part of it."""
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """How the engine is to draw. Without a seed, another one each time."""
-        return SamplingParams(
+    def sampling_params(self, max_tokens: int, defaults: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
+        """How the engine is to draw. `defaults` count for what the request does not say. Without a seed, another one
+        each time."""
+        params = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -220,6 +223,8 @@ class GenerationRequest(Body):
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
+        unsaid = {name: value for name, value in defaults.items() if name not in self.model_fields_set}
+        return replace(params, **unsaid)
 
 
 class CompletionRequest(GenerationRequest):

@@ -134,7 +134,11 @@ class Server:
                 f"token id {max(token_ids)}: the model's vocabulary has ids from 0 to {model.vocab_size - 1}", param
             )
         longest = model.engine.longest_request
-        max_tokens = max(1, longest - len(token_ids)) if limit is None else getattr(body, limit)
+        if limit is None:
+            room = max(1, longest - len(token_ids))
+            max_tokens = min(room, model.generation_config.max_new_tokens or room)
+        else:
+            max_tokens = getattr(body, limit)
         if why := model.engine.why_never("refused", len(token_ids), max_tokens):
             # Clients look for how this begins.
             raise bad_request(
@@ -142,7 +146,8 @@ class Server:
                 limit if limit is not None and len(token_ids) < longest else param,
                 "context_length_exceeded",
             )
-        return Prompt(token_ids, body.sampling_params(max_tokens), model.codec.decoder(token_ids, body.stop_texts))
+        params = body.sampling_params(max_tokens, model.generation_config.sampling)
+        return Prompt(token_ids, params, model.codec.decoder(token_ids, body.stop_texts))
 
     async def tokens_of(self, prompts: list[str | list[int]]) -> list[list[int]]:
         """Each prompt's token ids. APIError 400 for texts that are too long."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
+from fastserve.countable_tokens import StandIns
 from fastserve.server.errors import bad_request
 
 _PROMPT_TOKENS_SEEN = 8
@@ -29,9 +30,11 @@ class TextCodec:
     and what needs real text (text prompts, chats, stop texts) is refused.
     """
 
-    def __init__(self, tokenizer: Any = None) -> None:
-        """`tokenizer`: of transformers, backed by the tokenizers library."""
+    def __init__(self, tokenizer: Any = None, stand_ins: StandIns | None = None) -> None:
+        """`tokenizer`: the built-in one or one of transformers, backed by the tokenizers library. `stand_ins`: what is
+        shown in place of ids that it does not know; None: nothing."""
         self._tokenizer = tokenizer
+        self._stand_ins = stand_ins
         self._longest_token = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()))
 
     @property
@@ -88,12 +91,14 @@ class TextCodec:
     def _token_texts(self, prompt: Sequence[int]) -> _TokenTexts:
         if self._tokenizer is None:
             return _Numbers()
-        return _Texts(self._tokenizer.backend_tokenizer, list(prompt[-_PROMPT_TOKENS_SEEN:]))
+        return _Texts(self._tokenizer.backend_tokenizer, prompt[-_PROMPT_TOKENS_SEEN:], self._stand_ins)
 
     def _require(self, what: str, param: str, instead: str) -> None:
         if self._tokenizer is None:
             raise bad_request(
-                f"{what} needs a tokenizer and this server has none; {instead}, or start it with --tokenizer DIR", param
+                f"{what} needs a tokenizer and this server has none; {instead}, or start it with --tokenizer builtin "
+                "or a directory",
+                param,
             )
 
 
@@ -121,16 +126,17 @@ class _Texts(_TokenTexts):
     what has changed is added.
     """
 
-    def __init__(self, tokenizer: Any, prompt_end: list[int]) -> None:
+    def __init__(self, tokenizer: Any, prompt_end: Sequence[int], stand_ins: StandIns | None) -> None:
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-        self._ids = prompt_end
-        self._num_complete = len(prompt_end)
+        self._known = (lambda token: token) if stand_ins is None else stand_ins.shown
+        self._ids = list(map(self._known, prompt_end))
+        self._num_complete = len(self._ids)
         """Of those, how many come before the last place at which no character was incomplete."""
-        self._shown: str = self._decode(prompt_end)
+        self._shown: str = self._decode(self._ids)
         """Of their text; the prompt's is not to come again."""
 
     def text_of(self, token: int) -> str:
-        self._ids.append(token)
+        self._ids.append(self._known(token))
         text = self._decode(self._ids)
         num_replaced = len(text) - len(text.rstrip(_REPLACEMENT))
         if num_replaced and len(self._ids) < _MOST_TOKENS_DECODED:
