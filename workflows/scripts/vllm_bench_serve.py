@@ -1,8 +1,9 @@
 """Our server, driven by `vllm bench serve` as it is: every request must succeed, both must count the same tokens and
 measure the same time to first token.
 
-Starts `fastserve serve` on a small model and calls the client from vLLM's environment (.venv-vllm, which `make
-real-vllm` installs) with different data sets, arrivals and prompts. The exit status is 0 when all agree.
+Starts `fastserve serve` on a small model, and on a busy simulation, and calls the client from vLLM's environment
+(.venv-vllm, which `make real-vllm` installs) with different data sets, arrivals and prompts. The exit status is 0 when
+all agree.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from baselines.external.environment import python_of
 from baselines.external.process import ServerProcess, free_port
 from fastserve.errors import ConfigError, FastServeError
+from fastserve.tokenizer import BUILTIN
 from harness.model_folder import write_model_folder
 from harness.points import read_json
 
@@ -61,26 +63,46 @@ class Call:
     arguments: tuple[str, ...]
 
 
-def calls(trace: Path) -> list[Call]:
-    """Different data sets, arrivals, prompts and limits; `trace` is a file for the timed one."""
-    random = ("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "24")
-    chat = ("--backend", "openai-chat", "--endpoint", "/v1/chat/completions")
+_CHAT = ("--backend", "openai-chat", "--endpoint", "/v1/chat/completions")
+_RANDOM = ("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "24")
+_AT_ONCE = (*_RANDOM, "--request-rate", "inf")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One of our servers: what it serves, the tokenizer that clients take for it, and the calls it is to answer."""
+
+    name: str
+    arguments: tuple[str, ...]
+    tokenizer: Path
+    calls: tuple[Call, ...]
+
+
+def small_model(model: Path, trace: Path, policy: str) -> Served:
+    """A small model, with different data sets, arrivals, prompts and limits; `trace` is a file for the timed one."""
     timed = ("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--timed-trace-sec-multiplier", "0.001")
-    return [
-        Call("all at once", 32, (*random, "--request-rate", "inf")),
-        Call("Poisson arrivals", 24, (*random, "--request-rate", "20")),
+    calls = (
+        Call("all at once", 32, _AT_ONCE),
+        Call("Poisson arrivals", 24, (*_RANDOM, "--request-rate", "20")),
         Call("bursty arrivals, other lengths", 24, (
-            *random, "--random-range-ratio", "0.5", "--request-rate", "20", "--burstiness", "0.3",
+            *_RANDOM, "--random-range-ratio", "0.5", "--request-rate", "20", "--burstiness", "0.3",
         )),
-        Call("at most four at a time, backend vllm", 16, (*random, "--max-concurrency", "4", "--backend", "vllm")),
-        Call("sampled, chat", 16, (
-            *random, *chat, "--temperature", "0.8", "--top-p", "0.9",
-        )),
+        Call("at most four at a time, backend vllm", 16, (*_RANDOM, "--max-concurrency", "4", "--backend", "vllm")),
+        Call("sampled, chat", 16, (*_RANDOM, *_CHAT, "--temperature", "0.8", "--top-p", "0.9")),
         # More than a batch, so that most wait for their first token.
-        Call("many at once", 120, (*random, "--request-rate", "inf")),
-        Call("many at once, chat", 120, (*random, *chat, "--request-rate", "inf")),
+        Call("many at once", 120, _AT_ONCE),
+        Call("many at once, chat", 120, (*_AT_ONCE, *_CHAT)),
         Call("timed trace, token ids", 20, timed),
-    ]  # fmt: skip
+    )  # fmt: skip
+    arguments = ("--model", str(model), "--policy", policy, "--set", "num_gpu_blocks=256")
+    return Served("small model", arguments, model, calls)
+
+
+def busy_simulation() -> Served:
+    """A simulation that serves a few requests at a time, so that most wait for seconds; with the built-in tokenizer."""
+    calls = (Call("simulated, busy", 40, _AT_ONCE), Call("simulated, busy, chat", 40, (*_AT_ONCE, *_CHAT)))
+    arguments = ("--backend", "sim", "--profile", "a100-80g/opt-13b-tp1", "--policy", "fastserve-fcfs")
+    return Served("simulation", (*arguments, "--set", "max_batch_size=4"), BUILTIN, calls)
 
 
 def write_trace(path: Path) -> None:
@@ -93,9 +115,9 @@ def write_trace(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def carry_out(call: Call, vllm: Path, url: str, model: Path, folder: Path) -> Mapping[str, Any]:
+def carry_out(call: Call, vllm: Path, url: str, tokenizer: Path, folder: Path) -> Mapping[str, Any]:
     """The client's result. Raises ConfigError with its last lines if it fails."""
-    command = [str(vllm / "bin" / "vllm"), "bench", "serve", "--base-url", url, "--tokenizer", str(model)]
+    command = [str(vllm / "bin" / "vllm"), "bench", "serve", "--base-url", url, "--tokenizer", str(tokenizer)]
     if "--backend" not in call.arguments:
         command += ["--backend", "openai"]
     # Without a first request to see whether the server is there, which it would not count.
@@ -147,32 +169,40 @@ def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
     """Make all calls (those whose names contain one of `chosen`) and print what came of them; whether all is well."""
     if not python_of(vllm).exists():
         raise ConfigError(f"no vLLM is installed at {vllm}; `make real-vllm` does it")
-    well = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, trace, url = folder / "model", folder / "trace.jsonl", f"http://127.0.0.1:{free_port()}"
-        write_model_folder(ARCHITECTURE, model)
-        write_trace(trace)
-        command = [sys.executable, "-m", "fastserve.cli", "serve", "--model", str(model), "--policy", policy]
-        command += ["--port", str(urlsplit(url).port), "--no-page", "--set", "num_gpu_blocks=256"]
-        with ServerProcess("fastserve serve", command, url, folder / "server.log") as server:
-            server.wait_until_ready(120)
-            for call in calls(trace):
-                if chosen and not any(part in call.name for part in chosen):
-                    continue
-                before = counted(url)
-                result = carry_out(call, vllm, url, model, folder)
-                ours = {what: total - before[what] for what, total in counted(url).items()}
-                wrong = disagreements(call, result, ours)
-                well &= not wrong
-                print(
-                    f"{call.name}: {result['completed']} of {call.num_prompts} requests, "
-                    f"{result['total_output_tokens']} tokens, TTFT {result['mean_ttft_ms']:.1f} ms "
-                    f"(the server's {1000 * ttft_s(ours):.1f} ms), "
-                    f"TPOT {result['mean_tpot_ms']:.2f} ms: {'; '.join(wrong) or 'as the server counts'}",
-                    flush=True,
-                )
-    return well
+        write_model_folder(ARCHITECTURE, folder / "model")
+        write_trace(folder / "trace.jsonl")
+        wrong = 0
+        for served in (small_model(folder / "model", folder / "trace.jsonl", policy), busy_simulation()):
+            calls = [call for call in served.calls if not chosen or any(part in call.name for part in chosen)]
+            if calls:
+                wrong += _drive(vllm, served, calls, folder)
+    return not wrong
+
+
+def _drive(vllm: Path, served: Served, calls: Sequence[Call], folder: Path) -> int:
+    """Make the calls and print what came of them; how many were not as they should be."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "fastserve.cli", "serve", *served.arguments]
+    command += ["--port", str(urlsplit(url).port), "--no-page"]
+    num_wrong = 0
+    with ServerProcess("fastserve serve", command, url, folder / "server.log") as server:
+        server.wait_until_ready(120)
+        for call in calls:
+            before = counted(url)
+            result = carry_out(call, vllm, url, served.tokenizer, folder)
+            ours = {what: total - before[what] for what, total in counted(url).items()}
+            wrong = disagreements(call, result, ours)
+            num_wrong += bool(wrong)
+            print(
+                f"{call.name}: {result['completed']} of {call.num_prompts} requests, "
+                f"{result['total_output_tokens']} tokens, TTFT {result['mean_ttft_ms']:.1f} ms "
+                f"(the server's {1000 * ttft_s(ours):.1f} ms), "
+                f"TPOT {result['mean_tpot_ms']:.2f} ms: {'; '.join(wrong) or 'as the server counts'}",
+                flush=True,
+            )
+    return num_wrong
 
 
 def main() -> None:
