@@ -21,7 +21,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fastserve.files import written_whole
+from fastserve.files import atomic_write
 from fastserve.tokenizer import BUILTIN
 
 NUM_NUMBERS = 1000
@@ -42,7 +42,7 @@ Merge = tuple[str, str]
 def make_tokenizer(folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json to `folder`, made if missing. OutputError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / "tokenizer.json") as staging:
+    with atomic_write(folder / "tokenizer.json") as staging:
         staging.write_text(json.dumps(_tokenizer(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -51,7 +51,7 @@ def make_tokenizer(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    with written_whole(folder / "tokenizer_config.json") as staging:
+    with atomic_write(folder / "tokenizer_config.json") as staging:
         staging.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
