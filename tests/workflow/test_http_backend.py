@@ -752,12 +752,12 @@ def test_the_capacity_of_a_server(tmp_path: Path) -> None:
 
 
 @contextmanager
-def started(url: str, out: Path, num_requests: int) -> Iterator[subprocess.Popen[str]]:
-    """The command, in a process of its own."""
+def started(url: str, out: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
+    """A command with a thousand requests, in a process of its own."""
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "harness.cli", "run", "--backend", "http", "--url", url, "--trace", TRACE,
-            "--arrivals", "constant", "--rate", "20", "--num-requests", str(num_requests), "--out", str(out),
+            sys.executable, "-m", "harness.cli", *(command or ("run", "--rate", "20")), "--backend", "http",
+            "--url", url, "--trace", TRACE, "--arrivals", "constant", "--num-requests", "1000", "--out", str(out),
         ],
         env=os.environ | {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"},
         stderr=subprocess.PIPE, text=True,
@@ -779,7 +779,7 @@ def test_what_was_measured_until_a_signal_is_kept(tmp_path: Path, signum: signal
         return await never(call)
 
     server = OpenAIServer(script, {"0": complete, "1": complete})
-    with server.running() as url, started(url, tmp_path, 1000) as process:
+    with server.running() as url, started(url, tmp_path) as process:
         assert begun.wait(timeout=60)
         time.sleep(0.3)
         process.send_signal(signum)
@@ -810,13 +810,31 @@ def test_ctrl_c_before_anything_has_finished_leaves_nothing(tmp_path: Path) -> N
         asked.set()
         return await never(call)
 
-    with OpenAIServer(script).running() as url, started(url, tmp_path, 1000) as process:
+    with OpenAIServer(script).running() as url, started(url, tmp_path) as process:
         assert asked.wait(timeout=60)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors == "interrupted: none of 1000 requests had finished; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_is_interrupted_writes_nothing_and_names_no_folder_of_its_own(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    async def script(call: Call) -> web.StreamResponse:
+        begun.set()
+        return await never(call)
+
+    server = OpenAIServer(script, {"0": complete, "1": complete})
+    search = ("capacity", "--slo", "1", "--seeds", "0", "--low", "20")
+    with server.running() as url, started(url, tmp_path, *search) as process:
+        assert begun.wait(timeout=60)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 

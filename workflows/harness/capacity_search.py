@@ -218,8 +218,12 @@ def _num_workers(backend: str, num_runs: int) -> int:
 
 
 def _quiet_run(config: RunConfig, folder: Path) -> dict[str, Any]:
-    with redirect_stderr(io.StringIO()):  # its own progress bar would write over ours
-        return run(config, folder)
+    try:
+        with redirect_stderr(io.StringIO()):  # its own progress bar would write over ours
+            return run(config, folder)
+    except KeyboardInterrupt as interruption:
+        interruption.__notes__ = []  # What the run wrote before its end goes with the search.
+        raise
 
 
 def _values(summaries: Sequence[dict[str, Any]], metric: str) -> FloatArray:

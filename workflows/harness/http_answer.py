@@ -159,10 +159,11 @@ class Exchange:
             content = None
         if not isinstance(content, dict) or content.get("error") or content.get("object") == "error":
             raise BrokenAnswer(message_of(event.data))
-        choices = content.get("choices") or ()
-        if event.kind == b"error" or not isinstance(choices, list | tuple):
+        choices = content.get("choices")
+        if event.kind == b"error" or (choices and not isinstance(choices, list)):
             raise BrokenAnswer(message_of(event.data))
-        said = self._note_usage(content.get("usage"))
+        usage = content.get("usage")
+        said = self._note_usage(usage) if isinstance(usage, dict) else None
         if choices:
             self._note_choices(choices, said, now_s)
         return False
@@ -185,10 +186,8 @@ class Exchange:
         if self.outcome is RequestStatus.ACTIVE:
             self.outcome, self.error = RequestStatus.FAILED, error
 
-    def _note_usage(self, usage: Any) -> int | None:
+    def _note_usage(self, usage: Mapping[str, Any]) -> int | None:
         """Output tokens so far, if an event says."""
-        if not isinstance(usage, Mapping):
-            return None
         self.prompt_tokens = _count(usage.get("prompt_tokens")) or self.prompt_tokens
         said = _count(usage.get("completion_tokens"))
         if said is not None:
@@ -198,16 +197,14 @@ class Exchange:
     def _note_choices(self, choices: Sequence[Any], said: int | None, now_s: float) -> None:
         has_text, num_ids = False, None
         for choice in choices:
-            if not isinstance(choice, Mapping):
+            if not isinstance(choice, dict):
                 continue
-            delta = choice.get("delta")
-            has_text |= bool(choice.get("text")) or (
-                isinstance(delta, Mapping) and any(delta.get(name) for name in _TEXTS)
-            )
-            ids = choice.get("token_ids")
-            if isinstance(ids, list):
+            if choice.get("text") or _has_text(choice.get("delta")):
+                has_text = True
+            if isinstance(ids := choice.get("token_ids"), list):
                 num_ids = (num_ids or 0) + len(ids)
-            self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+            if reason := choice.get("finish_reason"):
+                self.finish_reason = str(reason)
         self._last_event_s, self._last_was_empty = now_s, not has_text
         if said == 0 and has_text:
             said = None  # A usage that does not run.
@@ -238,6 +235,11 @@ class Exchange:
         self.token_s.append(now_s)
         self.tokens_per_event.append(num_tokens)
         self.shown_tokens += num_tokens
+
+
+def _has_text(delta: Any) -> bool:
+    """Whether what a chat's event adds holds something generated."""
+    return isinstance(delta, dict) and any(delta.get(name) for name in _TEXTS)
 
 
 def _count(value: Any) -> int | None:

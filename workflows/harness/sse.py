@@ -46,7 +46,11 @@ class EventParser:
         self._after_cr = chunk.endswith(b"\r")
         lines = (self._rest + chunk).splitlines(keepends=True)
         self._rest = b"" if not lines or lines[-1].endswith((b"\n", b"\r")) else lines.pop()
-        return [event for line in lines if (event := self._take(line.rstrip(b"\r\n"))) is not None]
+        events = []
+        for line in lines:
+            if (event := self._take(line.rstrip(b"\r\n"))) is not None:
+                events.append(event)
+        return events
 
     def end(self) -> list[Event]:
         """The event that the stream's end cut short of its empty line, if it has data.
@@ -64,8 +68,8 @@ class EventParser:
             self._data.append(line[5:].removeprefix(b" "))
         elif line.startswith(b"event:"):
             self._kind = line[6:].removeprefix(b" ")
-        elif not line:
-            event = Event(self._kind, b"\n".join(self._data))
+        elif not line and (self._data or self._kind):
+            event = Event(self._kind, self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
             self._kind, self._data = b"", []
             return event if event.data else None
         return None
