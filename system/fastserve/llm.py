@@ -61,8 +61,9 @@ class LLM:
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
         block_size: tokens per cache block.
-        num_gpu_blocks: blocks on the device. None: room for a full batch of full contexts, at most a fifth of the
-            free memory (on a GPU, 85 % of what the weights leave).
+        num_gpu_blocks: blocks on the device. None: room for a full batch of full contexts, at most a sixteenth of the
+            memory that the weights leave, or what one full context needs if that is at most a fifth of it (on a GPU,
+            85 % of what the weights leave).
         num_host_blocks: blocks in host memory for swapped caches. None: as many as on the device (for a GPU at most
             half the host's free memory).
         max_batch_size: requests per iteration.

@@ -57,7 +57,7 @@ from fastserve.worker.decode_runner import graph_sizes
 from fastserve.worker.probe import Probe, StageProbe
 from fastserve.worker.protocol import RankConfig
 from fastserve.worker.runner import Runner
-from fastserve.worker.sizing import default_num_blocks
+from fastserve.worker.sizing import MOST_CPU_CACHE_SHARE, default_num_blocks
 
 POLICY = "fastserve-fcfs"
 """Whose engine's time is measured: of the policies with iteration-level batches it decides the least."""
@@ -147,7 +147,10 @@ def measure_profile(config: ProfileConfig, name: str, begin: Begin) -> Profile:
 def _measure_worker(
     config: ProfileConfig, model: ModelConfig, model_dir: Path | None, options: EngineOptions, name: str, begin: Begin
 ) -> Profile:
-    blocks = config.num_gpu_blocks or default_num_blocks(model, options, config.device, config.dtype)
+    # The device's pool alone is measured, for as long as that takes.
+    blocks = config.num_gpu_blocks or default_num_blocks(
+        model, options, config.device, config.dtype, cpu_share=MOST_CPU_CACHE_SHARE
+    )
     worker = Worker(
         model,
         num_gpu_blocks=blocks,

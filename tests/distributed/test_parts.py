@@ -214,7 +214,7 @@ def test_a_large_model_is_divided_evenly(name: str, shape: ParallelConfig) -> No
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Free bytes of each kind of device."""
-    free = {"cpu": 10**9, "cuda": 80 * 10**9}
+    free = {"cpu": 200 * 10**9, "cuda": 80 * 10**9}
     monkeypatch.setattr(sizing, "available_bytes", lambda device: free[device.type])
 
 
@@ -222,11 +222,14 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pools_are_those_of_the_whole_model_without_a_place() -> None:
     model, options = preset("opt-13b"), EngineOptions(max_batch_size=10_000)
     blocks = default_num_blocks(model, options, "cpu", "float16")
-    assert blocks == int(0.2 * 10**9 / (16 * 819_200))
+    weights = rank_bytes(model, Place.whole(model), "float16")
+    assert blocks == int((200e9 - weights) / 16 / (16 * 819_200))
     assert default_num_host_blocks(model, blocks, 16, "cpu", "float16") == blocks
     blocks = default_num_blocks(model, options, "cuda:0", "float16")
     assert blocks == pytest.approx(0.85 * (80e9 - 2 * model.num_parameters()) / (16 * 819_200), rel=1e-3)
-    assert default_num_host_blocks(model, blocks, 16, "cuda:0", "float16") == int(0.5 * 10**9 / (16 * 819_200))
+    assert default_num_host_blocks(model, blocks, 16, "cuda:0", "float16") == min(
+        blocks, int(0.5 * 200e9 / (16 * 819_200))
+    )
 
 
 @pytest.mark.usefixtures("memory")
@@ -234,11 +237,13 @@ def test_pools_of_a_part() -> None:
     """A rank's blocks are smaller, and it shares the host's memory, but no GPU."""
     model, options = preset("opt-13b"), EngineOptions(max_batch_size=10_000)
     place = ParallelConfig(4, 2).place(0, model)
-    assert default_num_blocks(model, options, "cpu", "float16", place, 8) == int(0.2 * 10**9 / (2 * 819_200) / 8)
+    weights = rank_bytes(model, place, "float16")
+    cpu_blocks = default_num_blocks(model, options, "cpu", "float16", place, 8)
+    assert cpu_blocks == int((200e9 / 8 - weights) / 16 / (2 * 819_200))
     blocks = default_num_blocks(model, options, "cuda:0", "float16", place, 8)
     assert blocks == int(0.85 * (80e9 - rank_bytes(model, place, "float16")) / (2 * 819_200))
     host = default_num_host_blocks(model, blocks, 16, "cuda:0", "float16", place, 8)
-    assert host == int(0.5 * 10**9 / (2 * 819_200) / 8)
+    assert host == min(blocks, int(0.5 * 200e9 / (2 * 819_200) / 8))
     few = EngineOptions(max_batch_size=2, max_model_len=100)
     assert default_num_blocks(model, few, "cuda:0", "float16", place, 8) == 14
 
@@ -284,3 +289,11 @@ def test_linear_layers_are_timed_without_their_sums() -> None:
     assert group.num_calls == 1
     layer.up(torch.ones(2, hidden, dtype=torch.bfloat16))
     assert group.num_calls == 1
+
+
+@pytest.mark.parametrize(("free_gb", "blocks"), [(100, 2048), (10, 503), (2, 128), (1, 84), (0.3, 1)])
+def test_pools_on_a_cpu_are_what_it_has_to_spare(monkeypatch: pytest.MonkeyPatch, free_gb: float, blocks: int) -> None:
+    """A full batch of full contexts, or a share of the memory, or one full context if memory is short."""
+    model, options = preset("opt-125m"), EngineOptions()
+    monkeypatch.setattr(sizing, "available_bytes", lambda device: int(free_gb * 1e9))
+    assert default_num_blocks(model, options, "cpu", "float32") == blocks

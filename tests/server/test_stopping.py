@@ -247,7 +247,11 @@ def test_a_real_model_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSERVE_API_KEY", "secret")
     arguments = ["--model", "opt-tiny", "--load-format", "dummy", "--policy", "fastserve-fcfs", "--torch-threads", "1"]
     with command(*arguments, "--no-page", "--set", "num_gpu_blocks=20", "--set", "max_batch_size=2") as server:
-        assert server.said == [f"serving opt-tiny by fastserve-fcfs at http://127.0.0.1:{server.port}"]
+        assert server.said == [
+            "KV cache: 20 blocks (0.3 MB) on the device and 20 blocks (0.3 MB) in host memory, of 16 tokens each; "
+            "sized by the free memory, --set num_host_blocks=N to choose",
+            f"serving opt-tiny by fastserve-fcfs at http://127.0.0.1:{server.port}",
+        ]
         body = b'{"prompt": [1, 2, 3], "max_tokens": 8, "ignore_eos": true}'
         assert ask(server, body) == 401
         with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:

@@ -19,6 +19,7 @@ from functools import partial
 import uvicorn
 import uvloop
 
+from fastserve.config import CacheConfig, EngineOptions
 from fastserve.engine import Observers
 from fastserve.errors import ConfigError, FastServeError
 from fastserve.server.app import Server, ServerOptions, create_app
@@ -59,6 +60,8 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
         metrics, recent = ServerMetrics(), RecentRequests()
         engine = EngineThread(partial(load_served_model, model_options), Observers(metrics, recent))
         ended = False
+        if model_options.backend == "engine":
+            say(_pools(engine.model.engine.kv.config, model_options.engine_options))
         try:
             # What is there now stays, and need not be looked through for garbage while somebody waits for a token.
             gc.collect()
@@ -207,6 +210,21 @@ class _HTTPServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _pools(cache: CacheConfig, given: EngineOptions) -> str:
+    """How large the cache's pools are, and what chooses their sizes."""
+    sizes = [
+        f"{blocks:,} blocks ({_size(blocks * cache.block_bytes)}) {where}"
+        for blocks, where in ((cache.num_gpu_blocks, "on the device"), (cache.num_host_blocks, "in host memory"))
+    ]
+    unset = [f"--set {name}=N" for name in ("num_gpu_blocks", "num_host_blocks") if getattr(given, name) is None]
+    why = f"; sized by the free memory, {' and '.join(unset)} to choose" if unset else ""
+    return f"KV cache: {' and '.join(sizes)}, of {cache.block_size} tokens each{why}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _unusable(host: str, port: int, error: Exception) -> ConfigError:

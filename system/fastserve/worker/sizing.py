@@ -12,8 +12,11 @@ from fastserve.parallel.groups import ALONE
 from fastserve.parallel.layout import Place
 from fastserve.worker.memory import available_bytes
 
-_CPU_CACHE_SHARE, _GPU_CACHE_SHARE, _PINNED_SHARE = 0.2, 0.85, 0.5
-"""Most of the free memory a pool takes where its size is not given; the last is of the host's, beside a GPU."""
+_CPU_CACHE_SHARE, _GPU_CACHE_SHARE, _PINNED_SHARE = 1 / 16, 0.85, 0.5
+"""Share of the memory that the weights leave which a pool takes where its size is not given; the last is of the host's
+memory, beside a GPU. On a CPU both pools are in the same memory, which others use too: an eighth for the two."""
+MOST_CPU_CACHE_SHARE = 0.2
+"""What a pool on a CPU takes instead if one full context needs it."""
 
 
 def rank_bytes(model: ModelConfig, place: Place, dtype: str) -> int:
@@ -29,21 +32,31 @@ def rank_bytes(model: ModelConfig, place: Place, dtype: str) -> int:
 
 
 def default_num_blocks(
-    model: ModelConfig, options: EngineOptions, device: str, dtype: str, place: Place | None = None, sharers: int = 1
+    model: ModelConfig,
+    options: EngineOptions,
+    device: str,
+    dtype: str,
+    place: Place | None = None,
+    sharers: int = 1,
+    cpu_share: float = _CPU_CACHE_SHARE,
 ) -> int:
     """Blocks for a full batch of full contexts, or what a share of the memory allows that the weights leave.
 
     Blocks of the part of the model at `place`, of which `sharers` ranks share the host's memory; a GPU has one rank.
+    On a CPU the share is `cpu_share`, and more if one full context needs it.
     """
     place = place or Place.whole(model)
     context = min(model.max_model_len, options.max_model_len or model.max_model_len)
-    wanted = options.max_batch_size * -(-context // options.block_size)
-    free_bytes = available_bytes(torch.device(device))
+    one_context = -(-context // options.block_size)
+    block_bytes = options.block_size * place.kv_bytes_per_token(model, dtype)
+    spare_bytes = available_bytes(torch.device(device))
     if device.startswith("cuda"):
-        room = _GPU_CACHE_SHARE * (free_bytes - rank_bytes(model, place, dtype))
+        blocks = int(_GPU_CACHE_SHARE * (spare_bytes - rank_bytes(model, place, dtype)) / block_bytes)
     else:
-        room = _CPU_CACHE_SHARE * free_bytes / sharers
-    return max(1, min(wanted, int(room / (options.block_size * place.kv_bytes_per_token(model, dtype)))))
+        spare_bytes = spare_bytes // sharers - rank_bytes(model, place, dtype)
+        most = int(MOST_CPU_CACHE_SHARE * spare_bytes / block_bytes)
+        blocks = max(int(cpu_share * spare_bytes / block_bytes), min(one_context, most))
+    return max(1, min(options.max_batch_size * one_context, blocks))
 
 
 def default_num_host_blocks(
