@@ -12,6 +12,7 @@ import typer
 from fastserve.command import Version, new_app
 from fastserve.console import Progress, parse_stage_layers, run_app
 from fastserve.errors import OutputError
+from fastserve.files import check_writable
 from fastserve.settings import parse_settings, resolve_settings
 from fastserve.tokenizer import BUILTIN
 
@@ -61,6 +62,7 @@ def profile(
 
     if out.suffix != ".json" or not out.parent.is_dir():
         raise OutputError(f"--out must be a .json file in an existing folder, got {out}")
+    check_writable(out)
     config = ProfileConfig(
         model,
         load_format,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastserve.clock import WallClock
-from fastserve.config import CacheConfig, EngineOptions
+from fastserve.config import CacheConfig, EngineOptions, dtype_bytes
 from fastserve.countable_tokens import StandIns
 from fastserve.engine import Arrival, Engine
 from fastserve.errors import ConfigError, RankError
@@ -27,9 +27,10 @@ from fastserve.models.source import resolve_model
 from fastserve.options import build_options
 from fastserve.parallel.layout import ParallelConfig
 from fastserve.request import Request, SamplingParams
-from fastserve.scheduler import find_policy
+from fastserve.scheduler import find_policy, make_scheduler
 from fastserve.tokenizer import load_tokenizer, tokenizer_directory
 from fastserve.worker import Worker
+from fastserve.worker.devices import require_device
 from fastserve.worker.probe import Probe
 from fastserve.worker.protocol import RankConfig
 from fastserve.worker.runner import Runner
@@ -126,7 +127,7 @@ class LLM:
             max_batch_size, token_budget, block_size, num_gpu_blocks, num_host_blocks, max_model_len
         )
         policy_class = find_policy(policy)
-        policy_settings = build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
+        build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
         self.model_config, model_dir = resolve_model(model, load_format)
         directory = Path(model) if Path(model).is_dir() else None
         self.generation_config = load_generation_config(directory, generation_config)
@@ -141,6 +142,9 @@ class LLM:
             tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
         )
         parallel.layers_by_stage(self.model_config)
+        if ranks is None:
+            require_device(device, parallel.world_size)
+        dtype_bytes(dtype)
         context = min(self.model_config.max_model_len, max_model_len or self.model_config.max_model_len)
         latency: LatencyModel | None = load_profile(profile).latency if profile else None
         self.worker: Worker | None = None
@@ -205,8 +209,12 @@ class LLM:
             assert self.worker is not None
             executor = LocalExecutor(self.worker, kv, clock)
         self.engine = Engine(
-            policy_class(
-                options.scheduler_config(parallel.pipeline_parallel_size), kv, latency or NoLatency(), policy_settings
+            make_scheduler(
+                policy,
+                policy_options or {},
+                options.scheduler_config(parallel.pipeline_parallel_size),
+                kv,
+                latency or NoLatency(),
             ),
             executor,
             kv,

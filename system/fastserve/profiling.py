@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastserve.clock import WallClock
-from fastserve.config import EngineOptions, ModelConfig, require_int
+from fastserve.config import EngineOptions, ModelConfig, dtype_bytes, require_int
 from fastserve.engine import Arrival, Engine, Observer
 from fastserve.errors import ConfigError
 from fastserve.executor.ranks import RankGroup
@@ -54,6 +54,7 @@ from fastserve.scheduler import Iteration
 from fastserve.worker import Worker
 from fastserve.worker.copier import BlockCopier, make_copier
 from fastserve.worker.decode_runner import graph_sizes
+from fastserve.worker.devices import require_device
 from fastserve.worker.probe import Probe, StageProbe
 from fastserve.worker.protocol import RankConfig
 from fastserve.worker.runner import Runner
@@ -139,6 +140,9 @@ def measure_profile(config: ProfileConfig, name: str, begin: Begin) -> Profile:
     )
     options.scheduler_config()
     config.parallel.layers_by_stage(model)
+    if config.ranks is None:
+        require_device(config.device, config.parallel.world_size)
+    dtype_bytes(config.dtype)
     if config.parallel.world_size == 1:
         return _measure_worker(config, model, model_dir, options, name, begin)
     return _measure_ranks(config, model, name, begin)

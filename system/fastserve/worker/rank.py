@@ -30,9 +30,10 @@ from fastserve.parallel.channel import Channel, ChannelClosed, Message, parse_ad
 from fastserve.parallel.groups import Progress, Ranks, join, leave
 from fastserve.parallel.timing import time_all_reduces, time_sends
 from fastserve.worker.copier import BlockCopier, make_copier
+from fastserve.worker.devices import find_device
 from fastserve.worker.protocol import WORK, RankConfig, parse_copies, parse_run, tokens_frame, versions
 from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks
-from fastserve.worker.worker import Worker, find_device
+from fastserve.worker.worker import Worker
 
 _TICK_S, _COPY_TICK_S, _IDLE_TICK_S = 1e-3, 200e-6, 20e-3
 """How often the channel is attended to while the process computes, copies, or has done nothing for a second."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fastserve.config import CacheConfig, ModelConfig, require_int
-from fastserve.errors import ConfigError
 from fastserve.kernels import kernels_for
 from fastserve.models import ForwardBatch, SequenceInput, build_model
 from fastserve.models.linear_tuning import LinearChoice, tune_linears
 from fastserve.parallel.groups import DEVICE, Ranks
 from fastserve.parallel.layout import Place
 from fastserve.worker.decode_runner import DecodeRunner, graph_sizes
+from fastserve.worker.devices import find_device
 from fastserve.worker.extras import Extras, tokens_on
 from fastserve.worker.memory import pinned_zeros, require_room
 from fastserve.worker.runner import Computed, require_runner
@@ -243,23 +243,3 @@ def _before_targets(batch: ForwardBatch, extras: Extras) -> list[int]:
             found += range(first, first + len(prompt.token_ids))
         start += query_len
     return found
-
-
-def find_device(name: str) -> torch.device:
-    """The device called so; ConfigError if there is none. Makes a GPU the current one."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; known: cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; supported: cpu, cuda, cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} asked for, but torch finds no CUDA device; use cpu")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        elif device.index >= count:
-            raise ConfigError(f"device {name!r} asked for, but there are {count}: cuda:0 to cuda:{count - 1}")
-        torch.cuda.set_device(device)  # Triton launches on the current device, wherever its arguments are.
-    return device
