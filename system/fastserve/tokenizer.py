@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastserve.errors import ConfigError
 
@@ -59,6 +59,12 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise ConfigError(f"tokenizer {str(directory)!r} could not be loaded: {error}") from error
 
 
+class Encoded(NamedTuple):
+    """Several texts as tokens."""
+
+    input_ids: list[list[int]]
+
+
 class BuiltinTokenizer:
     """The built-in tokenizer, with as much of transformers' interface as is used here.
 
@@ -83,6 +89,10 @@ class BuiltinTokenizer:
         """Ids by token, special tokens included."""
         vocabulary: dict[str, int] = self.backend_tokenizer.get_vocab()
         return vocabulary
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Token ids of several texts."""
+        return Encoded([each.ids for each in self.backend_tokenizer.encode_batch(list(texts))])
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. None are added, whatever `add_special_tokens`."""

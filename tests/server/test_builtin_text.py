@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,26 @@ def test_a_tokenizer_whose_tokens_cannot_be_counted_is_refused(tmp_path: Path) -
     options = ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1", tokenizer=str(tmp_path))
     with pytest.raises(ConfigError, match=r"no tokens whose text is one token again.*another --tokenizer, or builtin"):
         load_served_model(options)
+
+
+def test_a_simulated_server_imports_no_torch() -> None:
+    code = (
+        "import sys; from fastserve.server.model import ModelOptions, load_served_model\n"
+        "from fastserve.server.serve import serve\n"
+        "model = load_served_model(ModelOptions(backend='sim', profile='a100-80g/opt-13b-tp1'))\n"
+        "tokens = model.codec.encode_chat([{'role': 'user', 'content': 'a'}])\n"
+        "model.codec.decoder(tokens, ['b']).add(0); model.close(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_our_client_sends_it_text(tmp_path: Path) -> None:
+    from harness.runner import RunConfig, run
+
+    with command(*SIMULATED) as server:
+        config = RunConfig(
+            backend="http", url=f"http://127.0.0.1:{server.port}", prompts="text", tokenizer="builtin",
+            trace="fixed:prompt=40,output=5", rate=50.0, num_requests=8,
+        )  # fmt: skip
+        summary = run(config, tmp_path / "out")
+    assert (summary["finished"], summary["failed"]) == (8, 0)

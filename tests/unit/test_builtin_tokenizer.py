@@ -61,6 +61,8 @@ def test_transformers_reads_the_same_from_its_directory() -> None:
     text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert text == TOKENIZER.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert theirs.encode(text) == TOKENIZER.encode(text)
+    assert theirs([text, "a"]).input_ids == TOKENIZER([text, "a"]).input_ids
+    assert theirs.get_vocab() == TOKENIZER.get_vocab()
     assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == TOKENIZER.decode(
         TOKENIZER.encode(text), skip_special_tokens=True
     )

@@ -55,7 +55,8 @@ Device = Annotated[str, typer.Option(help="cpu or cuda (engine).")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (engine).")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights (engine).")]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Directory of a tokenizer, to count a trace's text, and for --prompts text.")
+    str | None,
+    typer.Option(help="Directory of a tokenizer, or builtin, to count a trace's text, and for --prompts text."),
 ]
 TorchThreads = Annotated[
     int | None, typer.Option(min=1, help="Threads torch computes with (engine); its own choice if not given.")
