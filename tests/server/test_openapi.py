@@ -48,6 +48,10 @@ EXAMPLES = {
     ("POST", "/ping", VALID): 3,
     ("GET", "/load", VALID): 3,
     ("POST", "/reset_prefix_cache", VALID): 3,
+    ("POST", "/tokenize", VALID): 40,
+    ("POST", "/tokenize", INVALID): 40,
+    ("POST", "/detokenize", VALID): 40,
+    ("POST", "/detokenize", INVALID): 40,
     ("GET", "/version", VALID): 3,
     ("GET", "/metrics", VALID): 3,
 }

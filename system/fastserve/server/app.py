@@ -14,6 +14,7 @@ from fastserve.server.options import ServerOptions
 from fastserve.server.routes.openai import openai_routes
 from fastserve.server.routes.operations import management_routes, operation_routes
 from fastserve.server.routes.page import page_routes
+from fastserve.server.routes.tokenizer import tokenizer_routes
 from fastserve.server.service import Server
 from fastserve.server.version import software_version
 
@@ -34,6 +35,7 @@ def create_app(server: Server) -> ASGIApp:
     api.state.api_key = options.api_key
     api.state.bodies = server.bodies
     api.include_router(openai_routes(server), dependencies=[Depends(BEARER)])
+    api.include_router(tokenizer_routes(server), dependencies=[Depends(BEARER)])
     api.include_router(management_routes(), dependencies=[Depends(BEARER)])
     api.include_router(operation_routes(server))
     if options.page:

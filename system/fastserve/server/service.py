@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 from fastapi import Request
@@ -129,10 +129,7 @@ class Server:
         model = self.engine.model
         if not token_ids:
             raise bad_request("an empty prompt: it needs at least one token", param)
-        if model.vocab_size is not None and max(token_ids) >= model.vocab_size:
-            raise bad_request(
-                f"token id {max(token_ids)}: the model's vocabulary has ids from 0 to {model.vocab_size - 1}", param
-            )
+        self.require_known(token_ids, param)
         longest = model.engine.longest_request
         if limit is None:
             room = max(1, longest - len(token_ids))
@@ -149,30 +146,42 @@ class Server:
         params = body.sampling_params(max_tokens, model.generation_config.sampling)
         return Prompt(token_ids, params, model.codec.decoder(token_ids, body.stop_texts))
 
-    async def tokens_of(self, prompts: list[str | list[int]]) -> list[list[int]]:
+    def require_known(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise APIError 400 unless the model's vocabulary has all these tokens."""
+        size = self.engine.model.vocab_size
+        if size is not None and max(token_ids, default=0) >= size:
+            raise bad_request(f"token id {max(token_ids)}: the model's vocabulary has ids from 0 to {size - 1}", param)
+
+    async def tokens_of(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
         """Each prompt's token ids. APIError 400 for texts that are too long."""
         num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        return await self._tokenize(num_characters, lambda: self._encode_all(prompts))
+        return await self._tokenize(num_characters, lambda: self._encode_all(prompts, add_special_tokens))
 
-    async def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    async def tokens_of_chat(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
         """A conversation's token ids. APIError 400 for one that is too long."""
         codec, contents = self.engine.model.codec, [message["content"] for message in messages]
 
         def encode() -> list[int]:
             codec.require_short(contents, self.engine.model.engine.longest_request, "messages")
-            return codec.encode_chat(messages)
+            return codec.encode_chat(messages, add_generation_prompt, add_special_tokens)
 
         size = sum(map(len, contents)) + _CHARACTERS_A_MESSAGE * len(messages)
         return await self._tokenize(size, encode)
 
-    def _encode_all(self, prompts: list[str | list[int]]) -> list[list[int]]:
+    async def text_of(self, token_ids: list[int]) -> str:
+        """The text of tokens, special ones too."""
+        return await self._tokenize(len(token_ids), lambda: self.engine.model.codec.decode(token_ids))
+
+    def _encode_all(self, prompts: Sequence[str | list[int]], add_special_tokens: bool) -> list[list[int]]:
         codec, longest = self.engine.model.codec, self.engine.model.engine.longest_request
         token_ids: list[list[int]] = []
         num_tokens, most = 0, self.bodies.limits.num_values
         for prompt in prompts:
             if isinstance(prompt, str):
                 codec.require_short([prompt], longest, "prompt")
-                prompt = codec.encode(prompt)
+                prompt = codec.encode(prompt, add_special_tokens)
             num_tokens += len(prompt)
             if num_tokens > most:
                 raise bad_request(f"the prompts have more than {most} tokens; send them in several requests", "prompt")

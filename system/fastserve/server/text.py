@@ -62,24 +62,43 @@ class TextCodec:
                 if num_tokens > _SURELY_LONGER * context:
                     raise bad_request(f"{beginning} is longer", param, "context_length_exceeded")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a prompt. APIError 400 without a tokenizer."""
         self._require("a text prompt", "prompt", "give token ids")
-        ids: list[int] = self._tokenizer.encode(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
         """Tokens of a conversation in the tokenizer's chat template, up to where the assistant is to speak."""
         self._require("a chat", "messages", "use /v1/completions with token ids")
         if not self._tokenizer.chat_template:
             raise bad_request("the model's tokenizer has no chat template; use /v1/completions", "messages")
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # A template is a program, and says by whatever exception what it does not take.
             raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
         # The template has written the special tokens there are.
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones too. APIError 400 without a tokenizer."""
+        self._require("a text", "tokens", "token ids are all it has")
+        known = token_ids if self._stand_ins is None else list(map(self._stand_ins.shown, token_ids))
+        text: str = self._tokenizer.backend_tokenizer.decode(known, skip_special_tokens=False)
+        return text
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it. APIError 400 without a tokenizer."""
+        self._require("a token's text", "return_token_strs", "leave it out")
+        return [self._tokenizer.backend_tokenizer.id_to_token(token) for token in token_ids]
 
     def decoder(self, prompt: Sequence[int], stop: Sequence[str]) -> Detokenizer:
         """A decoder of what follows `prompt`, that ends at the first of the texts `stop`."""
