@@ -174,6 +174,10 @@ class Server:
         """The text of tokens, special ones too."""
         return await self._tokenize(len(token_ids), lambda: self.engine.model.codec.decode(token_ids))
 
+    async def names_of(self, token_ids: list[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        return await self._tokenize(len(token_ids), lambda: self.engine.model.codec.names(token_ids))
+
     def _encode_all(self, prompts: Sequence[str | list[int]], add_special_tokens: bool) -> list[list[int]]:
         codec, longest = self.engine.model.codec, self.engine.model.engine.longest_request
         token_ids: list[list[int]] = []

@@ -39,7 +39,7 @@ def tokenizer_routes(server: Server) -> APIRouter:
             "count": len(tokens),
             "max_model_len": model.engine.longest_request,
             "tokens": tokens,
-            "token_strs": model.codec.names(tokens) if body.return_token_strs else None,
+            "token_strs": await server.names_of(tokens) if body.return_token_strs else None,
         }
         return json_response(answer)
 
