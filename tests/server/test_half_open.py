@@ -86,6 +86,16 @@ def test_a_connection_without_a_request_is_closed(server: RunningServer) -> None
         assert read_all(connection) == b""
 
 
+def test_a_head_may_have_a_large_header_in_any_pieces(server: RunningServer) -> None:
+    request = b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + b"a" * 60_000 + b"\r\n\r\n"
+    for size in (1000, 40_000, 100_000):
+        with closing(connected(server)) as connection:
+            for start in range(0, len(request), size):
+                connection.sendall(request[start : start + size])
+                time.sleep(0.001)
+            assert read_all(connection).startswith(b"HTTP/1.1 200")
+
+
 def test_an_answer_may_take_longer_than_its_request(server: RunningServer) -> None:
     body = b'{"prompt": [1], "max_tokens": 60}'
     whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body

@@ -15,7 +15,20 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers")
 
-from support.hostile import CHAT, HOSTILE, MIB, TEXT, Cost, Watched, exchange, message_of, post, post_chunks, watched
+from support.hostile import (
+    CHAT,
+    HEADS,
+    HOSTILE,
+    MIB,
+    TEXT,
+    Cost,
+    Watched,
+    exchange,
+    message_of,
+    post,
+    post_chunks,
+    watched,
+)
 from support.servers import LONG_S, Command, command, profile
 from support.tokenizers import of_bytes
 
@@ -94,6 +107,13 @@ def test_a_body_in_many_small_chunks(stream: Watched) -> None:
     path, make = HOSTILE["text: words"]
     assert bounded_cost(stream, [post_chunks(path, make(MIB), 1)]).status == 400
     assert bounded_cost(stream, [post_chunks(path, b" " * (LARGEST + 1), 1000)]).status == 413
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_bounded_too(stream: Watched, name: str) -> None:
+    cost = bounded_cost(stream, [HEADS[name](32 * MIB)])
+    assert cost.status == 431
+    assert "URL and headers are longer than 65536 bytes" in message_of(cost.answer)
 
 
 WORD = "a b "

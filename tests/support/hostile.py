@@ -123,6 +123,18 @@ HOSTILE: dict[str, tuple[str, Callable[[int], bytes]]] = {
 """Each with the path it goes to and what makes a body of at most some size."""
 
 
+_LINE = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
+_CHUNKED = _LINE + b"transfer-encoding: chunked\r\n\r\n"
+HEADS: dict[str, Callable[[int], bytes]] = {
+    "a header's value": lambda size: repeated(_LINE + b"x: ", b"a", b"\r\n\r\n", size),
+    "a header's name": lambda size: repeated(_LINE, b"a", b": x\r\n\r\n", size),
+    "headers": lambda size: repeated(_LINE, b"a: b\r\n", b"\r\n", size),
+    "a URL": lambda size: repeated(b"POST /", b"a", b" HTTP/1.1\r\nhost: localhost\r\n\r\n", size),
+    "headers after the body": lambda size: repeated(_CHUNKED + b"2\r\n{}\r\n0\r\n", b"a: b\r\n", b"\r\n", size),
+}
+"""Requests that are large beside their bodies."""
+
+
 class Cost(NamedTuple):
     """What a request did to others."""
 

@@ -1,6 +1,7 @@
 """Requests that do not arrive whole: the HTTP protocol gives them a limited time, and none once the server stops.
 
-Without this a client that sends half a request holds its connection for ever, and with it the server's end.
+Without this a client that sends half a request holds its connection for ever, and with it the server's end. The head
+has a limited size too: httptools keeps all of it, and adds each piece of a long header to a copy of those before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ def http_protocol(receive_timeout_s: float) -> type[HttpToolsProtocol]:
     return Protocol
 
 
+_MOST_HEAD_BYTES = 65_536
+"""Of a request's first line, its headers, and the headers after its body."""
+
+
 class _ArrivingInTime(HttpToolsProtocol):
     _receive_timeout_s: float
 
@@ -34,6 +39,8 @@ class _ArrivingInTime(HttpToolsProtocol):
         """Runs from the first byte of a request, or from the beginning of the connection, to the request's last."""
         self._begun = self._head_complete = False
         """Whether the request that arrives now has begun, and its head is there."""
+        self._num_head_bytes = self._num_header_bytes = 0
+        """Bytes of that request's head that came before the last ones of it, and those of its headers."""
 
     # -- as asyncio, httptools and uvicorn call it ---------------------------------------------------------------
 
@@ -43,12 +50,23 @@ class _ArrivingInTime(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._start_timer()
+        head_is_unfinished = self._begun and not self._head_complete
         super().data_received(data)
+        if head_is_unfinished and not self._head_complete:
+            self._num_head_bytes += len(data)
+        if max(self._num_head_bytes, self._num_header_bytes) > _MOST_HEAD_BYTES:
+            self._refuse(431, f"the request's URL and headers are longer than {_MOST_HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
         self._start_timer()
         self._begun, self._head_complete = True, False
+        self._num_head_bytes = self._num_header_bytes = 0
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_header_bytes += len(name) + len(value) + 4
+        if self._num_header_bytes <= _MOST_HEAD_BYTES:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._head_complete = True
