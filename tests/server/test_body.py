@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from support.profiles import share
 
-pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
 
 from fastserve.server.body import BodyLimits, parse
 from fastserve.server.errors import APIError
+from support.servers import RunningServer
 
 LIMITS = BodyLimits.of_context(2048)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -92,3 +94,11 @@ def test_the_limits_follow_the_context() -> None:
         for body in (ids, text):
             assert len(body) <= limits.num_bytes
             parse(body, limits)
+
+
+def test_every_route_that_reads_a_body_reads_it_within_bounds(quick: RunningServer) -> None:
+    paths = quick.get("/openapi.json").json["paths"]
+    reading = [path for path, methods in paths.items() if "requestBody" in methods.get("post", {})]
+    assert {"/v1/completions", "/v1/chat/completions"} <= {*reading}
+    for path in reading:
+        assert quick.post(b" " * (3 * 2**20), path).status == 413

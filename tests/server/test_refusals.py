@@ -299,7 +299,7 @@ def test_as_many_prompts_as_the_server_holds_and_no_more() -> None:
     with running(simulated, ServerOptions(max_requests=3)) as server:
         assert server.post({"prompt": [[1]] * 3, "max_tokens": 2}).status == 200
         refused(
-            server.post({"prompt": [[1]] * 4}), 400, "prompt", "4 prompts in one request; this server holds 3 at most"
+            server.post({"prompt": [[1]] * 4}), 400, "prompt", "4 choices in one request; this server takes 3 at most"
         )
         server.check_empty()
 
