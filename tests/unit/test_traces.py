@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from fastserve.errors import ConfigError, TraceError
 from harness.traces import ARTIFACT_FILTER, LengthFilter, length_statistics, list_traces, load_trace
 from harness.traces.builtin import BUILTIN, TABLES, HistogramLengths
+from harness.traces.formats import FORMATS
 from harness.traces.text import token_counter
 
 TRACES_FOLDER = Path(__file__).parents[2] / "traces"
 FIXTURES = TRACES_FOLDER / "fixtures"
+
+
+def turn(speaker, tokens):
+    return {"from": speaker, "value": "abcd" * tokens}
 
 
 def draw(spec, n=400_000, seed=0):
@@ -200,6 +205,7 @@ class TestReaders:
             ("azure", "azure.csv", [350, 1200, 2, 4100], [40, 75, 300, 18], [0, 1.2499999, 1.5000002, 4.0]),
             ("burstgpt", "burstgpt.csv", [310, 850, 64, 1700], [25, 410, 12, 133], [0, 12, 12, 45]),
             ("mooncake", "mooncake.jsonl", [1500, 6200, 512], [120, 33, 480], [0, 0.75, 3]),
+            ("bailian", "bailian.jsonl", [521, 830, 3120], [132, 48, 512], [0, 0.75, 41.25]),
             ("csv", "lengths.csv", [100, 200, 50, 800], [20, 10, 400, 60], [0, 0.5, 2, 4]),
         ],
     )
@@ -233,6 +239,30 @@ class TestReaders:
         assert source.output_tokens.tolist() == [-(-gpt // 4) for _, gpt in turns]
         assert "2 of 5 records" in source.description
         assert "APPROXIMATED as UTF-8 bytes / 4" in source.description
+
+    @pytest.mark.parametrize(
+        ("record", "prompt"),
+        [
+            ({"conversations": [turn("human", 8), turn("gpt", 6)]}, 8),
+            ({"conversations": [turn("user", 8), turn("assistant", 6)]}, 8),
+            (
+                {"conversations": [{"role": "user", "content": "ab" * 16}, {"role": "assistant", "content": "c" * 24}]},
+                8,
+            ),
+            ({"messages": [{"role": "user", "content": "ab" * 16}, {"role": "assistant", "content": "c" * 24}]}, 8),
+            # The system prompt, a line break, and the question.
+            ({"conversations": [turn("system", 5), turn("user", 8), turn("assistant", 6)]}, 14),
+            ({"conversations": [turn("assistant", 8), turn("user", 6)]}, None),
+            ({"conversations": [turn("user", 8), turn("system", 5), turn("assistant", 6)]}, None),
+            ({"conversations": [turn("system", 5), turn("user", 8)]}, None),
+        ],
+    )
+    def test_sharegpt_knows_the_roles_that_files_have(self, record, prompt, tmp_path):
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps([record, {"conversations": [turn("human", 50), turn("gpt", 50)]}]))
+        source = load_trace(f"sharegpt:{path}")
+        assert source.prompt_tokens.tolist() == [*([prompt] if prompt else []), 50]
+        assert source.output_tokens.tolist() == [*([6] if prompt else []), 50]
 
     def test_alpaca_joins_instruction_and_input_and_filters(self):
         source = load_trace(f"alpaca:{FIXTURES / 'alpaca.json'}")
@@ -294,7 +324,6 @@ AZURE, BURST, PLAIN = (
         ("csv", PLAIN + "5\n", ", line 2: arrival_s must be a number of seconds, not nothing"),
         ("csv", PLAIN + "5,6,inf\n", ", line 2: arrival_s must be a number of seconds, not 'inf'"),
         ("csv", PLAIN + "1,024,6,0\n", ", line 2: more fields than the 3 columns"),
-        ("csv", PLAIN + "5,6,2\n5,6,1.5\n", ", line 3: it arrives 0.5 s before"),
         (
             "azure",
             AZURE + "yesterday,5,6\n",
@@ -329,8 +358,25 @@ AZURE, BURST, PLAIN = (
         (
             "mooncake",
             '{"timestamp": null, "input_length": 3, "output_length": 1}\n',
-            "timestamp must be a number of milliseconds, not nothing",
+            "timestamp must be a whole number of milliseconds, not nothing",
         ),
+        (
+            "mooncake",
+            '{"timestamp": 61.114, "input_length": 3, "output_length": 1}\n',
+            "timestamp must be a whole number of milliseconds, not 61.114; files with seconds are read as bailian:PATH",
+        ),
+        (
+            "mooncake",
+            '{"chat_id": 1, "timestamp": 61, "input_length": 3, "output_length": 1}\n',
+            ", line 1: 'chat_id' belongs to bailian files, whose timestamp is in seconds, not milliseconds; read it as",
+        ),
+        (
+            "bailian",
+            '{"timestamp": 61, "input_length": 3, "output_length": 1}\n',
+            ", line 1: no 'chat_id'; it has timestamp, input_length, output_length; a file with these is read as "
+            "mooncake:PATH",
+        ),
+        ("csv", AZURE + "x,5,6\n", "GeneratedTokens; a file with these is read as azure:PATH"),
         ("sharegpt", "", ", line 1: not JSON"),
         ("sharegpt", '[{"id": 1},\n}]', ", line 2: not JSON"),
         ("sharegpt", "[]", ": expected a JSON list of at least one record, found []"),
@@ -366,7 +412,7 @@ def test_malformed_file_is_named_with_its_line_or_record(kind, text, message, tm
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "csv"])
+@pytest.mark.parametrize("kind", ["sharegpt", "alpaca", *FORMATS])
 def test_unreadable_files(kind, tmp_path):
     with pytest.raises(TraceError, match="/nowhere/x: no such file"):
         load_trace(f"{kind}:/nowhere/x")
@@ -408,7 +454,7 @@ def test_list_traces_covers_what_load_trace_takes():
             "bimodal",
             "fixed",
         ),
-        *("sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "csv"),
+        *("sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "bailian", "csv"),
     ]
     assert all(description for _, description in list_traces())
 

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from fastserve.errors import ConfigError, TraceError
 from harness.arrivals import Arrivals
 from harness.traces import load_trace
+from harness.traces.formats import FORMATS
 from harness.workload import make_workload
 
 TRACES_FOLDER = Path(__file__).parents[2] / "traces"
@@ -92,6 +94,74 @@ def test_trace_arrivals_need_enough_requests():
         make_workload(CSV, "trace", None, 5, 0)
 
 
+def test_an_unsorted_file_matters_only_where_its_times_are_replayed(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt_tokens,output_tokens,arrival_s\n5,6,1\n5,6,2\n\n5,6,1.5\n5,6,9\n")
+    assert len(make_workload(f"csv:{path}", "poisson", 1.0, 20, 0)) == 20
+    assert make_workload(f"csv:{path}", "trace", None, 2, 0).arrival_s.tolist() == [0, 1]
+    with pytest.raises(TraceError, match=r"x\.csv, line 5: it arrives 0\.5 s before the request above it"):
+        make_workload(f"csv:{path}", "trace", None, 4, 0)
+    with pytest.raises(TraceError, match="it arrives"):
+        make_workload(load_trace(f"csv:{path}"), "trace", None, 4, 0)
+
+
+def trace_at(folder, kind, rate, num_requests=40, prompt=100):
+    """A trace of that rate in requests per unit of the format."""
+    times = [i / rate for i in range(num_requests)]
+    path = folder / "trace"
+    if FORMATS[kind].is_json:
+        rows = ({"timestamp": at, "input_length": prompt, "output_length": 9, "chat_id": 1} for at in times)
+        if kind == "mooncake":
+            rows = ({**row, "timestamp": round(row["timestamp"])} for row in rows)
+            rows = ({name: value for name, value in row.items() if name != "chat_id"} for row in rows)
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    elif kind == "azure":
+        start = np.datetime64("2023-11-16T18:15:46.000000")
+        moments = (str(start + np.timedelta64(round(at * 1e6), "us")).replace("T", " ") for at in times)
+        path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{at},{prompt},9\n" for at in moments))
+    else:
+        names = [FORMATS[kind].time, FORMATS[kind].prompt, FORMATS[kind].output]
+        path.write_text(f"{','.join(names)}\n" + "".join(f"{at},{prompt},9\n" for at in times))
+    return f"{kind}:{path}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "question"),
+    [
+        ("bailian", 0.53, None),
+        ("mooncake", 0.53, "a second, where published traces have 0.3 to 50; its timestamps are read as "
+         "milliseconds; are they seconds?"),
+        ("mooncake", 0.0066, None),
+        ("bailian", 0.00053, "its timestamps are read as seconds; are they milliseconds?"),
+        ("csv", 0.0054, "its timestamps are read as seconds; are they milliseconds?"),
+        ("csv", 300, "its timestamps are read as seconds; are they minutes?"),
+        ("burstgpt", 0.27, None),
+        ("burstgpt", 0.00027, "its timestamps are read as seconds; are they milliseconds?"),
+        ("azure", 5.4, None),
+        ("azure", 5400, "5.4e+03 a second, where published traces have 0.3 to 50; is that meant?"),
+    ],
+)  # fmt: skip
+def test_an_implausible_rate_is_questioned_where_the_trace_sets_the_pace(kind, rate, question, tmp_path):
+    trace = trace_at(tmp_path, kind, rate)
+    asked = make_workload(trace, "trace", None, 40, 0).questions
+    assert len(asked) == bool(question)
+    assert question is None or (question in asked[0] and asked[0].startswith(f"trace {trace!r}: 40 requests"))
+    assert not make_workload(trace, "trace", 2.0, 40, 0).questions
+    assert not make_workload(trace, "poisson", 2.0, 40, 0).questions
+
+
+def test_implausible_lengths_are_questioned_whatever_the_arrivals(tmp_path):
+    trace = trace_at(tmp_path, "csv", 2.0, prompt=2_000_000)
+    for arrivals in ("trace", "poisson"):
+        (asked,) = make_workload(trace, arrivals, 2.0, 20, 0).questions
+        assert "the mean prompt has 2e+06 tokens; are its lengths in characters or bytes, not in tokens?" in asked
+
+
+def test_requests_at_one_instant_are_questioned(tmp_path):
+    (asked,) = make_workload(trace_at(tmp_path, "csv", float("inf")), "trace", None, 40, 0).questions
+    assert "40 requests arrive within 0 s, inf a second" in asked
+
+
 @pytest.mark.parametrize(
     ("rate", "n", "seed", "message"),
     [
@@ -115,7 +185,8 @@ def test_a_loaded_trace_gives_the_same_workload_as_its_specification():
 def test_replaying_a_loaded_trace_leaves_it_usable():
     source = load_trace(CSV)
     assert make_workload(source, "trace", None, 4, 0).digest == make_workload(source, "trace", None, 4, 0).digest
-    source.prompt_tokens[0] = 1  # only the workload's copy is locked
+    with pytest.raises(ValueError, match="read-only"):  # A process reads a file once: what it holds must stay.
+        source.prompt_tokens[0] = 1
 
 
 def test_digest_covers_every_array():

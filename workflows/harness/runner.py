@@ -306,7 +306,12 @@ def _raise_again(signum: signal.Signals, note: str) -> NoReturn:
 
 
 def _workload(config: RunConfig) -> Workload:
-    return make_workload(config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer)
+    workload = make_workload(
+        config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer
+    )
+    for question in workload.questions:
+        print(f"warning: {question}", file=sys.stderr)
+    return workload
 
 
 def _history(config: RunConfig) -> Lengths:

@@ -12,6 +12,7 @@ from fastserve.errors import ConfigError
 from harness.arrivals import Arrivals, parse_arrivals
 from harness.traces import LengthSource, RecordedLengths, load_trace
 from harness.traces.lengths import FloatArray, IntArray
+from harness.traces.plausible import questions
 
 # One independent random stream for each use of the seed: more draws of one never shift another.
 _LENGTHS, _GAPS, _TOKEN_IDS = range(3)
@@ -26,6 +27,8 @@ class Workload:
     output_tokens: IntArray
     description: str
     seed: int
+    questions: tuple[str, ...] = ()
+    """About numbers of the trace that are orders of magnitude off."""
 
     def __post_init__(self) -> None:
         for array in (self.arrival_s, self.prompt_tokens, self.output_tokens):
@@ -74,20 +77,27 @@ def make_workload(
     if seed < 0:
         raise ConfigError(f"seed must be at least 0, not {seed}")
     arrivals = parse_arrivals(arrivals_spec) if isinstance(arrivals_spec, str) else arrivals_spec
-    source = load_trace(trace_spec, tokenizer) if isinstance(trace_spec, str) else trace_spec
-    name = f"trace {trace_spec!r}" if isinstance(trace_spec, str) else source.description
+    is_replay = arrivals.kind == "trace"
+    if isinstance(trace_spec, str):
+        source, name = load_trace(trace_spec, tokenizer, num_requests if is_replay else None), f"trace {trace_spec!r}"
+    else:
+        source, name = trace_spec, trace_spec.description
     recorded = source if isinstance(source, RecordedLengths) else None
+    if recorded and is_replay:
+        recorded = recorded.first(num_requests)
+        recorded.check_order()
 
     arrival_s = arrivals.arrival_times(
         num_requests, rate, _stream(seed, _GAPS), recorded.arrival_s if recorded else None, trace=name
     )
-    if recorded and arrivals.kind == "trace":
-        prompt, output = recorded.prompt_tokens[:num_requests].copy(), recorded.output_tokens[:num_requests].copy()
+    if recorded and is_replay:
+        prompt, output = recorded.prompt_tokens, recorded.output_tokens
     else:
         prompt, output = source.sample(num_requests, _stream(seed, _LENGTHS))
     pace = "the trace's own rate" if rate is None else f"{rate:g} requests/s"
     description = f"{source.description}; {arrivals} arrivals at {pace}; {num_requests} requests, seed {seed}"
-    return Workload(arrival_s, prompt, output, description, seed)
+    asked = questions(name, recorded, is_replay=is_replay and rate is None) if recorded else ()
+    return Workload(arrival_s, prompt, output, description, seed, tuple(asked))
 
 
 def _stream(seed: int, *use: int) -> np.random.Generator:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fastserve.errors import ConfigError
 from harness.traces.builtin import BUILTIN
+from harness.traces.conversations import TEXT_FORMATS, TextFormat
+from harness.traces.formats import FORMATS, LengthFormat
 from harness.traces.lengths import ARTIFACT_FILTER, LengthFilter, LengthSource, RecordedLengths, length_statistics
-from harness.traces.readers import LENGTH_READERS, TEXT_READERS, LengthReader, TextReader
+from harness.traces.reading import read_lengths, read_once
 from harness.traces.text import token_counter
 
 __all__ = [
@@ -21,33 +23,38 @@ __all__ = [
 _TOKENIZER_OPTION = ",tokenizer="
 
 
-def load_trace(spec: str, tokenizer: str | None = None) -> LengthSource:
-    """Open a trace: a built-in name with its options, or `kind:path` for a file.
+def load_trace(spec: str, tokenizer: str | None = None, first: int | None = None) -> LengthSource:
+    """Open a trace: a built-in name with its options, or `kind:path` for a file, which a process reads once.
 
     Text (`sharegpt:x.json`, `alpaca:x.json`) is counted with the tokenizer in directory `tokenizer`, or in the
     specification's own `,tokenizer=DIR`, which wins; without either, lengths are approximated and described so.
-    Other traces carry lengths and leave `tokenizer` unused.
+    Other traces carry lengths and leave `tokenizer` unused. With `first`, that many requests of a file with timestamps
+    are enough, those at its beginning.
     Raises ConfigError for a specification that is not understood, TraceError for a bad file.
     """
     name, colon, rest = spec.strip().partition(":")
-    if colon and name in TEXT_READERS:
+    if colon and name in TEXT_FORMATS:
         path, _, own_tokenizer = rest.partition(_TOKENIZER_OPTION)
-        return TEXT_READERS[name].read(_path(spec, path), token_counter(own_tokenizer or tokenizer))
-    if colon and name in LENGTH_READERS:
+        counted_by = own_tokenizer or tokenizer
+        text_format = TEXT_FORMATS[name]
+        return read_once(
+            _path(spec, path), name, counted_by, read=lambda: text_format.read(path, token_counter(counted_by))
+        )
+    if colon and name in FORMATS:
         if _TOKENIZER_OPTION in rest:
             raise ConfigError(f"trace {spec!r}: {name} files carry token counts; a tokenizer does not apply")
-        return LENGTH_READERS[name].read(_path(spec, rest))
+        return read_once(_path(spec, rest), name, first, read=lambda: read_lengths(FORMATS[name], rest, first))
     if name in BUILTIN:
         return BUILTIN[name].open(rest)
-    names, kinds = ", ".join(BUILTIN), ", ".join(f"{kind}:PATH" for kind in (*TEXT_READERS, *LENGTH_READERS))
+    names, kinds = ", ".join(BUILTIN), ", ".join(f"{kind}:PATH" for kind in (*TEXT_FORMATS, *FORMATS))
     raise ConfigError(f"unknown trace {spec!r}; built in: {names}; files: {kinds}")
 
 
 def list_traces() -> list[tuple[str, str]]:
     """Give (name, description) of every built-in trace and every kind of file."""
-    readers: dict[str, TextReader | LengthReader] = {**TEXT_READERS, **LENGTH_READERS}
+    formats: dict[str, TextFormat | LengthFormat] = {**TEXT_FORMATS, **FORMATS}
     return [(builtin.usage, builtin.description) for builtin in BUILTIN.values()] + [
-        (f"{kind}:PATH", reader.description) for kind, reader in readers.items()
+        (f"{kind}:PATH", each.description) for kind, each in formats.items()
     ]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastserve.errors import TraceError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -47,12 +50,24 @@ ARTIFACT_FILTER = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_
 
 @dataclass(frozen=True, eq=False)
 class RecordedLengths:
-    """Requests of a file, in its order; `arrival_s` (seconds, never decreasing) where the file has timestamps."""
+    """Requests of a file, in its order; read-only arrays, in tokens and seconds.
+
+    `arrival_s` is there if the file has timestamps, on the file's own time axis and in whatever order they are.
+    """
 
     description: str
     prompt_tokens: IntArray
     output_tokens: IntArray
     arrival_s: FloatArray | None = None
+    time_unit: str = "seconds"
+    """What the file's timestamps were read as."""
+    locate: Callable[[int], str] = "request {} (from 0)".format
+    """Says where in the file a request is, by its index: the file and the line."""
+
+    def __post_init__(self) -> None:
+        for array in (self.prompt_tokens, self.output_tokens, self.arrival_s):
+            if array is not None:
+                array.setflags(write=False)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -61,6 +76,25 @@ class RecordedLengths:
         """Draw `n` requests with replacement."""
         chosen = rng.integers(len(self), size=n)
         return self.prompt_tokens[chosen], self.output_tokens[chosen]
+
+    def first(self, n: int) -> RecordedLengths:
+        """Those at the beginning of the file, `n` or all if there are fewer."""
+        arrival_s = None if self.arrival_s is None else self.arrival_s[:n]
+        return replace(
+            self, prompt_tokens=self.prompt_tokens[:n], output_tokens=self.output_tokens[:n], arrival_s=arrival_s
+        )
+
+    def check_order(self) -> None:
+        """Raise TraceError, naming the line, if a request arrives before the one above it."""
+        if self.arrival_s is None:
+            return
+        gaps = np.diff(self.arrival_s)
+        if (gaps < 0).any():
+            at = int(np.argmax(gaps < 0))
+            raise TraceError(
+                f"{self.locate(at + 1)}: it arrives {-gaps[at]:g} s before the request above it; trace arrivals need "
+                "lines in order of time"
+            )
 
 
 def length_statistics(prompt: IntArray, output: IntArray) -> dict[str, float]:
