@@ -33,6 +33,17 @@ class OutputError(FastServeError):
     """A result that could not be written."""
 
 
+class NothingFinishedError(FastServeError):
+    """A run of which not one request finished: `what` happened to the first, and `where` the rest is written."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where)
+        self.what, self.where = what, where
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.where}"
+
+
 class ServerError(FastServeError):
     """A server to be measured that does not start, has ended, or does not answer as an OpenAI-compatible one does."""
 

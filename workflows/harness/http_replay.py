@@ -163,14 +163,6 @@ class Replay:
             },
         }
 
-    def errors(self, *outcomes: RequestStatus) -> list[str]:
-        """Why requests did not finish, of those that ended so; of all without outcomes."""
-        return [
-            f"request {each.request_id}: {each.error}"
-            for each in self.exchanges
-            if each.error and (each.outcome in outcomes or not outcomes)
-        ]
-
 
 def replay(
     server: Server,

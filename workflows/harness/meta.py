@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import fastserve
+from fastserve.request import RequestStatus
+from harness.outcome import Outcome
 from harness.workload import Workload
 
 _PACKAGES = ("aiohttp", "numpy", "pyarrow", "torch", "transformers", "triton")
@@ -22,15 +24,16 @@ COMMIT_VARIABLE = "FASTSERVE_COMMIT"
 
 
 def run_meta(
-    config: dict[str, Any], workload: Workload, rejected: list[str], error: BaseException | None
+    config: dict[str, Any], workload: Workload, outcome: Outcome, error: BaseException | None
 ) -> dict[str, Any]:
-    """Commit, versions, hardware, resolved configuration, digest of the workload, reasons of the first rejections, and
-    what ended the run before its end, if anything did."""
+    """Commit, versions, hardware, resolved configuration, digest of the workload, the first reasons why requests did
+    not finish, and what ended the run before its end, if anything did."""
     return {
         **environment_meta(),
         "configuration": config,
         "trace": {"description": workload.description, "digest": workload.digest},
-        "rejected": rejected[:20],
+        "rejected": outcome.reasons(RequestStatus.REJECTED),
+        "failed": outcome.reasons(RequestStatus.FAILED, RequestStatus.ABORTED),
         "error": None if error is None else str(error) or "interrupted",
     }
 

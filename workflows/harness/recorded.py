@@ -257,11 +257,10 @@ def record(design: Design, recorded: Path, minutes: float | None = None) -> bool
         gc.collect()
         gc.freeze()  # What is there stays: no pass over it in the middle of a run.
         summary = _make_run(plan, each, recorded, worker)
-        latency = summary["mean_normalized_latency_s"]
         print(
             f"{each.name}, {each.config.num_requests} requests at {each.config.rate:g}/s: "
-            + (f"{latency:.4f} s/token" if latency is not None else "no request finished")
-            + f", {summary['duration_s']:.1f} s (simulated {expected_s:.1f})",
+            f"{summary['mean_normalized_latency_s']:.4f} s/token, {summary['duration_s']:.1f} s "
+            f"(simulated {expected_s:.1f})",
             flush=True,
         )
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from fastserve.config import EngineOptions, require_int
 from fastserve.console import Progress
 from fastserve.engine import Arrival, Engine, Observer
-from fastserve.errors import ConfigError, RankError, ServerError
+from fastserve.errors import ConfigError, RankError
 from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
@@ -25,6 +25,7 @@ from fastserve.settings import resolve_settings
 from fastserve.timeline import Timeline
 from fastserve.tokenizer import load_tokenizer
 from harness.meta import run_meta
+from harness.outcome import Outcome, Unfinished
 from harness.results import (
     CLIENT_COLUMNS,
     REQUEST_COLUMNS,
@@ -150,7 +151,7 @@ def run(
     Raises a FastServeError for bad input, before any work where that can be known; nothing is written then. If a rank
     of the engine is lost, RankError, after the files are written: what was finished is kept, and the rest has failed.
     Likewise KeyboardInterrupt if a real engine is interrupted; a simulation then writes nothing.
-    Likewise ServerError if a server finishes not one request.
+    Likewise NothingFinishedError if not one request finishes. If some do not, stderr says how many, and why the first.
     """
     if config.backend not in BACKENDS:
         raise ConfigError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
@@ -185,19 +186,15 @@ def run(
         resolved = {**_taken(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
         resolved["engine"] |= asdict(engine.kv.config)
         del resolved["settings"]
-        rejected = [job.error for job in jobs if job.request.status is RequestStatus.REJECTED]
-        folder.write(
-            request_table(metrics),
-            iteration_table(engine.iterations),
-            summary,
-            run_meta(resolved, workload, rejected, engine.error),
-        )
+        outcome = Outcome(len(jobs), _unfinished(jobs), out)
+        error = engine.error or outcome.error
+        meta = run_meta(resolved, workload, outcome, error)
+        folder.write(request_table(metrics), iteration_table(engine.iterations), summary, meta)
     if timeline is not None and recorder is not None:
         recorder.write(timeline)
     if isinstance(engine.error, KeyboardInterrupt):
         engine.error.add_note(f"wrote {out}: {summary['finished']} of {len(jobs)} finished, the others are aborted")
-    if engine.error is not None:
-        raise engine.error
+    _end(error, outcome.warning)
     return summary
 
 
@@ -259,40 +256,36 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
         if stopped_by and not replayed.finished:
             _raise_again(stopped_by, f"none of {len(exchanges)} requests had finished; nothing was written")
         summary = _what_ran(config) | summarize(exchanges, replayed.counted) | summarize_lateness(replayed.lateness_s)
-        ended: str | None = None
         until_then = f"{summary['finished']} of {len(exchanges)} requests had finished"
-        if stopped_by:
-            ended = f"{stopped_by.name} ended the run: {until_then}"
-        elif not summary["finished"]:
-            ended = f"not one of {len(exchanges)} requests finished; {replayed.errors()[0]}"
+        unfinished = [
+            Unfinished(each.outcome, f"request {each.request_id}: {each.error}")
+            for each in exchanges
+            if each.outcome is not RequestStatus.FINISHED
+        ]
+        outcome = Outcome(len(exchanges), unfinished, out)
+        error = ServerError(f"{stopped_by.name} ended the run: {until_then}") if stopped_by else outcome.error
         warnings = list(filter(None, (why_late([summary]), *replayed.warnings)))
-        meta = run_meta(
-            _taken(config), workload, replayed.errors(RequestStatus.REJECTED), ServerError(ended) if ended else None
-        )
+        meta = run_meta(_taken(config), workload, outcome, error) | {"warnings": warnings} | replayed.meta
         folder.write(
             request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS),
             iteration_table([]),
             summary,
-            meta
-            | {
-                "failed": replayed.errors(RequestStatus.FAILED, RequestStatus.ABORTED)[:20],
-                "warnings": warnings,
-                **replayed.meta,
-            },
+            meta,
         )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if stopped_by:
         _raise_again(stopped_by, f"{until_then}, the others are aborted; wrote {out}")
-    if ended:
-        raise ServerError(f"{ended}; {out / 'meta.json'} has more")
-    if summary["failed"]:
-        print(
-            f"warning: {summary['failed']} of {len(exchanges)} requests did not finish and count in no latency; first, "
-            f"{replayed.errors()[0]}; {out / 'meta.json'} has more",
-            file=sys.stderr,
-        )
+    _end(outcome.error, outcome.warning)
     return summary
+
+
+def _end(error: BaseException | None, *warnings: str) -> None:
+    """Raise the error if there is one, else print the warnings that are not empty."""
+    if error is not None:
+        raise error
+    for warning in filter(None, warnings):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _raise_again(signum: signal.Signals, note: str) -> NoReturn:
@@ -386,6 +379,16 @@ def _serve(
         with suppress(RankError, KeyboardInterrupt):  # In `engine.error`, and what was done until then in `last_run`.
             llm.engine.run(arrivals, progress.advance)
         return llm.engine.last_run, llm.engine
+
+
+def _unfinished(jobs: Sequence[Job]) -> list[Unfinished]:
+    return [
+        Unfinished(
+            status, job.error if status is RequestStatus.REJECTED else f"request {job.request.request_id}: {job.error}"
+        )
+        for job in jobs
+        if (status := job.request.status) is not RequestStatus.FINISHED
+    ]
 
 
 def _arrivals(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:

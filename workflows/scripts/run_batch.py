@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
+from fastserve.errors import NothingFinishedError
 from fastserve.latency import load_profile
 from harness.derived import derived_metrics
 from harness.experiments import run_name
@@ -22,16 +23,20 @@ with logged(snakemake.log[0]):
     for i, config in enumerate(configs, 1):
         start = time.monotonic()
         out = folder / run_name(config)
-        metrics = run(config, out)
+        title = (
+            f"{config.policy}, {config.profile or config.model}, {config.trace}, {config.num_requests} requests"
+            + (f" at {config.rate:g}/s" if config.rate is not None else "")
+            + f", seed {config.seed} ({i} of {len(configs)})"
+        )
+        try:
+            metrics = run(config, out)
+        except NothingFinishedError as error:
+            raise NothingFinishedError(f"{title}: {error.what}", error.where) from error
         metrics |= derived_metrics(out, load_profile(config.profile).latency if config.profile else None)
         seconds = time.monotonic() - start
         results[out.name] = {"folder": out.as_posix(), "metrics": metrics, "seconds": seconds}
-        latency = metrics["mean_normalized_latency_s"]
         print(
-            f"{config.policy}, {config.profile or config.model}, {config.trace}, {config.num_requests} requests"
-            + (f" at {config.rate:g}/s" if config.rate is not None else "")
-            + f", seed {config.seed} ({i} of {len(configs)}): "
-            + (f"{latency:.3g} s/token" if latency is not None else "no request finished")
+            f"{title}: {metrics['mean_normalized_latency_s']:.3g} s/token"
             + (f", {metrics['failed']} failed" if metrics["failed"] else "")
             + f", took {seconds:.1f} s"
         )
