@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -25,11 +25,14 @@ for group in sys.stdin.read().split():  # When the other end is closed.
 
 
 @contextmanager
-def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
-    """`count` spawned worker processes. They are killed, whatever they compute, when the context is left."""
+def worker_pool(count: int, prepare: Callable[[], None] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """`count` spawned worker processes, each of which first calls `prepare`, if given.
+
+    They are killed, whatever they compute, when the context is left.
+    """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
-    with reader, ProcessPoolExecutor(count, context, _end_with, (reader,)) as pool, writer:
+    with reader, ProcessPoolExecutor(count, context, _begin, (reader, prepare)) as pool, writer:
         yield pool
 
 
@@ -62,7 +65,7 @@ class Leash:
         self._close()
 
 
-def _end_with(reader: Connection) -> None:
+def _begin(reader: Connection, prepare: Callable[[], None] | None) -> None:
     """Initialize a worker: end it when the other end of the pipe is closed, and at Ctrl-C without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -72,6 +75,8 @@ def _end_with(reader: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+    if prepare is not None:
+        prepare()
 
 
 def _end_holder(holder: subprocess.Popen[bytes]) -> None:

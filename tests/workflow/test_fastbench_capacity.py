@@ -2,7 +2,10 @@
 
 import csv
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fastserve.errors import ConfigError, OutputError
+from fastserve.errors import ConfigError, NothingFinishedError, OutputError
+from fastserve.processes import worker_pool
 from harness.capacity_search import METRICS, Objective, Result, bisect, find_capacity
 from harness.cli import app
 from harness.runner import RunConfig, run
+from harness.traces import RecordedLengths, reading
+from harness.traces.formats import LengthFormat
+from harness.traces.reading import read_lengths
 
 PROFILE = "a100-80g/opt-13b-tp1"
 TRACE = "fixed:prompt=64,output=16"
@@ -148,13 +155,21 @@ def test_the_real_engine(tmp_path: Path) -> None:
         (["--slo", "1", "--seeds", "0", "--set", "alpha=1"], "unknown option 'alpha'"),
         (
             ["--slo", "1", "--seeds", "0", "--set", "num_gpu_blocks=1"],
-            f"{METRIC} cannot be told of the run with seed 0, which finished 0 requests and not ",
+            "at 0.5 requests/s, none of 60 requests finished; request 0: prompt of 64 tokens",
+        ),
+        (
+            ["--slo", "1", "--seeds", "0,1", "--set", "num_gpu_blocks=1"],
+            "at 0.5 requests/s, none of 60 requests finished; request 0: prompt of 64 tokens",
+        ),
+        (
+            ["--slo", "1", "--seeds", "0", "--trace", "fixed:prompt=9,output=1", "--metric", "mean_tpot_s"],
+            "mean_tpot_s cannot be told of the run with seed 0, which finished 60 requests and not 0: none of its",
         ),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, arguments: list[str], message: str) -> None:
     outcome = invoke(*SEARCH, *arguments, "--out", tmp_path)
-    assert isinstance(outcome.exception, ConfigError | OutputError), outcome.output
+    assert isinstance(outcome.exception, ConfigError | NothingFinishedError | OutputError), outcome.output
     assert message in str(outcome.exception)
     assert "\n" not in str(outcome.exception)
     assert not list(tmp_path.iterdir())
@@ -180,24 +195,53 @@ def test_a_failed_write_keeps_the_earlier_files(tmp_path: Path, monkeypatch: pyt
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_search_of_another_objective_says_what_it_replaces(tmp_path: Path) -> None:
+    first = made_up({1.0: [0.1, 0.2], 2.0: [0.3, 0.5]})
+    assert first.write(tmp_path) == first.write(tmp_path) == ""
+    other = replace(first, objective=replace(first.objective, slo=0.4))
+    assert f"{tmp_path} held other results, now replaced: slo was 0.3, is 0.4" in other.write(tmp_path)
+
+
+def test_a_search_reads_a_trace_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes have what it has read."""
+    monkeypatch.setattr(reading, "_read", {})
+    path = tmp_path / "x.csv"
+    path.write_text("prompt_tokens,output_tokens\n" + "64,16\n70,20\n" * 50)
+    config = RunConfig(trace=f"csv:{path}", num_requests=NUM_REQUESTS, profile=PROFILE)
+    read = []
+
+    def once(format_: LengthFormat, *how: Any) -> RecordedLengths:
+        read.append(format_.kind)
+        return read_lengths(format_, *how)
+
+    monkeypatch.setattr("harness.traces.read_lengths", once)
+    found = find_capacity(config, Objective(SLO, seeds=(0, 1), low=4), tmp_path / "out", lambda line: None)
+    assert found.capacity.value is not None
+    assert read == ["csv"]
+    carried = reading.files_read()
+    with worker_pool(1, partial(reading.take_over, carried)) as pool:
+        assert list(pool.submit(reading.files_read).result()) == list(carried)
+
+
 def made_up(values: dict[float, list[float]], failed: int = 0) -> Result:
     summaries = {
         rate: [{"rate": rate, "seed": i, "finished": 10 - failed, "failed": failed, METRIC: value} for i, value in row]
         for rate, row in ((rate, list(enumerate(row))) for rate, row in values.items())
     }
-    return Result(Objective(0.3, METRIC, (0, 1)), summaries, {"commit": None})
+    unfinished = "request 3: too long" if failed else ""
+    return Result(Objective(0.3, METRIC, (0, 1)), summaries, {"commit": None}, unfinished)
 
 
 def test_what_casts_doubt_on_a_result_is_said(tmp_path: Path) -> None:
     falls = made_up({1.0: [0.2, 0.2], 2.0: [0.1, 0.1], 4.0: [0.5, 0.3]}, failed=4)
     said = "\n".join(falls.describe())
     assert f"not monotone: {METRIC} falls by up to 50.0% where the rate rises" in said
-    assert "24 of 60 requests were refused" in said
+    assert "24 of 60 requests did not finish and count in no latency; request 3: too long; `fastbench run`" in said
     falls.write(tmp_path)
     assert not json.loads((tmp_path / "capacity.json").read_text())["monotone"]
     rises = "\n".join(made_up({1.0: [0.1, 0.1], 4.0: [0.5, 0.3]}).describe())
     assert "monotone" not in rises
-    assert "refused" not in rises
+    assert "did not finish" not in rises
 
 
 def test_a_bound_that_is_touched_is_met() -> None:

@@ -5,20 +5,24 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from fastserve.errors import ConfigError, FastServeError, OutputError, TraceError
 from harness.cli import app
-from harness.results import REQUEST_COLUMNS
+from harness.folders import default_capacity_folder, default_folder
+from harness.results import COUNTED, REQUEST_COLUMNS, RunFolder, summarize
 from harness.runner import RunConfig, run
 from harness.traces import load_trace
 from support.timelines import threads_of
@@ -32,6 +36,19 @@ SUMMARY_KEYS = {
     "output_tokens_per_s", "preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens",
     *(f"{statistic}_{name}" for statistic in ("mean", "p50", "p90", "p95", "p99") for name in QUANTITIES),
 }  # fmt: skip
+
+
+@dataclass
+class Finished:
+    """A finished request, as far as a summary is of it."""
+
+    arrival_s: float
+    first_token_s: float
+    finished_s: float
+    output_tokens: int
+    tpot_s: float = math.nan
+    max_token_gap_s: float = 0.0
+    status: str = "finished"
 
 
 def invoke(*arguments: str) -> None:
@@ -70,6 +87,76 @@ def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
     assert len(meta["trace"]["digest"]) == 64
 
 
+def test_no_file_holds_a_number_that_json_does_not_know(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.write(
+            pa.table({}),
+            pa.table({}),
+            {"mean_jct_s": None},
+            {"configuration": {"alpha_s": math.inf, "x": [1, math.nan]}},
+        )
+    meta = json.loads((tmp_path / "meta.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert meta["configuration"] == {"alpha_s": "inf", "x": [1, "nan"]}
+    metrics = [Finished(arrival_s=0.0, first_token_s=math.nan, finished_s=2.0, output_tokens=0)]
+    summary = summarize(metrics, {"iterations": 1} | dict.fromkeys(COUNTED, 0))  # type: ignore[arg-type]
+    assert (summary["finished"], summary["mean_jct_s"]) == (1, 2.0)
+    assert summary["mean_normalized_latency_s"] is None  # 2 s over 0 tokens
+    assert summary["p99_ttft_s"] is None
+    json.dumps(summary, allow_nan=False)
+
+
+def test_what_takes_the_place_of_other_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = RunConfig(trace="alpaca", rate=1.0, num_requests=3, profile=PROFILE)
+    for again in (config, config, replace(config, settings={"swap": "proactive"})):  # The last is the default.
+        run(again, tmp_path)
+    assert capsys.readouterr().err == ""
+    run(replace(config, rate=2.0, settings={"alpha_s": 1}), tmp_path)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {tmp_path} held other results of 20")
+    assert "now replaced: rate was 1.0, is 2.0; alpha_s was 0.3, is 1.0; give another --out to keep both" in said
+    run(replace(config, policy="vllm", trace="zipf", num_requests=4, seed=3), tmp_path)
+    said = capsys.readouterr().err
+    assert (
+        'policy was "fastserve", is "vllm"; trace was "alpaca", is "zipf"; rate was 2.0, is 1.0; num_requests' in said
+    )
+    assert "more; give another --out" in said
+    (tmp_path / "meta.json").write_text("[]")
+    run(config, tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_default_folder_is_named_after_what_is_run() -> None:
+    names = {
+        "sim-fastserve-sharegpt-rate2-seed0": {"rate": 2.0},
+        "sim-vllm-zipf-theta=1.2-min=4-rate0.5-seed3": {
+            "policy": "vllm",
+            "trace": "zipf:theta=1.2,min=4",
+            "rate": 0.5,
+            "seed": 3,
+        },
+        "sim-my_policy.Mine-csv-lengths-own-rate-seed0": {"policy": "my_policy:Mine", "trace": "csv:/data/lengths.csv"},
+        "sim-fastserve-sharegpt-V3-rate1-seed0": {"trace": "sharegpt:~/V3.json,tokenizer=/models/opt", "rate": 1.0},
+        "http-alpaca-rate1-seed0": {"backend": "http", "trace": "alpaca", "rate": 1.0},
+    }
+    for name, changes in names.items():
+        assert default_folder(RunConfig(**changes)) == Path("results") / name
+    assert default_capacity_folder(RunConfig(trace="alpaca")) == Path("results/capacity-sim-fastserve-alpaca")
+    one, other = (default_folder(RunConfig(trace=f"csv:{'a/b c' * 90}{i}.csv", rate=1.0)) for i in (1, 2))
+    assert one != other
+    assert len(one.name) < 120
+    assert re.fullmatch(r"[A-Za-z0-9._=+-]+", one.name)
+    unsafe = default_folder(RunConfig(policy="../../x y.py:Z", trace="fixed:prompt=9", rate=1.0))
+    assert re.fullmatch(r"[A-Za-z0-9._=+-]+", unsafe.name)
+    assert unsafe.parent == Path("results")
+
+
+def test_two_traces_and_rates_lie_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for trace, rate in (("alpaca", 1), ("alpaca", 2), ("zipf", 2)):
+        invoke("run", "--profile", PROFILE, "--trace", trace, "--rate", str(rate), "--num-requests", "3")
+    assert len(list((tmp_path / "results").iterdir())) == 3
+
+
 def test_i7_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         invoke(*SIM, "--rate", "9", "--seed", "3", "--set", "num_gpu_blocks=300", "--out", str(tmp_path / name))
@@ -100,14 +187,6 @@ def test_requests_that_never_fit_are_counted_and_explained(tmp_path: Path) -> No
     rows = pq.read_table(tmp_path / "run/requests.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["finished", "rejected", "finished"]
     assert rows[1]["finished_s"] is None
-
-
-def test_a_run_in_which_nothing_finishes_still_has_a_valid_summary(tmp_path: Path) -> None:
-    settings = {"num_gpu_blocks": 1}
-    run(RunConfig(trace="fixed", rate=1.0, num_requests=2, profile=PROFILE, settings=settings), tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert summary["mean_jct_s"] is None
-    assert summary["failed"] == 2
 
 
 def test_the_real_engine_writes_the_same_files(tmp_path: Path) -> None:

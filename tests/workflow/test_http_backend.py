@@ -24,7 +24,7 @@ import pytest
 from aiohttp import web
 
 from fastserve.engine import IterationRecord
-from fastserve.errors import ConfigError, FastServeError, ServerError
+from fastserve.errors import ConfigError, FastServeError, NothingFinishedError, ServerError
 from harness import http_replay, http_server
 from harness.capacity_search import Objective, find_capacity
 from harness.http_request import parse_extra_body
@@ -305,7 +305,9 @@ BAD: dict[str, tuple[Script, str, str]] = {
 }
 
 
-def test_requests_that_fail_are_counted_and_explained_and_stop_no_other(tmp_path: Path) -> None:
+def test_requests_that_fail_are_counted_and_explained_and_stop_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = list(BAD)
     scripts = {str(2 * i): BAD[name][0] for i, name in enumerate(names)}
     num_requests = 2 * len(names)
@@ -318,18 +320,24 @@ def test_requests_that_fail_are_counted_and_explained_and_stop_no_other(tmp_path
         assert (rows[2 * i]["status"], rows[2 * i]["finished_s"]) == (status, None), name
         (said,) = [line for line in meta[status] if line.startswith(f"request {2 * i}: ")]
         assert reason in said, name
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "did not finish" in line]
+    assert said.startswith(f"warning: {len(names)} of {num_requests} requests did not finish (")
+    assert "; request 0: " in said
+    assert said.endswith("requests.parquet the status of each request")
     assert rows[2 * names.index("cut")]["output_tokens"] == 2
     assert rows[0]["first_token_s"] is None
 
 
 def test_if_nothing_finishes_the_files_are_there_and_the_first_cause_is_said(tmp_path: Path) -> None:
     server = OpenAIServer(refuse(400, {"error": {"message": "no token ids, please"}}))
-    with pytest.raises(ServerError, match=r"not one of 4 requests finished; request 0: HTTP 400: no token ids, please"):
+    with pytest.raises(
+        NothingFinishedError, match=r"none of 4 requests finished; request 0: HTTP 400: no token ids, pl"
+    ):
         replayed(server, tmp_path)
     assert {row["status"] for row in rows_of(tmp_path)} == {"rejected"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["finished"], summary["failed"], summary["mean_jct_s"]) == (0, 4, None)
-    assert meta_of(tmp_path)["error"].startswith("not one of 4")
+    assert meta_of(tmp_path)["error"].startswith("none of 4")
 
 
 def test_a_server_that_is_gone_fails_what_is_sent_to_it(tmp_path: Path) -> None:
@@ -349,7 +357,7 @@ def test_a_server_that_is_gone_fails_what_is_sent_to_it(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=answer_two)
         thread.start()
-        with pytest.raises(ServerError, match=r"request 0: .*Cannot connect"):
+        with pytest.raises(NothingFinishedError, match=r"request 0: .*Cannot connect"):
             run(config(url), tmp_path)
         thread.join()
     assert {(row["status"], row["sent_s"]) for row in rows_of(tmp_path)} == {("failed", None)}
@@ -358,7 +366,7 @@ def test_a_server_that_is_gone_fails_what_is_sent_to_it(tmp_path: Path) -> None:
 def test_what_is_unfinished_at_the_drain_limit_is_aborted(tmp_path: Path) -> None:
     server = OpenAIServer(never)
     with server.running() as url:
-        with pytest.raises(ServerError, match=r"unfinished 0\.2 s after the last arrival"):
+        with pytest.raises(NothingFinishedError, match=r"unfinished 0\.2 s after the last arrival"):
             run(config(url, drain_limit_s=0.2), tmp_path)
         assert {server.left.get(timeout=60) for _ in server.calls} == {call.name for call in server.calls}
     assert {(row["status"], row["finished_s"]) for row in rows_of(tmp_path)} == {("aborted", None)}

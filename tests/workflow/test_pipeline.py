@@ -123,6 +123,20 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_run_of_which_nothing_finishes_fails_its_job_instead_of_drawing_an_empty_figure(tmp_path):
+    write_experiment(tmp_path, run={"trace": "fixed:prompt=100000,output=10"})
+    write_claims(tmp_path)
+    failed = snakemake(tmp_path)
+    assert failed.returncode != 0
+    assert (
+        "error: vllm, a100-80g/opt-13b-tp1-vllm, fixed:prompt=100000,output=10, 20 requests at 2/s, seed 0 (1 of 2)"
+        in (failed.stderr)
+    )
+    assert "none of 20 requests finished; request 0: prompt of 100000 tokens" in failed.stderr
+    assert not (tmp_path / "figures").exists()
+    assert not list(tmp_path.glob("results/*/points.csv"))
+
+
 def test_a_job_that_fails_halfway_says_why_and_leaves_no_table(tmp_path):
     trace = f"csv:{ROOT / 'traces' / 'fixtures' / 'lengths.csv'}"  # Four requests: enough for the first rate alone.
     points = [{"rate": 1, "num_requests": 3}, {"rate": 2, "num_requests": 30}]

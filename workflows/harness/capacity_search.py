@@ -11,19 +11,22 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastserve.console import Progress
-from fastserve.errors import ConfigError
+from fastserve.errors import ConfigError, NothingFinishedError
 from fastserve.files import atomic_write, check_writable
 from fastserve.processes import worker_pool
 from harness.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
+from harness.replaced import replacement_note
 from harness.results import PERCENTILES, SUMMARIZED, why_late
-from harness.runner import RunConfig, run
+from harness.runner import RunConfig, read_traces, run
+from harness.traces.reading import files_read, take_over
 
 METRICS = tuple(f"{statistic}_{name}" for name in SUMMARIZED for statistic in ("mean", *map("p{}".format, PERCENTILES)))
 """Keys of summary.json that rise with the load: what an objective can bound, in seconds or seconds a token."""
@@ -72,6 +75,8 @@ class Result:
     objective: Objective
     summaries: dict[float, list[dict[str, Any]]]
     provenance: dict[str, Any]
+    unfinished: str = ""
+    """Why the first request that did not finish did not."""
 
     @property
     def rates(self) -> list[float]:
@@ -125,12 +130,18 @@ class Result:
             sum(row[of] for rows in self.summaries.values() for row in rows) for of in ("failed", "finished")
         )
         if failed:
-            yield f"{failed} of {failed + finished} requests were refused and count in no latency: see `fastbench run`"
+            yield (
+                f"{failed} of {failed + finished} requests did not finish and count in no latency; {self.unfinished}; "
+                "`fastbench run` with the same options and one of the rates writes more reasons to meta.json"
+            )
         if late := why_late([row for rows in self.summaries.values() for row in rows]):
             yield late
 
-    def write(self, out: Path) -> None:
-        """Write capacity.csv, a row per measured rate and seed, and capacity.json. OutputError if the disk refuses."""
+    def write(self, out: Path) -> str:
+        """Write capacity.csv, a row per measured rate and seed, and capacity.json. OutputError if the disk refuses.
+
+        Gives a note if a search of another configuration was there, else an empty text.
+        """
         capacity, mean = self.capacity, self.mean
         interval = None
         if capacity.value is not None and capacity.low is not None and capacity.high is not None:
@@ -147,6 +158,9 @@ class Result:
             "objective": asdict(self.objective),
             **self.provenance,
         }
+        note = replacement_note(
+            out / "capacity.json", content, "objective", *self.provenance.keys() & {"configuration"}
+        )
         with atomic_write(out / "capacity.csv") as table, atomic_write(out / "capacity.json") as result:
             with table.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(
@@ -155,6 +169,7 @@ class Result:
                 writer.writeheader()
                 writer.writerows(row for summaries in self.summaries.values() for row in summaries)
             result.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return note
 
 
 def find_capacity(config: RunConfig, objective: Objective, out: Path, say: Callable[[str], None]) -> Result:
@@ -167,17 +182,23 @@ def find_capacity(config: RunConfig, objective: Objective, out: Path, say: Calla
     summaries: dict[float, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbench-")))
+        read_traces(replace(config, rate=objective.low))
         workers = _num_workers(config.backend, len(objective.seeds))
-        each = stack.enter_context(worker_pool(workers)).map if workers > 1 else map
+        have_traces = partial(take_over, files_read())
+        each = stack.enter_context(worker_pool(workers, have_traces)).map if workers > 1 else map
 
         def measure(rate: float) -> float:
             configs = [replace(config, rate=rate, seed=seed) for seed in objective.seeds]
             folders = [folder / f"rate-{rate!r}" / f"seed-{seed}" for seed in objective.seeds]
             summaries[rate] = []
             with Progress(f"rate {rate:g}", len(configs)) as progress:
-                for summary in each(_quiet_run, configs, folders):
-                    summaries[rate].append(summary)
-                    progress.advance()
+                try:
+                    for summary in each(_quiet_run, configs, folders):
+                        summaries[rate].append(summary)
+                        progress.advance()
+                except NothingFinishedError as error:
+                    where = "`fastbench run` with that rate and the same options writes more reasons to meta.json"
+                    raise NothingFinishedError(f"at {rate:g} requests/s, {error.what}", where) from error
             value = float(mean_over_seeds(_values(summaries[rate], objective.metric)))
             if math.isnan(value):
                 raise ConfigError(f"at {rate:g} requests/s {_why_undefined(objective, summaries[rate], folders)}")
@@ -186,9 +207,11 @@ def find_capacity(config: RunConfig, objective: Objective, out: Path, say: Calla
             return value
 
         bisect(measure, objective)
-        provenance = _provenance(next(folder.glob("*/*/meta.json")))
-    result = Result(objective, dict(sorted(summaries.items())), provenance)
-    result.write(out)
+        metas = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*/meta.json"))]
+    reasons = (reason for meta in metas for reason in meta["rejected"] + meta["failed"])
+    result = Result(objective, dict(sorted(summaries.items())), _provenance(metas[0]), next(reasons, ""))
+    if note := result.write(out):
+        say(f"warning: {note}")
     return result
 
 
@@ -245,7 +268,6 @@ def _why_undefined(objective: Objective, summaries: Sequence[dict[str, Any]], fo
     )
 
 
-def _provenance(path: Path) -> dict[str, Any]:
-    meta = json.loads(path.read_text(encoding="utf-8"))
+def _provenance(meta: dict[str, Any]) -> dict[str, Any]:
     configuration = {name: value for name, value in meta["configuration"].items() if name not in ("rate", "seed")}
     return {"configuration": configuration, **{name: meta[name] for name in ("commit", "versions", "hardware")}}

@@ -13,9 +13,10 @@ from fastserve.console import parse_stage_layers, run_app
 from fastserve.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 from fastserve.options import option_names
-from fastserve.scheduler import file_name, list_policies
+from fastserve.scheduler import list_policies
 from fastserve.settings import parse_settings
 from harness.capacity_search import Objective, find_capacity
+from harness.folders import default_capacity_folder, default_folder
 from harness.http_request import parse_extra_body
 from harness.runner import RunConfig
 from harness.runner import run as run_benchmark
@@ -106,7 +107,8 @@ def run(
     num_requests: Annotated[int, typer.Option(help="Requests to serve.")] = 400,
     seed: Annotated[int, typer.Option(help="Same seed, same requests, for every policy.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="results/BACKEND-POLICY-seedSEED")
+        Path | None,
+        typer.Option(help="Folder for the results.", show_default="results/BACKEND-POLICY-TRACE-RATE-seedSEED"),
     ] = None,
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a trace of the run, to open in ui.perfetto.dev.")
@@ -168,7 +170,7 @@ def run(
         extra_body=parse_extra_body(extra_body),
         settings=parse_settings(set_ or []),
     )
-    folder = out or Path("results") / f"{_file_name(config)}-seed{seed}"
+    folder = out or default_folder(config)
     summary = run_benchmark(config, folder, timeline)
     print(f"{summary['finished']} finished, {summary['failed']} failed in {summary['duration_s']:.1f} s")
     for name, label, unit in (
@@ -211,7 +213,7 @@ def capacity(
         typer.Option(help="How far the rate that meets the SLO and that which breaks it may lie apart, relative."),
     ] = 0.02,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="results/capacity-BACKEND-POLICY")
+        Path | None, typer.Option(help="Folder for the results.", show_default="results/capacity-BACKEND-POLICY-TRACE")
     ] = None,
     history: History = None,
     history_requests: HistoryRequests = 0,
@@ -274,7 +276,7 @@ def capacity(
         settings=parse_settings(set_ or []),
     )
     objective = Objective(slo, metric, parse_seeds(seeds), low, high, tolerance)
-    folder = out or Path("results") / f"capacity-{_file_name(config)}"
+    folder = out or default_capacity_folder(config)
     result = find_capacity(config, objective, folder, lambda line: print(line, file=sys.stderr, flush=True))
     print("\n".join(result.describe()))
     print(f"wrote {folder}")
@@ -310,11 +312,6 @@ def profiles() -> None:
     for name in list_profiles():
         profile = load_profile(name)
         print(f"{name:28} {profile.hardware}, {profile.engine}, KV cache {profile.kv_capacity_tokens} tokens")
-
-
-def _file_name(config: RunConfig) -> str:
-    """Backend and policy, where one is known before a server is asked."""
-    return "-".join(filter(None, (config.backend, file_name(config.policy))))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

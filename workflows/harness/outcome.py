@@ -1,6 +1,6 @@
-"""What became of a run's requests: which did not finish and why, and whether that ends the run. One rule for all backends.
+"""What became of a run's requests: which did not finish and why, and whether that ends the run.
 
-If no request finished, the run is an error. If some did not, the run says how many and why, and goes on.
+One rule for all backends: if no request finished, the run is an error; if some did not, the run says how many and why.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from fastserve.errors import OutputError
 from fastserve.files import put_in_place
 from fastserve.job import RequestMetrics
 from harness.intervals import FloatArray
+from harness.replaced import replacement_note
 
 if TYPE_CHECKING:
     from harness.http_answer import Exchange
@@ -80,6 +82,7 @@ def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
     )
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # What comes of it is null.
 def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str, int | None]) -> dict[str, Any]:
     """The measured part of summary.json: seconds, seconds a token, tokens a second; null where nothing was measured.
 
@@ -115,7 +118,8 @@ def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str
         summary[f"mean_{name}"] = float(values.mean()) if len(values) else None
         for percentile in PERCENTILES:
             summary[f"p{percentile}_{name}"] = float(np.percentile(values, percentile)) if len(values) else None
-    return summary | {name: counted[name] for name in COUNTED}
+    summary |= {name: counted[name] for name in COUNTED}
+    return {name: value if _is_finite(value) else None for name, value in summary.items()}
 
 
 def _known(values: FloatArray) -> FloatArray:
@@ -162,23 +166,47 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"cannot write to output folder {path}: {error.strerror}") from error
 
-    def write(self, requests: pa.Table, iterations: pa.Table, summary: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Write the four files beside the old ones, then put them in their places. OutputError if the disk refuses."""
+    def write(self, requests: pa.Table, iterations: pa.Table, summary: dict[str, Any], meta: dict[str, Any]) -> str:
+        """Write the four files beside the old ones, then put them in their places. OutputError if the disk refuses.
+
+        Gives a note if the old ones were of another configuration, else an empty text.
+        """
         staging = self._staging
+        meta = _with_finite_numbers(meta)
+        note = replacement_note(self.path / "meta.json", meta, "configuration")
         try:
             pq.write_table(requests, staging / "requests.parquet")
             pq.write_table(iterations, staging / "iterations.parquet")
-            (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            (staging / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            (staging / "meta.json").write_text(_json(meta), encoding="utf-8")
+            (staging / "summary.json").write_text(_json(summary), encoding="utf-8")
             for name in ("requests.parquet", "iterations.parquet", "meta.json", "summary.json"):
                 put_in_place(staging / name, self.path / name)
         except OSError as error:
             raise OutputError(
                 f"cannot write the results to {self.path}: {error.strerror}; earlier results there were kept"
             ) from error
+        return note
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _with_finite_numbers(content: Any) -> Any:
+    """JSON knows no infinity: an option that is infinite is written as text, as it would be given."""
+    if isinstance(content, dict):
+        return {key: _with_finite_numbers(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_finite_numbers(value) for value in content]
+    return content if _is_finite(content) else str(content)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is anything but an infinite number or none."""
+    return not isinstance(value, float) or math.isfinite(value)

@@ -15,7 +15,7 @@ import numpy as np
 from fastserve.config import EngineOptions, require_int
 from fastserve.console import Progress
 from fastserve.engine import Arrival, Engine, Observer
-from fastserve.errors import ConfigError, RankError
+from fastserve.errors import ConfigError, RankError, ServerError
 from fastserve.files import check_writable
 from fastserve.job import Job
 from fastserve.latency import load_profile
@@ -189,7 +189,7 @@ def run(
         outcome = Outcome(len(jobs), _unfinished(jobs), out)
         error = engine.error or outcome.error
         meta = run_meta(resolved, workload, outcome, error)
-        folder.write(request_table(metrics), iteration_table(engine.iterations), summary, meta)
+        _warn(folder.write(request_table(metrics), iteration_table(engine.iterations), summary, meta))
     if timeline is not None and recorder is not None:
         recorder.write(timeline)
     if isinstance(engine.error, KeyboardInterrupt):
@@ -266,14 +266,8 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
         error = ServerError(f"{stopped_by.name} ended the run: {until_then}") if stopped_by else outcome.error
         warnings = list(filter(None, (why_late([summary]), *replayed.warnings)))
         meta = run_meta(_taken(config), workload, outcome, error) | {"warnings": warnings} | replayed.meta
-        folder.write(
-            request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS),
-            iteration_table([]),
-            summary,
-            meta,
-        )
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        table = request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS)
+        _warn(folder.write(table, iteration_table([]), summary, meta), *warnings)
     if stopped_by:
         _raise_again(stopped_by, f"{until_then}, the others are aborted; wrote {out}")
     _end(outcome.error, outcome.warning)
@@ -281,9 +275,14 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def _end(error: BaseException | None, *warnings: str) -> None:
-    """Raise the error if there is one, else print the warnings that are not empty."""
+    """Raise the error if there is one, else print the warnings."""
     if error is not None:
         raise error
+    _warn(*warnings)
+
+
+def _warn(*warnings: str) -> None:
+    """Print those that are not empty."""
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -298,12 +297,20 @@ def _raise_again(signum: signal.Signals, note: str) -> NoReturn:
         raise
 
 
+def read_traces(config: RunConfig) -> None:
+    """Read the files a run's requests and history come from, so that later runs do not, and question what they hold.
+
+    Raises a FastServeError for a trace that is unknown, malformed or too short.
+    """
+    _workload(config)
+    _history(config)
+
+
 def _workload(config: RunConfig) -> Workload:
     workload = make_workload(
         config.trace, config.arrivals, config.rate, config.num_requests, config.seed, config.tokenizer
     )
-    for question in workload.questions:
-        print(f"warning: {question}", file=sys.stderr)
+    _warn(*workload.questions)
     return workload
 
 

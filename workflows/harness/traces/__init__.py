@@ -15,6 +15,7 @@ __all__ = [
     "LengthFilter",
     "LengthSource",
     "RecordedLengths",
+    "is_file_trace",
     "length_statistics",
     "list_traces",
     "load_trace",
@@ -48,6 +49,12 @@ def load_trace(spec: str, tokenizer: str | None = None, first: int | None = None
         return BUILTIN[name].open(rest)
     names, kinds = ", ".join(BUILTIN), ", ".join(f"{kind}:PATH" for kind in (*TEXT_FORMATS, *FORMATS))
     raise ConfigError(f"unknown trace {spec!r}; built in: {names}; files: {kinds}")
+
+
+def is_file_trace(spec: str) -> bool:
+    """Whether it is `kind:path`."""
+    name, colon, _ = spec.strip().partition(":")
+    return bool(colon) and (name in TEXT_FORMATS or name in FORMATS)
 
 
 def list_traces() -> list[tuple[str, str]]:
