@@ -323,7 +323,7 @@ def test_requests_that_fail_are_counted_and_explained_and_stop_no_other(
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "did not finish" in line]
     assert said.startswith(f"warning: {len(names)} of {num_requests} requests did not finish (")
     assert "; request 0: " in said
-    assert said.endswith("requests.parquet the status of each request")
+    assert said.endswith("requests.parquet every status")
     assert rows[2 * names.index("cut")]["output_tokens"] == 2
     assert rows[0]["first_token_s"] is None
 
@@ -425,7 +425,7 @@ def test_a_server_that_knows_chats_alone(tmp_path: Path, words: str) -> None:
 
     server = OpenAIServer(script, endpoint="/v1/chat/completions")
     text = {"prompts": "text", "tokenizer": words, "num_requests": 2}
-    with pytest.raises(ServerError, match="may have no /v1/completions: try --endpoint chat --prompts text"):
+    with pytest.raises(NothingFinishedError, match="may have no /v1/completions: try --endpoint chat --prompts text"):
         replayed(server, tmp_path, **text)
     summary, rows = replayed(server, tmp_path, endpoint="chat", **text)
     assert {call.name: call.body for call in server.calls} == {
@@ -457,9 +457,9 @@ def test_a_strict_server_names_the_option_that_helps(tmp_path: Path, words: str)
     def run_with(**changes: Any) -> dict[str, Any]:
         return replayed(OpenAIServer(script), tmp_path, **changes)[0]
 
-    with pytest.raises(ServerError, match=r"HTTP 422: .*: add --no-ignore-eos"):
+    with pytest.raises(NothingFinishedError, match=r"HTTP 422: .*: add --no-ignore-eos"):
         run_with()
-    with pytest.raises(ServerError, match=r"HTTP 400: .* needs --prompts text --tokenizer DIR"):
+    with pytest.raises(NothingFinishedError, match=r"HTTP 400: .* needs --prompts text --tokenizer DIR"):
         run_with(ignore_eos=False)
     assert run_with(ignore_eos=False, prompts="text", tokenizer=words)["finished"] == 4
     assert run_with(extra_body={"ignore_eos": None}, prompts="text", tokenizer=words)["finished"] == 4
@@ -849,8 +849,8 @@ def test_a_search_that_is_interrupted_writes_nothing_and_names_no_folder_of_its_
 def test_a_server_that_dies_midway_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     replayed(OpenAIServer(scripts={"1": break_off, "3": refuse(500, {"error": "out of memory"})}), tmp_path)
     errors = capsys.readouterr().err
-    assert "2 of 4 requests did not finish and count in no latency; first, request 1: after 2 tokens the conn" in errors
-    assert f"{tmp_path / 'meta.json'} has more" in errors
+    assert "2 of 4 requests did not finish (2 failed); request 1: after 2 tokens the connection failed" in errors
+    assert f"{tmp_path / 'meta.json'} lists up to 20 reasons" in errors
 
 
 def test_only_a_run_over_http_needs_a_client() -> None:

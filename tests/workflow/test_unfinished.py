@@ -32,7 +32,7 @@ def test_if_nothing_finishes_the_files_are_there_and_the_first_reason_is_raised(
     with pytest.raises(NothingFinishedError) as caught:
         run(config, tmp_path)
     assert str(caught.value).startswith("none of 30 requests finished; request 0: prompt of 100000 tokens")
-    assert f"; {tmp_path / 'meta.json'} has the first {SHOWN} reasons" in str(caught.value)
+    assert f"; {tmp_path / 'meta.json'} lists up to {SHOWN} reasons" in str(caught.value)
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert [reason.partition(":")[0] for reason in meta["rejected"]] == [f"request {i}" for i in range(SHOWN)]
     assert (meta["failed"], meta["error"]) == ([], str(caught.value))
@@ -56,9 +56,7 @@ def test_if_some_do_not_finish_how_many_and_why_is_said(
     assert (summary["finished"], summary["failed"]) == (2, 2)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert said.startswith("warning: 2 of 4 requests did not finish (2 rejected); request 1: prompt of 100000 tokens")
-    assert said.endswith(
-        f"; {tmp_path / 'run/meta.json'} has the first 20 reasons, requests.parquet the status of each request"
-    )
+    assert said.endswith(f"; {tmp_path / 'run/meta.json'} lists up to 20 reasons, requests.parquet every status")
 
 
 def test_nothing_is_said_if_all_finish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,4 +63,4 @@ class Outcome:
 
     @property
     def _where(self) -> str:
-        return f"{self.folder / 'meta.json'} has the first {SHOWN} reasons, requests.parquet the status of each request"
+        return f"{self.folder / 'meta.json'} lists up to {SHOWN} reasons, requests.parquet every status"
