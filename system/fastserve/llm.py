@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from fastserve.job import Job, RequestMetrics
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel, load_profile
 from fastserve.latency.profiler import Grid, fit, measure
+from fastserve.logprobs import TokenLogprobs
 from fastserve.models.source import resolve_model
 from fastserve.options import build_options
 from fastserve.parallel.layout import ParallelConfig
-from fastserve.request import Request, SamplingParams
+from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import find_policy, make_scheduler
 from fastserve.tokenizer import load_tokenizer, tokenizer_directory
 from fastserve.worker import Worker
@@ -38,8 +40,25 @@ from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One output for a prompt."""
+
+    index: int
+    """Among the prompt's `SamplingParams.n`."""
+    token_ids: list[int]
+    """Generated tokens, without the prompt; empty if the request was rejected."""
+    text: str | None
+    """Decoded by the tokenizer; None without one."""
+    logprobs: list[TokenLogprobs] | None
+    """Of each generated token, if `SamplingParams.logprobs` asks for it."""
+    error: str
+    """Why the request was rejected or failed; empty otherwise."""
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one request produced."""
+    """What one prompt produced: `outputs`, of which the first one's fields are here too."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -50,6 +69,10 @@ class RequestOutput:
     error: str
     """Why the request was rejected or failed; empty otherwise."""
     metrics: RequestMetrics
+    outputs: list[CompletionOutput]
+    """`SamplingParams.n` of them, each a request of its own to the engine."""
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """Of each prompt token, None for the first, if `SamplingParams.prompt_logprobs` asks for it."""
 
 
 class LLM:
@@ -242,17 +265,32 @@ class LLM:
         every = [params] * len(token_ids) if isinstance(params, SamplingParams) else list(params)
         if len(every) != len(token_ids):
             raise ConfigError(f"{len(token_ids)} prompts but {len(every)} sampling_params")
+        for one in every:
+            if conflict := one.conflict(self.model_config.vocab_size, self.engine.eos_token_ids):
+                raise ConfigError(conflict[1])
         now = self.engine.clock.now()
         arrivals = []
         for ids, one in zip(token_ids, every, strict=True):
-            arrivals.append(Arrival(Request.from_tokens(str(self._num_requests), now, ids), one))
+            prompt = self._truncated(ids, one)
+            for i in range(one.n):
+                name = f"{self._num_requests}-{i}" if one.n > 1 else f"{self._num_requests}"
+                params = one if one.n == 1 else replace(one, n=1, seed=one.seed + i)
+                arrivals.append(Arrival(Request.from_tokens(name, now, prompt), params))
             self._num_requests += 1
+        numbers = [one.n for one in every]
         try:
             jobs = self.engine.run(arrivals)
         except RankError as error:
-            error.outputs = [self._output(job) for job in self.engine.last_run]
+            error.outputs = self._outputs(self.engine.last_run, numbers)
             raise
-        return [self._output(job) for job in jobs]
+        return self._outputs(jobs, numbers)
+
+    def _truncated(self, prompt: list[int], params: SamplingParams) -> list[int]:
+        """As much of the prompt's end as `truncate_prompt_tokens` leaves."""
+        most = params.truncate_prompt_tokens
+        if most is None:
+            return prompt
+        return prompt[-(max(1, self.engine.longest_request - params.max_tokens) if most < 0 else most) :]
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """What ends an output, each once: what the configuration, generation_config.json and the tokenizer say."""
@@ -319,14 +357,38 @@ class LLM:
                 raise ConfigError(f"{what}: a prompt needs at least one token, ids from 0 to {vocab_size - 1}")
         return [list(ids) for ids in prompt_token_ids]
 
-    def _output(self, job: Job) -> RequestOutput:
-        request = job.request
-        generated = request.token_ids[request.num_prompt_tokens :]
+    def _outputs(self, jobs: Iterable[Job], numbers: Iterable[int]) -> list[RequestOutput]:
+        """Of consecutive jobs, so many for each prompt."""
+        remaining = iter(jobs)
+        groups = (list(islice(remaining, number)) for number in numbers)
+        return [self._output(group) for group in groups if group]
+
+    def _output(self, jobs: Sequence[Job]) -> RequestOutput:
+        outputs = [self._completion(index, job) for index, job in enumerate(jobs)]
+        first, request, known = outputs[0], jobs[0].request, jobs[0].logprobs
+        asked = jobs[0].params.prompt_logprobs is not None
         return RequestOutput(
-            request.request_id,
+            request.request_id.removesuffix("-0"),
             request.token_ids[: request.num_prompt_tokens],
+            first.token_ids,
+            first.text,
+            first.error,
+            first.metrics,
+            outputs,
+            [None, *known.prompt] if asked and known is not None else None,
+        )
+
+    def _completion(self, index: int, job: Job) -> CompletionOutput:
+        request, params, known = job.request, job.params, job.logprobs
+        generated = request.token_ids[request.num_prompt_tokens :]
+        shown = generated
+        if request.status is RequestStatus.FINISHED and generated[-1] in job.stop_token_ids:
+            shown = generated if params.include_stop_str_in_output else generated[:-1]
+        return CompletionOutput(
+            index,
             generated,
-            self._text(generated),
+            self._text(shown),
+            known.tokens if params.logprobs is not None and known is not None else None,
             job.error,
             job.metrics,
         )

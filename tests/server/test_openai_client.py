@@ -136,9 +136,9 @@ def test_many_streams_at_a_time(server: RunningServer) -> None:
 
 
 def test_each_refusal_is_the_clients_error_for_it(server: RunningServer, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="n: 2 is not supported by this server") as bad:
-        client.completions.create(model="quick", prompt=[1], n=2)
-    assert (bad.value.param, bad.value.type) == ("n", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match=r"suffix: .x. is not supported by this server") as bad:
+        client.completions.create(model="quick", prompt=[1], suffix="x")
+    assert (bad.value.param, bad.value.type) == ("suffix", "invalid_request_error")
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="quick", prompt=[1], max_tokens=10**6)
     assert long.value.code == "context_length_exceeded"

@@ -6,42 +6,60 @@ import asyncio
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fastserve.logprobs import TokenLogprobs
 from fastserve.request import SamplingParams
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.errors import error_body, json_response
-from fastserve.server.protocol import GenerationRequest
+from fastserve.server.logprobs import ScoredToken, of_chat, of_completion, of_prompt
+from fastserve.server.protocol import CompletionRequest, GenerationRequest
 from fastserve.server.request_id import RequestId
-from fastserve.server.streams import FinishReason, StreamEnded, TokenStream
+from fastserve.server.streams import FinishReason, StreamEnded, Token, TokenStream
 from fastserve.server.text import Detokenizer
 
 T = TypeVar("T")
 
 
+_WRITTEN_AT_ONCE = 256
+"""Scored tokens up to which writing them is quicker than handing it to another thread."""
+_INT64 = 2**63 - 1
+
+
 class Prompt(NamedTuple):
-    """What one choice is generated from."""
+    """What one or several choices are generated from."""
 
     token_ids: Sequence[int]
     params: SamplingParams
-    detokenizer: Detokenizer
+    detokenizers: Sequence[Detokenizer]
+    """One for each of `params.n` choices."""
+    text: str | None
+    """As it came; None if as token ids, or not all of it is used."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
-    """One prompt's output on its way to the client."""
+    """One output on its way to the client."""
 
     index: int
     stream: TokenStream
     detokenizer: Detokenizer
     stop_token_ids: frozenset[int]
     """Those its client has given, without the model's own ends of sequence."""
+    prompt: Prompt
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """Of the prompt's tokens from the second on, once its first token has come."""
+    num_echoed: int = 0
+    """Characters of the prompt that its text begins with."""
+    has_begun: bool = False
 
 
 class Piece(NamedTuple):
@@ -49,10 +67,14 @@ class Piece(NamedTuple):
 
     choice: int
     text: str
-    token_id: int
+    token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
-    stop_reason: str | int | None = None
+    stop_reason: str | int | None
     """What the client gave as a stop and ended the choice: a text or a token's id."""
+    num_generated: int = 1
+    """Of the tokens; others are the prompt's, or none is."""
+    scored: tuple[ScoredToken, ...] = ()
+    """Of requests that ask for log probabilities."""
 
 
 class Answer(ABC):
@@ -72,15 +94,14 @@ class Answer(ABC):
         self._id, unique = f"{self.prefix}-{request.said}", f"{self.prefix}-{request.unique}"
         self._created = int(time.time())
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        self.choices = [
-            Choice(
-                i,
-                engine.add(f"{unique}-{i}", prompt.token_ids, prompt.params),
-                prompt.detokenizer,
-                engine.model.stop_token_ids(prompt.params),
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        self.choices: list[Choice] = []
+        for prompt in prompts:
+            params, stop_token_ids = prompt.params, engine.model.stop_token_ids(prompt.params)
+            for number, detokenizer in enumerate(prompt.detokenizers):
+                index = len(self.choices)
+                one = params if params.n == 1 else replace(params, n=1, seed=(params.seed + number) & _INT64)
+                stream = engine.add(f"{unique}-{index}", prompt.token_ids, one)
+                self.choices.append(Choice(index, stream, detokenizer, stop_token_ids, prompt))
 
     def close(self) -> None:
         """End what is unfinished, of which nobody will hear any more."""
@@ -97,6 +118,10 @@ class Answer(ABC):
     def chunk_content(self, text: str) -> str:
         """A piece's own part, as JSON; its text is JSON already."""
 
+    @abstractmethod
+    def logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+        """The log probabilities of some tokens."""
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """The choice of an event that goes out together with the choice's first token, before it."""
         return None
@@ -105,70 +130,84 @@ class Answer(ABC):
 
     async def whole(self) -> Response:
         """The answer when all of it is there. Raises StreamEnded if it cannot be given."""
-        texts: list[list[str]] = [[] for _ in self.choices]
-        token_ids: list[list[int]] = [[] for _ in self.choices]
-        last: list[Piece | None] = [None] * len(self.choices)
-        async with aclosing(self._pieces()) as pieces:
-            async for batch in pieces:
-                for piece in batch:
-                    texts[piece.choice].append(piece.text)
-                    token_ids[piece.choice].append(piece.token_id)
-                    last[piece.choice] = piece
+        pieces_of: list[list[Piece]] = [[] for _ in self.choices]
+        async with aclosing(self._pieces()) as batches:
+            async for batch in batches:
+                pieces_of[batch[0].choice] += batch  # All pieces of a batch are of one choice.
         choices = []
-        for choice in self.choices:
-            i, end = choice.index, last[choice.index]
-            assert end is not None
-            written = {
-                "index": i,
-                **self.choice("".join(texts[i])),
-                "finish_reason": end.finish_reason,
-                "stop_reason": end.stop_reason,
-                "logprobs": None,
-            }
-            choices.append(written | ({"token_ids": token_ids[i]} if self._body.return_token_ids else {}))
-        usage = self._usage(sum(map(len, token_ids)))
-        return json_response({**self._head(self.object_name), "choices": choices, "usage": usage})
+        for choice, pieces in zip(self.choices, pieces_of, strict=True):
+            text = "".join(piece.text for piece in pieces)
+            written = {"index": choice.index, **self.choice(text), "finish_reason": pieces[-1].finish_reason}
+            written["stop_reason"] = pieces[-1].stop_reason
+            written["logprobs"] = await self._logprobs([one for piece in pieces for one in piece.scored])
+            if self._body.return_token_ids:
+                written["token_ids"] = [token for piece in pieces for token in piece.token_ids]
+            choices.append(written)
+        usage = self._usage(sum(piece.num_generated for pieces in pieces_of for piece in pieces))
+        answer = {**self._head(self.object_name), "choices": choices, "usage": usage}
+        if (num_top := self._body.prompt_logprobs) is not None:
+            codec = self._engine.model.codec
+            for choice in self.choices:
+                scored = choice.prompt_logprobs
+                told = await _in_thread_if_many(len(scored), partial(of_prompt, codec, scored, num_top))
+                self.tell_prompt_logprobs(answer, choice.index, told)
+        return json_response(answer)
+
+    def tell_prompt_logprobs(self, answer: dict[str, Any], index: int, told: list[Any]) -> None:
+        """Put the log probabilities of a choice's prompt where vLLM has them."""
+        answer["choices"][index]["prompt_logprobs"] = told
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, those that are there at a time in one go: one a token, then the usage if asked for, then
         [DONE]. If the request fails, the last one is an error. No event precedes the first token: clients time it."""
-        include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        options = self._body.stream_options
+        include_usage = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
         head = json.dumps(
-            {**self._head(self.chunk_name), "usage": None} if include_usage else self._head(self.chunk_name)
+            {**self._head(self.chunk_name), "usage": None}
+            if include_usage and not continuous
+            else self._head(self.chunk_name)
         )
         before, after = f'data: {head[:-1]}, "choices": [', "]}\n\n"
-        num_tokens = 0
-        unopened = {choice.index for choice in self.choices}
+        generated = [0] * len(self.choices)
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for batch in pieces:
-                    num_tokens += len(batch)
-                    written = [f"{before}{self._written(piece)}{after}" for piece in batch]
+                    written = []
                     index = batch[0].choice  # All pieces of a batch are of one choice.
-                    if index in unopened:
-                        unopened.remove(index)
-                        if (opening := self.opening(index)) is not None:
-                            written.insert(0, f"{before}{json.dumps(opening)}{after}")
+                    if not generated[index] and (opening := self.opening(index)) is not None:
+                        written.append(f"{before}{json.dumps(opening)}{after}")
+                    for piece in batch:
+                        generated[index] += piece.num_generated
+                        if continuous:
+                            usage = self._usage(generated[index], len(self.choices[index].prompt.token_ids))
+                            before = f'data: {head[:-1]}, "usage": {json.dumps(usage)}, "choices": ['
+                        logprobs = "null" if not piece.scored else json.dumps(await self._logprobs(piece.scored))
+                        written.append(f"{before}{self._written(piece, logprobs)}{after}")
                     yield "".join(written).encode()
         except StreamEnded as error:
             yield f"data: {json.dumps(error_body(503, str(error)))}\n\n".encode()
             return
-        usage = ""
+        last = ""
         if include_usage:
-            usage = json.dumps({**self._head(self.chunk_name), "choices": [], "usage": self._usage(num_tokens)})
-            usage = f"data: {usage}\n\n"
-        yield f"{usage}data: [DONE]\n\n".encode()
+            usage = self._usage(sum(generated))
+            last = f"data: {json.dumps({**self._head(self.chunk_name), 'choices': [], 'usage': usage})}\n\n"
+        yield f"{last}data: [DONE]\n\n".encode()
 
-    def _written(self, piece: Piece) -> str:
+    def _written(self, piece: Piece, logprobs: str) -> str:
         # JSON by hand: there is one for every token.
-        token = f', "token_ids": [{piece.token_id}]' if self._body.return_token_ids else ""
+        tokens = f', "token_ids": {list(piece.token_ids)}' if self._body.return_token_ids else ""
         reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
         stop = "null" if piece.stop_reason is None else json.dumps(piece.stop_reason)
         content = self.chunk_content(json.dumps(piece.text))
         return (
-            f'{{"index": {piece.choice}, {content}{token}, "logprobs": null, "finish_reason": {reason}, '
+            f'{{"index": {piece.choice}, {content}{tokens}, "logprobs": {logprobs}, "finish_reason": {reason}, '
             f'"stop_reason": {stop}}}'
         )
+
+    async def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        """As the choice or the event has them; None if they are not asked for."""
+        return await _in_thread_if_many(len(scored), lambda: self.logprobs(scored)) if scored else None
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes of all choices, as it comes."""
@@ -202,20 +241,41 @@ class Answer(ABC):
 
     async def _decoded(self, choice: Choice) -> AsyncIterator[list[Piece]]:
         """The pieces of one choice, up to its last token or the text that stops it."""
-        detokenizer = choice.detokenizer
         async for tokens in choice.stream.batches():
             pieces: list[Piece] = []
-            for token_id, reason in tokens:
-                text = "" if reason == "stop" else detokenizer.add(token_id)
-                if reason is not None:
-                    text += detokenizer.end()
-                if detokenizer.stopped:
+            for token in tokens:
+                if not choice.has_begun:
+                    choice.has_begun = True
+                    choice.prompt_logprobs = token.prompt_logprobs
+                    pieces.append(await self.first_piece(choice, token))
+                else:
+                    pieces.append(self.piece(choice, token))
+                if choice.detokenizer.stopped:
                     self._engine.abort(choice.stream)
-                    yield [*pieces, Piece(choice.index, text, token_id, "stop", detokenizer.stop_text)]
+                    yield pieces
                     return
-                stop_reason = token_id if reason == "stop" and token_id in choice.stop_token_ids else None
-                pieces.append(Piece(choice.index, text, token_id, reason, stop_reason))
             yield pieces
+
+    def piece(self, choice: Choice, token: Token) -> Piece:
+        """What the token adds to its choice."""
+        detokenizer, reason = choice.detokenizer, token.finish_reason
+        offset = choice.num_echoed + detokenizer.num_characters
+        # A token that ends the output has no text in it.
+        hidden = reason == "stop" and not self._body.include_stop_str_in_output
+        text = "" if hidden else detokenizer.add(token.token_id)
+        if reason is not None:
+            text += detokenizer.end()
+        stop_reason: str | int | None = None
+        if detokenizer.stopped:
+            reason, stop_reason = "stop", detokenizer.stop_text
+        elif reason == "stop" and token.token_id in choice.stop_token_ids:
+            stop_reason = token.token_id
+        scored = () if token.logprobs is None else (ScoredToken(token.token_id, offset, token.logprobs),)
+        return Piece(choice.index, text, (token.token_id,), reason, stop_reason, 1, scored)
+
+    async def first_piece(self, choice: Choice, token: Token) -> Piece:
+        """What the first token adds."""
+        return self.piece(choice, token)
 
     def _head(self, object_name: str) -> dict[str, Any]:
         model = self._engine.model
@@ -227,11 +287,13 @@ class Answer(ABC):
             "system_fingerprint": model.fingerprint,
         }
 
-    def _usage(self, num_output_tokens: int) -> dict[str, int]:
+    def _usage(self, num_output_tokens: int, num_prompt_tokens: int | None = None) -> dict[str, int]:
+        """Of all choices, or of one; a prompt counts once, however many choices it has."""
+        num_prompt_tokens = self._num_prompt_tokens if num_prompt_tokens is None else num_prompt_tokens
         return {
-            "prompt_tokens": self._num_prompt_tokens,
+            "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
-            "total_tokens": self._num_prompt_tokens + num_output_tokens,
+            "total_tokens": num_prompt_tokens + num_output_tokens,
         }
 
 
@@ -246,6 +308,34 @@ class TextAnswer(Answer):
     def chunk_content(self, text: str) -> str:  # noqa: D102
         return f'"text": {text}'
 
+    def logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:  # noqa: D102
+        return of_completion(self._engine.model.codec, scored, self._body.num_logprobs or 0)
+
+    async def first_piece(self, choice: Choice, token: Token) -> Piece:  # noqa: D102
+        body = self._body
+        assert isinstance(body, CompletionRequest)
+        if not body.echo:
+            return self.piece(choice, token)
+        prompt = choice.prompt
+        text, scored = await _in_thread_if_many(len(prompt.token_ids), lambda: self._echoed(choice))
+        choice.num_echoed = len(text)
+        if not body.max_tokens:  # The engine generates one nevertheless.
+            return Piece(choice.index, text, tuple(prompt.token_ids), "length", None, 0, scored)
+        first = self.piece(choice, token)
+        return first._replace(
+            text=text + first.text, token_ids=(*prompt.token_ids, *first.token_ids), scored=(*scored, *first.scored)
+        )
+
+    def _echoed(self, choice: Choice) -> tuple[str, tuple[ScoredToken, ...]]:
+        """The prompt's text, and its tokens if they are scored."""
+        prompt = choice.prompt
+        texts = self._engine.model.codec.token_texts(prompt.token_ids)
+        text = "".join(texts) if prompt.text is None else prompt.text
+        if self._body.num_logprobs is None:
+            return text, ()
+        offsets = accumulate(map(len, texts), initial=0)
+        return text, tuple(map(ScoredToken, prompt.token_ids, offsets, (None, *choice.prompt_logprobs)))
+
 
 class ChatAnswer(Answer):
     """To /v1/chat/completions."""
@@ -257,6 +347,12 @@ class ChatAnswer(Answer):
 
     def chunk_content(self, text: str) -> str:  # noqa: D102
         return f'"delta": {{"content": {text}}}'
+
+    def logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:  # noqa: D102
+        return of_chat(self._engine.model.codec, scored, self._body.num_logprobs or 0)
+
+    def tell_prompt_logprobs(self, answer: dict[str, Any], index: int, told: list[Any]) -> None:  # noqa: D102
+        answer["prompt_logprobs"] = told
 
     def opening(self, index: int) -> dict[str, Any] | None:  # noqa: D102
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -283,6 +379,11 @@ class EventStream(Response):
             async for chunk in events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _in_thread_if_many(count: int, write: Callable[[], T]) -> T:
+    """What `write` returns, which takes a time that grows with `count`: other streams are not to wait for it."""
+    return write() if count <= _WRITTEN_AT_ONCE else await asyncio.to_thread(write)
 
 
 async def answer_unless_gone(answer: Answer, answering: Coroutine[Any, Any, T], receive: Receive) -> T | None:

@@ -21,7 +21,7 @@ from fastserve.job import Job
 from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration
 from fastserve.server.model import ServedModel
-from fastserve.server.streams import Token, TokenStream, finish_reason
+from fastserve.server.streams import Token, TokenStream, finish_reason, token_of
 
 T = TypeVar("T")
 
@@ -272,7 +272,7 @@ class _Delivery(Observer):
     def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
         stream = self._streams.get(job.request.request_id)
         if stream is not None and not job.is_done:  # The last one is told with the end.
-            self._gathered.append((stream, Token(token, None)))
+            self._gathered.append((stream, token_of(job, token, None)))
 
     def on_done(self, job: Job) -> None:
         request = job.request
@@ -281,6 +281,6 @@ class _Delivery(Observer):
             return
         if request.status is RequestStatus.FINISHED:
             self.forget(request.request_id)
-            self._gathered.append((stream, Token(request.token_ids[-1], finish_reason(job))))
+            self._gathered.append((stream, token_of(job, request.token_ids[-1], finish_reason(job))))
         else:
             self.fail(stream, job.error or f"the request was {request.status.value}")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from fastserve.logprobs import MOST_LOGPROBS
 from fastserve.request import SamplingParams
 from fastserve.server.errors import shown
 
@@ -27,6 +28,11 @@ MAX_PARTS = 1024
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_CHOICES = 128
+"""Outputs for one prompt. Each is a request of its own to the engine."""
+MAX_BIASED = 1024
+MAX_ALLOWED = 16384
+"""Token ids of `logit_bias` and of `allowed_token_ids`."""
 MAX_NAME_CHARACTERS = 256
 """Of a role, or of the name of its speaker."""
 _INT64 = 2**63 - 1
@@ -118,8 +124,8 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     """Whether a last event without choices says how many tokens there were."""
-
-    NEUTRAL: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
+    continuous_usage_stats: bool = False
+    """Not OpenAI's: whether each event says how many there are until then, of its choice."""
 
 
 class GenerationRequest(Body):
@@ -141,18 +147,29 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     """Not OpenAI's: `token_ids` beside every text."""
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Outputs for each prompt; with a seed, each draws with the next one."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED)] = {}
+    """Token ids and what is added to their logits."""
+    repetition_penalty: float = Field(1.0, gt=0, le=_INT32)
+    """Not OpenAI's, as are those that follow; meanings are vLLM's."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    min_tokens: int = Field(0, ge=0, le=_INT32)
+    """Tokens before which neither the end of sequence nor a stop token is drawn, nor a stop text looked for."""
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None = (
+        None
+    )
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=_INT32)
+    """Only so many tokens at the prompt's end are used; -1: as many as there is room for."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    """Tell the log probability of every prompt token, and of so many of the likeliest at its place."""
 
     NEUTRAL: ClassVar[Neutral] = {
         # How tokens are drawn.
-        "n": (1,),
         "best_of": (1,),
-        "logit_bias": ({},),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "repetition_penalty": (1,),
-        "min_p": (0,),
-        "min_tokens": (0,),
-        "allowed_token_ids": (),
         "bad_words": ([],),
         "logits_processors": ([],),
         "watermarking": (False,),
@@ -172,13 +189,9 @@ class GenerationRequest(Body):
         "guided_whitespace_pattern": (),
         "structural_tag": (),
         # What is read and what is returned.
-        "echo": (False,),
-        "prompt_logprobs": (),
         "logprob_token_ids": (),
         "return_tokens_as_token_ids": (False,),
-        "truncate_prompt_tokens": (),
         "truncation_side": ("left",),
-        "include_stop_str_in_output": (False,),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "stream_interval": (1,),
@@ -204,7 +217,21 @@ class GenerationRequest(Body):
     def _check(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise field_error("stream_options", "for stream: true only; leave it out")
+        if self.prompt_logprobs is not None and self.stream:
+            raise field_error("prompt_logprobs", "not with stream: true; leave one of them out")
+        if self.truncate_prompt_tokens == 0:
+            raise field_error("truncate_prompt_tokens", "a prompt needs at least one token; -1 is as many as fit")
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of each new token: how many of the likeliest are told with it; None: nothing is."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of each prompt token."""
+        return self.prompt_logprobs
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -222,6 +249,18 @@ class GenerationRequest(Body):
             seed=random.getrandbits(62) if self.seed is None else self.seed & _INT64,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            n=self.n,
+            min_p=self.min_p,
+            min_tokens=self.min_tokens,
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            logit_bias=self.logit_bias or None,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
         )
         unsaid = {name: value for name, value in defaults.items() if name not in self.model_fields_set}
         return replace(params, **unsaid)
@@ -232,15 +271,34 @@ class CompletionRequest(GenerationRequest):
 
     prompt: PromptField
     """One prompt or several, as text or token ids; each is a choice of the answer."""
-    max_tokens: int = Field(16, ge=1, le=_INT32)
+    max_tokens: int = Field(16, ge=0, le=_INT32)
+    """0 is for `echo`: the prompt alone."""
+    echo: bool = False
+    """Whether the text begins with the prompt, and its log probabilities, if asked for, with the prompt's."""
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    """Tell the log probability of every token, and of so many of the likeliest at its place."""
 
     NEUTRAL: ClassVar[Neutral] = {
         **GenerationRequest.NEUTRAL,
         "suffix": ("",),
-        "logprobs": (),
         "prompt_embeds": (),
         "add_special_tokens": (True,),
     }
+
+    @model_validator(mode="after")
+    def _check_limit(self) -> CompletionRequest:
+        if not self.max_tokens and not self.echo:
+            raise field_error("max_tokens", "Input should be greater than or equal to 1, got 0; 0 is for echo: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:  # noqa: D102 (as above)
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:  # noqa: D102
+        asked = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
+        return max(asked, default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -301,12 +359,15 @@ class ChatCompletionRequest(GenerationRequest):
     max_tokens: int | None = Field(None, ge=1, le=_INT32)
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
     """The newer name of `max_tokens`. With neither, as many as the model's context and the cache allow."""
+    logprobs: bool = False
+    """Whether to tell the log probability of every token."""
+    top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
+    """With `logprobs`: and of so many of the likeliest at its place."""
 
     NEUTRAL: ClassVar[Neutral] = {
         **GenerationRequest.NEUTRAL,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         # What the prompt is made of.
+        "echo": (False,),
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "add_special_tokens": (False,),
@@ -330,6 +391,16 @@ class ChatCompletionRequest(GenerationRequest):
         "moderation": (),
         "return_prompt_text": (False,),
     }
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise field_error("top_logprobs", "for logprobs: true only; leave it out")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:  # noqa: D102 (as above)
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def limit(self) -> str | None:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
+from fastserve.engine import NO_LOGPROBS
 from fastserve.server.body import Bodies, BodyLimits
 from fastserve.server.completions import Answer, EventStream, Prompt, answer_unless_gone
 from fastserve.server.engine_thread import EngineThread
@@ -120,22 +121,29 @@ class Server:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    def prompt(self, body: GenerationRequest, token_ids: list[int], limit: str | None, param: str) -> Prompt:
+    def prompt(
+        self, body: GenerationRequest, token_ids: list[int], limit: str | None, param: str, text: str | None = None
+    ) -> Prompt:
         """What the engine is given. APIError 400 for a prompt that cannot be served.
 
         `limit` names the field that bounds the output; None: the output may be as long as there is room for. `param`
-        names the field that the prompt came from.
+        names the field that the prompt came from; `text` is the prompt, if it came as that.
         """
         model = self.engine.model
+        longest = model.engine.longest_request
+        if (most := body.truncate_prompt_tokens) is not None:
+            if most < 0:
+                most = max(1, longest - (1 if limit is None else max(1, getattr(body, limit))))
+            if len(token_ids) > most:
+                token_ids, text = token_ids[-most:], None
         if not token_ids:
             raise bad_request("an empty prompt: it needs at least one token", param)
         self.require_known(token_ids, param)
-        longest = model.engine.longest_request
         if limit is None:
             room = max(1, longest - len(token_ids))
             max_tokens = min(room, model.generation_config.max_new_tokens or room)
-        else:
-            max_tokens = getattr(body, limit)
+        else:  # To echo a prompt alone it is computed, and a token after it.
+            max_tokens = max(1, getattr(body, limit))
         if why := model.engine.why_never("refused", len(token_ids), max_tokens):
             # Clients look for how this begins.
             raise bad_request(
@@ -143,8 +151,22 @@ class Server:
                 limit if limit is not None and len(token_ids) < longest else param,
                 "context_length_exceeded",
             )
+        if body.min_tokens > max_tokens:
+            raise bad_request(
+                f"min_tokens={body.min_tokens} is more than the {max_tokens} tokens of output at most", "min_tokens"
+            )
         params = body.sampling_params(max_tokens, model.generation_config.sampling)
-        return Prompt(token_ids, params, model.codec.decoder(token_ids, body.stop_texts))
+        if params.asks_logprobs and not model.engine.executor.has_logits:
+            raise bad_request(NO_LOGPROBS, "logprobs" if params.logprobs is not None else "prompt_logprobs")
+        if conflict := params.conflict(model.vocab_size, model.engine.eos_token_ids):
+            raise bad_request(conflict[1], conflict[0])
+        detokenizers = [
+            model.codec.decoder(
+                token_ids, body.stop_texts, include_stop=body.include_stop_str_in_output, min_tokens=body.min_tokens
+            )
+            for _ in range(body.n)
+        ]
+        return Prompt(token_ids, params, detokenizers, text)
 
     def require_known(self, token_ids: Sequence[int], param: str) -> None:
         """Raise APIError 400 unless the model's vocabulary has all these tokens."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Literal, NamedTuple
 
 from fastserve.errors import FastServeError
 from fastserve.job import Job
+from fastserve.logprobs import TokenLogprobs
 from fastserve.request import RequestStatus
 
 FinishReason = Literal["length", "stop", "abort", "error"]
@@ -18,6 +19,19 @@ class Token(NamedTuple):
 
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    """Of requests that ask for it."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """With the first token of requests that ask for it: of the prompt's tokens from the second on."""
+
+
+def token_of(job: Job, token_id: int, finish_reason: FinishReason | None) -> Token:
+    """The newest token of a request, with what is told of it."""
+    known = job.logprobs
+    if known is None:
+        return Token(token_id, finish_reason)
+    is_first = job.request.num_output_tokens == 1
+    return Token(token_id, finish_reason, known.tokens[-1] if known.tokens else None, known.prompt if is_first else ())
 
 
 def finish_reason(job: Job) -> FinishReason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -21,6 +22,18 @@ _MOST_CHARACTERS_A_TOKEN = 8
 _PIECE = 2**16
 _SURELY_LONGER = 1.25
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+"""How tokenizers of pieces write a byte."""
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """How tokenizers of bytes write each: as it is if that can be seen in Latin-1, others from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(visible))
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
 
 
 class TextCodec:
@@ -100,12 +113,51 @@ class TextCodec:
         self._require("a token's text", "return_token_strs", "leave it out")
         return [self._tokenizer.backend_tokenizer.id_to_token(token) for token in token_ids]
 
-    def decoder(self, prompt: Sequence[int], stop: Sequence[str]) -> Detokenizer:
-        """A decoder of what follows `prompt`, that ends at the first of the texts `stop`."""
+    def decoder(
+        self, prompt: Sequence[int], stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0
+    ) -> Detokenizer:
+        """A decoder of what follows `prompt`, that ends at the first of the texts `stop`.
+
+        With `include_stop` that text is shown. The first `min_tokens` tokens are not searched for it.
+        """
         if not stop:
             return Detokenizer(self._token_texts(prompt))
         self._require("stop", "stop", "use stop_token_ids")
-        return StoppingDetokenizer(self._token_texts(prompt), stop)
+        return StoppingDetokenizer(self._token_texts(prompt), stop, include_stop, min_tokens)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text that each of these adds to those before it."""
+        texts = self._token_texts(())
+        added = [texts.text_of(token) for token in token_ids]
+        return [*added[:-1], added[-1] + texts.end()] if added else []
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text, special tokens' too. No two tokens have the same, as far as that can be: a part of a
+        character is `bytes:` and its bytes, as OpenAI has it, a token that the tokenizer does not know its id."""
+        text = self._token_text(token_id)
+        if _REPLACEMENT not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.token_bytes(token_id))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own text in UTF-8, or the part of a character that it is."""
+        text = self._token_text(token_id)
+        if _REPLACEMENT in text:
+            piece = self._tokenizer.backend_tokenizer.id_to_token(token_id) or ""
+            if found := _BYTE_PIECE.fullmatch(piece):
+                return bytes.fromhex(found[1])
+            if piece and all(character in _BYTE_OF for character in piece):
+                return bytes(_BYTE_OF[character] for character in piece)
+        return text.encode()
+
+    def _token_text(self, token_id: int) -> str:
+        if self._tokenizer is None:
+            return _Numbers().text_of(token_id)
+        tokenizer = self._tokenizer.backend_tokenizer
+        if tokenizer.id_to_token(token_id) is None:
+            return f"token_id:{token_id}"
+        text: str = tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
 
     def _token_texts(self, prompt: Sequence[int]) -> _TokenTexts:
         if self._tokenizer is None:
@@ -187,6 +239,8 @@ class Detokenizer:
 
     def __init__(self, tokens: _TokenTexts) -> None:
         self._tokens = tokens
+        self.num_characters = 0
+        """Of the text of all tokens until now, shown or kept back."""
 
     @property
     def stopped(self) -> bool:
@@ -195,7 +249,9 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that can be shown now that this token is there; may be empty."""
-        return self._tokens.text_of(token)
+        text = self._tokens.text_of(token)
+        self.num_characters += len(text)
+        return text
 
     def end(self) -> str:
         """The text kept back until now, at the end of the output."""
@@ -203,15 +259,23 @@ class Detokenizer:
 
 
 class StoppingDetokenizer(Detokenizer):
-    """One that ends before the first of some texts, and keeps back what may be its beginning."""
+    """One that ends before the first of some texts, or behind it, and keeps back what may be its beginning."""
 
-    def __init__(self, tokens: _TokenTexts, stop: Sequence[str]) -> None:
+    def __init__(self, tokens: _TokenTexts, stop: Sequence[str], include: bool = False, min_tokens: int = 0) -> None:
         super().__init__(tokens)
         self._stop = stop
+        self._include = include
+        self._num_unsearched = min_tokens
         self._kept = ""
 
     def add(self, token: int) -> str:  # noqa: D102 (as above)
-        return "" if self.stopped else self._up_to_stop(super().add(token))
+        if self.stopped:
+            return ""
+        text = super().add(token)
+        if self._num_unsearched:
+            self._num_unsearched -= 1
+            return text
+        return self._up_to_stop(text)
 
     def end(self) -> str:  # noqa: D102
         text = "" if self.stopped else self._up_to_stop(super().end())
@@ -224,7 +288,7 @@ class StoppingDetokenizer(Detokenizer):
         if found:
             at, self.stop_text = min(found)
             self._kept = ""
-            return text[:at]
+            return text[: at + len(self.stop_text)] if self._include else text[:at]
         shown = len(text) - self._longest_beginning(text)
         self._kept = text[shown:]
         return text[:shown]

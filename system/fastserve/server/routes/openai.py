@@ -23,23 +23,23 @@ def openai_routes(server: Server) -> APIRouter:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continue one prompt or several."""
         server.require_model(body.model)
-        server.require_ready(len(body.prompts))
+        server.require_ready(len(body.prompts) * body.n)
         names = ["prompt"] if len(body.prompts) == 1 else [f"prompt.{i}" for i in range(len(body.prompts))]
         prompts = [
-            server.prompt(body, token_ids, "max_tokens", name)
-            for token_ids, name in zip(await server.tokens_of(body.prompts), names, strict=True)
+            server.prompt(body, token_ids, "max_tokens", name, given if isinstance(given, str) else None)
+            for given, token_ids, name in zip(body.prompts, await server.tokens_of(body.prompts), names, strict=True)
         ]
-        server.require_ready(len(prompts))
+        server.require_ready(len(prompts) * body.n)
         return await server.respond(TextAnswer, body, prompts, http)
 
     @routes.post("/chat/completions", responses=STREAMED, response_model=None)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answer a conversation, in the chat template of the model's tokenizer."""
         server.require_model(body.model)
-        server.require_ready(1)
+        server.require_ready(body.n)
         token_ids = await server.tokens_of_chat([message.as_dict() for message in body.messages])
         prompt = server.prompt(body, token_ids, body.limit, "messages")
-        server.require_ready(1)
+        server.require_ready(body.n)
         return await server.respond(ChatAnswer, body, [prompt], http)
 
     def card(name: str) -> dict[str, Any]:
