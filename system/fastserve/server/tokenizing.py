@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fastserve.server.protocol import MAX_MESSAGES, Body, ChatMessage, Neutral, Text, TokenId, field_error
 
 MAX_TOKENS = 2**17
-"""To be told the text of at once: one call into the tokenizer, which keeps every stream waiting, takes 80 ms for them."""
+"""To be told the text of at once: one call into the tokenizer, which keeps all streams waiting, takes 80 ms for them."""
 
 
 class TokenizeRequest(Body):
