@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from harness.experiments import batches_of, linked, with_defaults
+
 pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +154,49 @@ def test_a_job_that_fails_halfway_says_why_and_leaves_no_table(tmp_path):
     assert not list(results.rglob("*.csv"))
     assert not list((results / "batches").glob("*"))
     assert any("fewer than the 30" in log.read_text(encoding="utf-8") for log in (results / "logs").iterdir())
+
+
+def dry_run(folder, *config):
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", folder, "-c", "2", "--nocolor", "-n"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.run(
+        [*command, "--config", *config], capture_output=True, text=True, timeout=180, check=False, env=environment
+    )
+
+
+@pytest.mark.parametrize("where", ["experiments", "experiments/tiny.yaml"])
+def test_the_configuration_is_taken_from_the_command_line(tmp_path, where):
+    write_experiment(tmp_path, seeds=[5])
+    done = dry_run(tmp_path, f"experiments={where}", "claims=null", "seeds=[0,1]", "vllm=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "rule claims" not in done.stdout
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "experiments").iterdir()}
+    expected = batches_of([with_defaults(linked(read)["tiny"] | {"seeds": [0, 1]})])
+    assert expected
+    assert all(f"results/batches/{name}.json" in done.stdout for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty.yaml must hold keys with values, as in workflows/config; it holds None"),
+        (b"- 3", "empty.yaml must hold keys with values, as in workflows/config; it holds [3]"),
+        (b"a: [", "empty.yaml: while parsing a flow node"),
+        (b"\xff\xfe\x00", "cannot read "),
+        (b"title: x", "experiment 'empty' of "),
+    ],
+)
+def test_an_experiment_that_cannot_be_read_is_named(tmp_path, content, message):
+    write_experiment(tmp_path)
+    (tmp_path / "experiments/empty.yaml").write_bytes(content)
+    done = dry_run(tmp_path, "experiments=experiments", "claims=null")
+    assert done.returncode == 1
+    assert message in done.stderr + done.stdout
+    assert "AttributeError" not in done.stderr
+
+
+def test_claims_about_other_experiments_say_how_to_go_without(tmp_path):
+    write_experiment(tmp_path)
+    done = dry_run(tmp_path, "experiments=experiments")
+    assert done.returncode == 1
+    assert "no experiment 'fig11'; there are: other, tiny; --config claims=null leaves the claims out" in done.stdout

@@ -1,5 +1,6 @@
 # What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -31,16 +32,31 @@ def harness_files(*names):
     ]
 
 
+def from_text(value):
+    """A value of the configuration: of `--config claims=null seeds=[0,1]` snakemake makes "null" and ["0", "1"]."""
+    if isinstance(value, list):
+        return [from_text(each) for each in value]
+    with suppress(yaml.YAMLError):
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    return value
+
+
 def read_yaml(path):
+    """What a YAML file holds, which must be a mapping."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise WorkflowError(f"cannot read {path}: {error}") from None
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise WorkflowError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise WorkflowError(f"{path} must hold keys with values, as in workflows/config; it holds {content!r:.60}")
+    return content
 
 
 def read_experiments(folder, prefix=""):
     """Every experiment of a folder, validated, by name. The seeds of the configuration, if given, replace theirs."""
-    found = {path.stem: read_yaml(path) for path in sorted(Path(folder).glob("*.yaml"))}
+    folder = Path(folder)
+    paths = [folder] if folder.is_file() else sorted(folder.glob("*.yaml"))
+    found = {path.stem: read_yaml(path) for path in paths}
     if not found:
         raise WorkflowError(f"there are no experiments (*.yaml) in {folder}; see workflows/config/experiments")
     experiments = {}
@@ -52,7 +68,7 @@ def read_experiments(folder, prefix=""):
             experiments[prefix + name] = with_defaults(raw)
             check_experiment(prefix + name, experiments[prefix + name])
         except WorkflowError as error:
-            raise WorkflowError(f"{folder}/{name}.yaml: {error}") from None
+            raise WorkflowError(f"experiment {name!r} of {folder}: {error}") from None
     return experiments
 
 
@@ -61,6 +77,7 @@ def located(path):
     return path if Path(path).exists() else BASE / path
 
 
+config |= {key: from_text(value) for key, value in config.items()}
 validate(config, workflow.source_path("../schemas/config.schema.yaml"))
 try:
     FULL = read_experiments(located(config["experiments"]))
@@ -70,7 +87,10 @@ try:
     EXPERIMENTS = EXTERNAL | FULL | SMOKE
     CLAIMS = read_yaml(located(config["claims"])) if config["claims"] else {"claims": []}
     validate(CLAIMS, CLAIMS_SCHEMA)
-    check_claims(CLAIMS["claims"], FULL)
+    try:
+        check_claims(CLAIMS["claims"], FULL)
+    except FastServeError as error:
+        raise WorkflowError(f"{error}; --config claims=null leaves the claims out") from None
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
         EXPERIMENTS[name] for name in sorted(EXPERIMENTS, key=lambda name: (name.startswith(("beyond", "own")), name))
