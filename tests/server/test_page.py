@@ -684,3 +684,26 @@ def test_requests_of_a_real_server_appear(browser: Browser, real_server: Running
         expect(page.locator("#ended-count")).to_have_text("in all 1 finished, 20 aborted, 0 failed")
         expect(page.get_by_text("Nothing is running.")).to_be_visible()
         expect(page.locator("#gpu .blocks")).to_have_text(re.compile("^0 of"))
+
+
+def test_the_interface_is_shown_without_a_network(browser: Browser, real_server: RunningServer) -> None:
+    with browser.new_context(viewport={"width": 1280, "height": 800}) as context:
+        page = context.new_page()
+        asked: list[str] = []
+        wrong: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda said: wrong.append(said.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(f"{real_server.url}/docs")
+        expect(page.get_by_role("heading", level=1)).to_contain_text("FastServe")
+        paths = real_server.get("/openapi.json").json["paths"]
+        expect(page.locator("details")).to_have_count(sum(map(len, paths.values())))
+        chat = page.locator("details").filter(has_text="/v1/chat/completions")
+        chat.locator("summary").click()
+        for text in ("messages", "list of ChatMessage", "max_completion_tokens", "The newer name of", "429"):
+            expect(chat.get_by_text(text).first).to_be_visible()
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert fits(page)
+        assert wrong == []
+        assert set(asked) == {f"{real_server.url}/docs", f"{real_server.url}/openapi.json"}

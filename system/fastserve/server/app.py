@@ -11,6 +11,7 @@ from fastserve.server.errors import install_error_handlers
 from fastserve.server.front import Front
 from fastserve.server.hosts import AllowedHosts, names_for
 from fastserve.server.options import ServerOptions
+from fastserve.server.routes.docs import docs_routes
 from fastserve.server.routes.openai import openai_routes
 from fastserve.server.routes.operations import management_routes, operation_routes
 from fastserve.server.routes.page import page_routes
@@ -30,6 +31,9 @@ def create_app(server: Server) -> ASGIApp:
         title="FastServe",
         version=software_version(),
         description="OpenAI-compatible; one model, one scheduling policy.",
+        # FastAPI's own are loaded from a content network.
+        docs_url=None,
+        redoc_url=None,
     )
     install_error_handlers(api)
     api.state.api_key = options.api_key
@@ -38,6 +42,7 @@ def create_app(server: Server) -> ASGIApp:
     api.include_router(tokenizer_routes(server), dependencies=[Depends(BEARER)])
     api.include_router(management_routes(), dependencies=[Depends(BEARER)])
     api.include_router(operation_routes(server))
+    api.include_router(docs_routes())
     if options.page:
         api.include_router(page_routes(server))
     app: ASGIApp = api

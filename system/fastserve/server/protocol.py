@@ -50,7 +50,7 @@ def field_error(name: str, reason: str) -> PydanticCustomError:
 class Body(BaseModel):
     """An object of a request. Null is a field left out; fields of `NEUTRAL` are refused unless neutral."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
     NEUTRAL: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fastserve.server.protocol import MAX_MESSAGES, Body, ChatMessage, Neutral, Text, TokenId, field_error
 
 MAX_TOKENS = 2**17
-"""To be told the text of at once: one call into the tokenizer, which keeps all streams waiting, takes 80 ms for them."""
+"""Of one request: their text is one call into the tokenizer, which keeps all streams waiting, for 80 ms if so many."""
 
 
 class TokenizeRequest(Body):

@@ -12,7 +12,7 @@ from fastserve.server.errors import json_response
 from fastserve.server.latencies import summarize
 from fastserve.server.service import Server
 
-_PAGE_POLICY = (
+PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -25,7 +25,7 @@ def page_routes(server: Server) -> APIRouter:
 
     @routes.get("/")
     async def page() -> Response:
-        return HTMLResponse(html, headers={"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"})
+        return HTMLResponse(html, headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"})
 
     @routes.get("/page/state", dependencies=[Depends(authorize)])
     async def state() -> Response:
