@@ -140,6 +140,10 @@ def serve(
     ssl_keyfile: Annotated[
         Path | None, typer.Option(help="The certificate's private key (PEM).  [default: in --ssl-certfile]")
     ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(help="File for a trace of all requests, written at the end; until then it is in memory."),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(help="error, warning, info (a line for each request) or debug.")
     ] = "warning",
@@ -224,6 +228,7 @@ def serve(
         root_path=root_path,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
+        timeline=timeline,
         log_level=log_level,
     )
     serve_model(options, server_options)

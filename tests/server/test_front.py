@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from http.client import HTTPConnection
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ pytest.importorskip("uvicorn")
 
 from fastserve.server.app import ServerOptions
 from fastserve.server.log import logger
-from support.servers import LONG_S, RunningServer, running, simulated
+from support.servers import LONG_S, RunningServer, command, profile, running, simulated
 
 TEXT = "/v1/completions"
 
@@ -102,3 +104,42 @@ def test_the_access_log_is_of_level_info(quick: RunningServer, caplog: pytest.Lo
         quick.until(lambda: True)
     (line,) = caplog.messages
     assert re.fullmatch(r'127\.0\.0\.1:\d+ "GET /v1/models/a%0Ab" 404 0\.\d{3} s me', line)
+
+
+def test_a_bug_is_answered_500_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with running(simulated) as server:
+
+        def fail() -> int:
+            raise KeyError("a bug")
+
+        server.server.engine.model.engine.why_never = fail  # type: ignore[method-assign,assignment]
+        reply = server.post({"prompt": [1]}, headers={"X-Request-Id": "bad-day"})
+        assert reply.status == 500
+        assert reply.error["message"].startswith("the server has failed: TypeError: ")
+        assert reply.error["type"] == "server_error"
+        assert reply.headers["x-request-id"] == "bad-day"
+        assert server.metric("http_requests_total", path=TEXT, status="500") == 1
+        assert server.get("/health").status == 200
+    # With its place, for whoever mends it.
+    assert any(record.exc_info for record in caplog.records if record.name == "uvicorn.error")
+
+
+def test_the_timeline_shows_requests_by_the_clients_ids(tmp_path: Path) -> None:
+    profile().save(tmp_path / "quick.json")
+    path = tmp_path / "made" / "serving.json"
+    arguments = ["--backend", "sim", "--profile", str(tmp_path / "quick.json"), "--timeline", str(path)]
+    with command(*arguments, "--log-level", "info") as server:
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+            headers = {"Content-Type": "application/json", "X-Request-Id": "find-me"}
+            connection.request("POST", TEXT, b'{"prompt": [1], "max_tokens": 3}', headers)
+            assert connection.getresponse().status == 200
+        server.signal()
+        status, said = server.end()
+    assert status == 0
+    assert said[-1] == f"wrote {path}"
+    # The access line, among those of the HTTP library.
+    assert any(
+        re.search(r'info: 127\.0\.0\.1:\d+ "POST /v1/completions" 200 \d\.\d{3} s find-me$', line) for line in said
+    )
+    names = [event.get("args", {}).get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
+    assert any(name.startswith("cmpl-find-me.") for name in names)

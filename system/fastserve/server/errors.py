@@ -12,6 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
+from fastserve.errors import failure_reason
+
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _LONGEST_MESSAGE = 2000
 
@@ -59,6 +61,10 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, StarletteHTTPException)
         param, code = (error.param, error.code) if isinstance(error, APIError) else (None, None)
         return json_response(error_body(error.status_code, error.detail, param, code), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def _failed(_: Request, error: Exception) -> Response:  # A bug, which the log has with its place.
+        return json_response(error_body(500, f"the server has failed: {failure_reason(error)}"), 500)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: Exception) -> Response:

@@ -45,6 +45,8 @@ class ServerOptions:
     """Certificate chain in PEM format; with it the server speaks HTTPS only."""
     ssl_keyfile: Path | None = None
     """Its private key in PEM format, not encrypted. None: the key is in `ssl_certfile`."""
+    timeline: Path | None = None
+    """File to write a trace of all requests to when the server ends; until then it is kept in memory."""
     log_level: str = "warning"
     """error, warning, info (a line for each request) or debug."""
 

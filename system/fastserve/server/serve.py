@@ -22,6 +22,7 @@ import uvloop
 from fastserve.config import CacheConfig, EngineOptions
 from fastserve.engine import Observers
 from fastserve.errors import ConfigError, FastServeError
+from fastserve.files import check_writable
 from fastserve.server.app import Server, ServerOptions, create_app
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.half_open import http_protocol
@@ -30,6 +31,7 @@ from fastserve.server.log import logger, say, start_log
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.model import ModelOptions, load_served_model
 from fastserve.server.state import RecentRequests
+from fastserve.timeline import Timeline
 
 _BACKLOG = 2048
 _LAST_WORDS_S = 2.0
@@ -50,15 +52,19 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
 
     Then new requests are refused, those in progress go on for at most the drain timeout, and this returns; a second
     signal cuts it short. Raises ConfigError, before the model is loaded, for an address that cannot be had and for a
-    certificate that cannot be read; what `load_served_model` raises; ServingError if the engine failed or requests were
-    cut off.
+    certificate that cannot be read, and OutputError for a timeline that cannot be written; what `load_served_model`
+    raises; ServingError if the engine failed or requests were cut off.
     """
     start_log(options.log_level)
     require_certificate(options)
+    timeline = Timeline()
+    if options.timeline is not None:
+        check_writable(options.timeline)
     with bound_socket(options.host, options.port) as listener:
         _allow_open_files()
         metrics, recent = ServerMetrics(), RecentRequests()
-        engine = EngineThread(partial(load_served_model, model_options), Observers(metrics, recent))
+        watching = [metrics, recent, *([] if options.timeline is None else [timeline])]
+        engine = EngineThread(partial(load_served_model, model_options), Observers(*watching))
         ended = False
         if model_options.backend == "engine":
             say(_pools(engine.model.engine.kv.config, model_options.engine_options))
@@ -71,6 +77,9 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
             ended = engine.stop()
             if not ended:
                 logger.error("the engine's thread hangs; the process ends without it")
+            elif options.timeline is not None:
+                timeline.write(options.timeline)
+                say(f"wrote {options.timeline}")
         if not ended:
             raise ServingError("the engine's thread hangs: its policy, or its device, does not return")
 
