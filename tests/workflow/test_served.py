@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -64,7 +65,9 @@ def test_the_tables_are_complete_and_follow_from_the_files(tmp_path):
         summary, meta = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "meta"))
         assert summary["finished"] == row["finished"] == row["num_requests"]
         assert (summary["policy"], summary["backend"]) == (row["series"], "http")
-        assert all(row[metric] == pytest.approx(summary[metric]) for metric in COMPARED)
+        for metric in COMPARED:  # The answers of so small a model may come all at once: then some is null.
+            expected = np.nan if summary[metric] is None else summary[metric]
+            assert row[metric] == pytest.approx(expected, nan_ok=True), metric
         assert meta["configuration"]["vocab_size"] == 64
         digests.setdefault((row["x"], row["seed"]), set()).add(meta["trace"]["digest"])
     assert all(len(found) == 1 for found in digests.values())  # The same requests for both.
