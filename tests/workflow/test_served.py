@@ -69,6 +69,8 @@ def test_the_tables_are_complete_and_follow_from_the_files(tmp_path):
             expected = np.nan if summary[metric] is None else summary[metric]
             assert row[metric] == pytest.approx(expected, nan_ok=True), metric
         assert meta["configuration"]["vocab_size"] == 64
+        assert meta["client"]["tokens_said_with_events"] == row["num_requests"]
+        assert meta["client"]["tokens_unlike_events"] == meta["client"]["of_other_length"] == 0
         digests.setdefault((row["x"], row["seed"]), set()).add(meta["trace"]["digest"])
     assert all(len(found) == 1 for found in digests.values())  # The same requests for both.
     assert len(digests) == 4

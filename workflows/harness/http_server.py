@@ -28,7 +28,7 @@ _PATIENCE_S = 60.0
 """How long a server that answers 429 or 503 is asked again what it serves: it may be loading its model."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 10.0
 """Between two such questions, where the server names no time; doubled each time."""
-_COUNTING = ("vllm",)
+_COUNTING = ("fastserve", "vllm")
 """Owners of models whose servers say with each event how many tokens there are (stream_options'
 continuous_usage_stats)."""
 _LONGEST_MESSAGE = 300

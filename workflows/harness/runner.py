@@ -234,9 +234,7 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
     workload = _workload(config)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer and config.prompts == "text" else None
     server = contact(config.url, config.model)
-    if (
-        not server.is_listed
-    ):  # Whether it has the model shows when it is asked, which should be before the clock starts.
+    if not server.is_listed:  # Whether it has the model should show before the clock starts.
         options = replace(options, warmup=max(options.warmup, 1))
     vocabularies = (server.vocab_size, len(tokenizer) if tokenizer else None)
     vocab_size = config.vocab_size or min(filter(None, vocabularies), default=DEFAULT_VOCABULARY)
