@@ -64,9 +64,10 @@ format: setup  ## format Python and Snakemake files
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(SMK)
 
-bench: setup  ## speed of the simulator, of decisions, of the CPU engine, its swapping, its ranks and the server, printed
+bench: setup  ## speed of the simulator, of decisions, of reading traces, of the CPU engine, its swapping, its ranks and the server, printed
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/scheduler.py
+	$(BIN)/python benchmarks/traces.py
 	$(BIN)/python benchmarks/cpu_engine.py
 	$(BIN)/python benchmarks/swapping.py
 	$(BIN)/python benchmarks/control_channel.py

@@ -272,11 +272,11 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _end(error: BaseException | None, *warnings: str) -> None:
-    """Raise the error if there is one, else print the warnings."""
+def _end(error: BaseException | None, warning: str) -> None:
+    """Raise the error if there is one, else print the warning."""
     if error is not None:
         raise error
-    _warn(*warnings)
+    _warn(warning)
 
 
 def _warn(*warnings: str) -> None:
