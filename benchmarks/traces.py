@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.traces.columns import Columns, read_columns
+from harness.traces.columns import read_columns
 from harness.traces.formats import FORMATS, Clock, LengthFormat
+from harness.traces.lengths import Columns
 from harness.traces.reading import read_rows
 
 FIRST = 100

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+import fastserve
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,3 +43,8 @@ def test_clients_have_the_versions_that_we_have() -> None:
     assert clients
     for name in clients.keys() & requirements.keys():
         assert clients[name] == requirements[name], name
+
+
+def test_the_citation_has_the_version_of_the_code() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == fastserve.__version__

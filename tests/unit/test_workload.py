@@ -223,7 +223,8 @@ def test_prompt_token_ids():
 
 
 def test_import_is_light():
-    code = "import sys, harness.workload; print([m for m in ('torch', 'pandas', 'transformers') if m in sys.modules])"
+    heavy = ("torch", "pandas", "transformers", "pyarrow")
+    code = f"import sys, harness.workload; print([m for m in {heavy} if m in sys.modules])"
     folders = os.pathsep.join(str(TRACES_FOLDER.parent / folder) for folder in ("system", "workflows"))
     environment = {**os.environ, "PYTHONPATH": folders}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import fastserve
 
 
 def software_version() -> str:
-    """Of the installed package; 0 for a checkout that is on the path but not installed."""
-    try:
-        return version("fastserve-repro")
-    except PackageNotFoundError:
-        return "0"
+    """The code's own, whether it is installed or on the path."""
+    return fastserve.__version__

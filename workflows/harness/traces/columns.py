@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from harness.traces.formats import Clock, LengthFormat
-from harness.traces.lengths import FloatArray, IntArray
+from harness.traces.lengths import Columns, FloatArray
 from harness.traces.rows import LONGEST, csv_header
 
 _BLOCK_BYTES = 1 << 24
@@ -25,14 +25,6 @@ _BLOCK_BYTES = 1 << 24
 _TOKENS = r"^[0-9]{1,10}$"
 _NUMBER = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 _DATE = r"^(?P<moment>[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.(?P<fraction>[0-9]+))?(?:\+00:00)?$"
-
-
-class Columns(NamedTuple):
-    """Requests of a file, in tokens and in seconds on its own time axis."""
-
-    prompt: IntArray
-    output: IntArray
-    arrival_s: FloatArray | None
 
 
 class _IrregularError(Exception):

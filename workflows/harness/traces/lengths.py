@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,14 @@ class LengthFilter:
 
 
 ARTIFACT_FILTER = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048)
+
+
+class Columns(NamedTuple):
+    """Requests of a file, in tokens and in seconds on its own time axis."""
+
+    prompt: IntArray
+    output: IntArray
+    arrival_s: FloatArray | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,8 @@ from itertools import islice
 import numpy as np
 
 from fastserve.errors import TraceError
-from harness.traces.columns import Columns, read_columns
 from harness.traces.formats import FORMATS, LengthFormat
-from harness.traces.lengths import RecordedLengths
+from harness.traces.lengths import Columns, RecordedLengths
 
 _KEPT = 8
 _read: dict[Hashable, RecordedLengths] = {}
@@ -23,6 +22,8 @@ def read_lengths(format_: LengthFormat, path: str, first: int | None = None) -> 
 
     Raises TraceError, naming the line, for one that is malformed.
     """
+    from harness.traces.columns import read_columns  # Which loads what a built-in trace does not need.
+
     is_regular = os.path.isfile(path)  # What is not, such as a pipe, can be read only once.
     columns = (read_columns(format_, path, first) if is_regular else None) or read_rows(format_, path, first)
     if not len(columns.prompt):
