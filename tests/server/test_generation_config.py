@@ -104,14 +104,14 @@ def test_generation_config_can_be_ignored(folder: Path, free: list[int]) -> None
         assert tokens_of(server, drawn | {"seed": 1})[0] != free
 
 
-@pytest.mark.parametrize("says", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}])
+@pytest.mark.parametrize("says", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
 def test_it_says_how_tokens_are_drawn_unless_the_request_does(
     folder: Path, free: list[int], says: dict[str, float]
 ) -> None:
     write(folder, **says)
     ((name, _),) = says.items()
     ask = {"prompt": PROMPT, "max_tokens": LENGTH, "return_token_ids": True, "seed": 1}
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     with running(served(folder)) as server:
         assert tokens_of(server, ask)[0] == free
         # What the request says otherwise, null aside, is all that changes.
