@@ -26,7 +26,7 @@ reproduce: setup  ## run every experiment, draw every figure (figures/), write r
 	$(SNAKEMAKE)/$(PROFILE)
 	$(SNAKEMAKE)/$(PROFILE) --report results/report.html
 
-smoke: setup  ## the same pipeline on a few small points, in under two minutes
+smoke: setup  ## the same pipeline on a few small points
 	$(SNAKEMAKE)/smoke -- smoke
 
 real-vllm: setup  ## install vLLM into .venv-vllm and measure it beside our server (docs/real-vllm.md)

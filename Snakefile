@@ -4,7 +4,7 @@
 #   snakemake -c all own-policy   an experiment by the name of its file
 #   snakemake -c all recorded     what was measured on GPUs (results/recorded), simulated again, compared and drawn
 #   snakemake -c all real-vllm    installs vLLM into .venv-vllm and measures it beside our server; no part of the report
-#   snakemake -c all smoke        a small one of each kind, in under two minutes
+#   snakemake -c all smoke        a small one of each kind
 #   snakemake --report FILE.html  the report, after any of these
 from snakemake.utils import min_version
 
