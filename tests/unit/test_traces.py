@@ -412,6 +412,15 @@ def test_malformed_file_is_named_with_its_line_or_record(kind, text, message, tm
     assert message in str(caught.value)
 
 
+def test_an_error_stays_short_whatever_the_file_is(tmp_path):
+    path = tmp_path / "other"
+    path.write_text(json.dumps({"timestamp": 0, "text": "x" * 5000, "hash_ids": list(range(9000))}) + "\n")
+    for kind in FORMATS:
+        with pytest.raises(TraceError) as caught:
+            load_trace(f"{kind}:{path}")
+        assert len(str(caught.value)) < 1500
+
+
 @pytest.mark.parametrize("kind", ["sharegpt", "alpaca", *FORMATS])
 def test_unreadable_files(kind, tmp_path):
     with pytest.raises(TraceError, match="/nowhere/x: no such file"):

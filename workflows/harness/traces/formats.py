@@ -83,7 +83,7 @@ class LengthFormat:
         """Raise TraceError if a CSV file lacks a column, with the kind that has those found."""
         missing = [name for name in self.fields if name not in found]
         if missing:
-            names = f"found {', '.join(found)}{_hint(found)}" if found else "the file is empty"
+            names = f"found {rows.listed(found)}{_hint(found)}" if found else "the file is empty"
             raise TraceError(
                 f"{path}, line 1: no column {', '.join(missing)}; expected {', '.join(self.fields)}, {names}"
             )

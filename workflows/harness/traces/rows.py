@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import islice
 from typing import IO, Any
 
 from fastserve.errors import TraceError
@@ -44,7 +45,7 @@ def csv_rows(path: str, check_header: Callable[[list[str]], None]) -> Iterator[t
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row:
-                raise TraceError(f"{where}: more fields than the {len(names)} columns; expected {', '.join(names)}")
+                raise TraceError(f"{where}: more fields than the {len(names)} columns; expected {listed(names)}")
             yield where, row
 
 
@@ -66,7 +67,7 @@ def member(where: str, record: object, field: str) -> object:
     if not isinstance(record, dict):
         raise TraceError(f"{where}: expected an object with {field!r}, found {shown(record)}")
     if field not in record:
-        raise TraceError(f"{where}: no {field!r}; it has {', '.join(map(str, record)) or 'nothing'}")
+        raise TraceError(f"{where}: no {field!r}; it has {listed(record) or 'nothing'}")
     return record[field]
 
 
@@ -107,6 +108,12 @@ def moment(where: str, field: str, value: object) -> tuple[datetime, float]:
         return datetime.strptime(whole, "%Y-%m-%d %H:%M:%S"), _fraction(fraction)
     except ValueError as error:
         raise TraceError(f"{where}: {field} must look like 2023-11-16 18:15:46.6805900, not {shown(value)}") from error
+
+
+def listed(names: Collection[object], limit: int = 12) -> str:
+    """Names as an error shows them: those of a file of another kind may be thousands."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(text if len(text) <= 60 else f"{text[:60]}…" for text in map(str, islice(names, limit))) + more
 
 
 def shown(value: object, limit: int = 60) -> str:
