@@ -1,6 +1,7 @@
 """Files read at once hold what they hold row by row, and the same faults are named."""
 
 import json
+import re
 import time
 
 import numpy as np
@@ -45,7 +46,12 @@ JSON_TIMES = ["0", "3", "3.0", "2.5", "-1", "1e3", "1e999", "null", "true", '"4"
 
 def same(kind: str, path, first=None) -> None:
     """Read at once, a file is as it is row by row, or it is left to that."""
-    columns = read_columns(FORMATS[kind], str(path), first)
+    try:
+        columns = read_columns(FORMATS[kind], str(path), first)
+    except TraceError as error:
+        with pytest.raises(TraceError, match=re.escape(str(error))):
+            read_rows(FORMATS[kind], str(path), first)
+        return
     if columns is None:
         return
     for at_once, by_row in zip(columns, read_rows(FORMATS[kind], str(path), first), strict=True):
@@ -112,6 +118,48 @@ def test_what_is_usual_is_read_at_once(kind, tmp_path) -> None:
         assert columns is not None
         assert len(columns.prompt) == min(first or 500, 500)
         same(kind, path, first)
+
+
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize(
+    "text",
+    [
+        2 * '{"timestamp": 0, "input_length": 3, "output_length": 1}',
+        '{"timestamp": 0,\n"input_length": 3, "output_length": 1}\n',
+        '{"timestamp": 0, "timestamp": 5, "input_length": 3, "output_length": 1}\n',
+        '\ufeff{"timestamp": 0, "input_length": 3, "output_length": 1, "x": 1}\r\n\r\n'
+        '{"timestamp": 1, "input_length": 3, "output_length": 1, "x": "a"}\r\n',
+    ],
+)
+def test_json_on_other_lines_than_one_each_is_the_same(text: str, first: int | None, scratch) -> None:
+    scratch.write_text(text)
+    same("mooncake", scratch, first)
+
+
+@pytest.mark.parametrize("first", [None, 1, 2])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a,prompt_tokens,output_tokens\n"x\ny",3,4\nz,5,6\n',
+        'a,prompt_tokens,output_tokens\n"x,y",3,4\n"z""z",5,6\n',
+        'a,prompt_tokens,output_tokens\nx"y,3,4\nz"z,5,6\n',
+        'a,prompt_tokens,output_tokens\n"x"y,3,4\nz,5,6\n',
+        'a,prompt_tokens,output_tokens\n"x,3,4\nz,5,6\n',
+        'a,prompt_tokens,output_tokens\nx,3,4\n"z,5,6',
+        'a,prompt_tokens,output_tokens\nx,"3",4\nz,"5\n",6\n',
+        "a,prompt_tokens,output_tokens,\nx,3,4,\nz,5,6\n",
+        "a,a,prompt_tokens,output_tokens\nx,y,3,4\nz,z,5,6\n",
+        '"prompt_tokens", output_tokens\n3, 4\n5,6\n   \n',
+        "prompt_tokens,output_tokens\n3,4\n\n\n5,6\n",
+        "prompt_tokens,output_tokens\r3,4\r5,6\r",
+        '"a\nb",prompt_tokens,output_tokens\nx,3,4\nz,5,6\n',
+        "prompt_tokens,output_tokens\n3,4\n5\x00,6\n",
+        "\nprompt_tokens,output_tokens\n3,4\n",
+    ],
+)
+def test_csv_with_quotes_and_gaps_is_the_same(text: str, first: int | None, scratch) -> None:
+    scratch.write_text(text, newline="")
+    same("csv", scratch, first)
 
 
 def test_the_first_requests_are_enough(tmp_path) -> None:

@@ -63,7 +63,7 @@ def _csv_columns(format_: LengthFormat, path: str, first: int | None) -> Columns
             include_columns=names, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
         ),
     )
-    _require(table.num_rows >= (1 if first is None or is_whole else first))
+    _check_number(table.num_rows, first, is_whole)
     texts = [pc.utf8_trim_whitespace(table[name].combine_chunks()) for name in names]
     tokens = [_numpy(_matching(text, _TOKENS).cast(pa.int64())) for text in texts[:2]]
     arrival_s = None
@@ -81,7 +81,8 @@ def _json_columns(format_: LengthFormat, path: str, first: int | None) -> Column
         pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES),
         pyarrow.json.ParseOptions(explicit_schema=pa.schema(types | marks), unexpected_field_behavior="ignore"),
     )
-    _require(table.num_rows >= (1 if first is None or is_whole else first))
+    _check_number(table.num_rows, first, is_whole)
+    _require(table.num_rows == _num_filled_lines(path, first))  # Arrow takes objects as they come, on any lines.
     for name in format_.foreign:
         _require(table[name].null_count == table.num_rows)
     required = [*types, *([format_.mark] if format_.mark else [])]
@@ -97,6 +98,16 @@ def _source(path: str, lines: int | None) -> tuple[Any, bool]:
     with open(path, "rb") as file:
         head = b"".join(itertools.islice(file, lines))
     return pa.BufferReader(head), len(head) == os.path.getsize(path)
+
+
+def _check_number(rows: int, first: int | None, is_whole: bool) -> None:
+    """Blank lines, and lines that end otherwise, make fewer or more requests of the lines that were read."""
+    _require(rows > 0 and (first is None or rows == first or (is_whole and rows < first)))
+
+
+def _num_filled_lines(path: str, lines: int | None) -> int:
+    with open(path, "rb") as file:
+        return sum(not line.isspace() for line in itertools.islice(file, lines))
 
 
 def _seconds(times: FloatArray, clock: Clock) -> FloatArray:
