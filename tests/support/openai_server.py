@@ -125,8 +125,8 @@ class OpenAIServer:
     scripts: Mapping[str, Script] = field(default_factory=dict)
     models: object = field(default_factory=lambda: {"data": [{"id": "tiny", "owned_by": "someone"}]})
     models_status: int = 200
-    not_ready: list[Mapping[str, str]] = field(default_factory=list)
-    """Headers of the answers 503 that GET /v1/models gives before it gives the models."""
+    not_ready: list[tuple[int, Mapping[str, str]]] = field(default_factory=list)
+    """Status and headers of the answers that GET /v1/models gives before it gives the models."""
     endpoint: str = "/v1/completions"
     """The one kind of request it knows."""
     version: str | None = None
@@ -177,7 +177,8 @@ class OpenAIServer:
 
     async def _list_models(self, _: web.Request) -> web.Response:
         if self.not_ready:
-            return web.json_response({"error": {"message": "loading"}}, status=503, headers=self.not_ready.pop(0))
+            status, headers = self.not_ready.pop(0)
+            return web.json_response({"error": {"message": "loading"}}, status=status, headers=headers)
         return web.json_response(self.models, status=self.models_status)
 
     async def _say_version(self, _: web.Request) -> web.Response:

@@ -382,6 +382,24 @@ def test_an_answer_that_is_done_is_finished_though_its_connection_stays_open(tmp
     assert summary["finished"] == 1
 
 
+def test_an_answer_with_a_finish_reason_has_ended_though_its_connection_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A usage may follow in the meantime, and nothing that is not part of the answer puts the end off."""
+    monkeypatch.setattr(http_replay, "_AFTER_FINISH_S", 1.0)
+
+    async def script(call: Call) -> web.StreamResponse:
+        last = chunk(choices=[{"text": " w", "finish_reason": "length"}])
+        response = await call.stream(token(), 0.02, last, 0.3, usage(7, 2))
+        while True:
+            await response.write(b": ping\n\n")
+            await asyncio.sleep(0.1)
+
+    summary, (row,) = replayed(OpenAIServer(script), tmp_path, num_requests=1)
+    assert (summary["finished"], row["output_tokens"], row["prompt_tokens"]) == (1, 2, 7)
+    assert row["finished_s"] == row["token_s"][-1]
+
+
 def test_other_lengths_than_asked_for_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scripts = {"1": say(token(), DONE)}
     replayed(OpenAIServer(scripts=scripts), tmp_path)
@@ -510,12 +528,14 @@ def test_a_server_that_is_not_ready_is_asked_again(
 ) -> None:
     monkeypatch.setattr(http_server, "_FIRST_PAUSE_S", 0.01)
     past = "Thu, 01 Jan 1970 00:00:00 GMT"
-    server = OpenAIServer(not_ready=[{}, {"Retry-After": "0"}, {"Retry-After": past}, {"Retry-After": "soon"}])
+    headers = ({}, {"Retry-After": "0"}, {"Retry-After": past}, {"Retry-After": "soon"})
+    server = OpenAIServer(not_ready=[*((503, each) for each in headers), (429, {})])
     summary, _ = replayed(server, tmp_path)
     assert summary["finished"] == 4
     errors = capsys.readouterr().err
-    assert errors.count("/v1/models answered 503 (loading); asked again in") == 4
-    assert "asked again in 0.01 s" in errors
+    assert errors.count("/v1/models answered 503 (loading); asked again in 0.01 s") == 3
+    assert errors.count("/v1/models answered 503 (loading); asked again in 0.08 s") == 1
+    assert errors.count("/v1/models answered 429 (loading); asked again in") == 1
 
 
 @pytest.mark.parametrize("header", [{"Retry-After": "3600"}, {}])
@@ -524,7 +544,7 @@ def test_a_server_that_is_not_ready_in_time_is_named(
 ) -> None:
     monkeypatch.setattr(http_server, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(http_server, "_PATIENCE_S", 0.2)
-    server = OpenAIServer(not_ready=[header] * 1000)
+    server = OpenAIServer(not_ready=[(503, header)] * 1000)
     with pytest.raises(ServerError, match="/v1/models answered 503: loading; start it again, or wait"):
         replayed(server, tmp_path / "out")
     assert (len(server.headers) == 1) == bool(header), "not asked again where that is of no use"
@@ -744,10 +764,12 @@ def test_the_command(tmp_path: Path) -> None:
     with OpenAIServer().running() as url:
         invoke(
             "run", "--backend", "http", "--url", url, "--trace", TRACE, "--rate", "100", "--num-requests", "3",
-            "--max-concurrency", "2", "--drain-limit", "100", "--warmup", "1", "--out", str(tmp_path),
+            "--max-concurrency", "2", "--drain-limit", "100", "--warmup", "1", "--no-ignore-eos",
+            "--extra-body", '{"top_k": 1}', "--out", str(tmp_path),
         )  # fmt: skip
     meta = meta_of(tmp_path)["configuration"]
     assert (meta["max_concurrency"], meta["drain_limit_s"], meta["warmup"]) == (2, 100, 1)
+    assert (meta["ignore_eos"], meta["extra_body"], meta["endpoint"]) == (False, {"top_k": 1}, "completions")
 
 
 def test_the_capacity_of_a_server(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
     if config.prompts not in ("ids", "text"):
         raise ConfigError(f"--prompts must be ids or text, not {config.prompts!r}")
     if config.prompts == "text" and config.tokenizer is None:
-        raise ConfigError("--prompts text needs --tokenizer: the directory of one in Hugging Face format")
+        raise ConfigError("--prompts text needs --tokenizer: the directory of one in Hugging Face format, or builtin")
     if config.endpoint == "chat" and config.prompts != "text":
         raise ConfigError("--endpoint chat takes no token ids: add --prompts text --tokenizer DIR")
     if config.vocab_size is not None:
