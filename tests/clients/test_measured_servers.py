@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from baselines.external.process import ServerProcess, free_port
-from fastserve.errors import ServerError
+from fastserve.errors import NothingFinishedError, ServerError
 from harness.model_folder import write_model_folder
 from harness.runner import RunConfig, run
 from support.clients import command_of
@@ -90,7 +90,7 @@ def test_guidellms_mock_server_is_measured_as_it_was_set(mock: str, model: Path,
 
 
 def test_guidellms_mock_server_takes_no_token_ids_and_the_error_says_what_to_do(mock: str, tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match=r"HTTP 400: .*needs --prompts text --tokenizer DIR"):
+    with pytest.raises(NothingFinishedError, match=r"HTTP 400: .*needs --prompts text --tokenizer DIR"):
         measured(mock, tmp_path)
 
 

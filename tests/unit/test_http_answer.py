@@ -90,6 +90,11 @@ STEADY = (100, 10, 10, 290)
          (UNDEFINED, UNDEFINED, UNDEFINED, 300.1)),
         # A usage that does not run, and one only in the first event.
         ([*(event(at=time_of(i), usage=0) for i in range(20)), event(None, usage=20)], STEADY),
+        ([*(event(at=time_of(i), usage=1) for i in range(20)), event(None, usage=20)], STEADY),
+        ([*(event(at=time_of(i), usage=20) for i in range(20))], STEADY),
+        # Text that was kept back comes with the end, and is no further token.
+        ([*(event(at=time_of(i), usage=i + 1) for i in range(20)),
+          event("w", 0.5, usage=20, finish_reason="stop")], STEADY),
         ([event(at=time_of(0), usage=1), *one_each(20)[1:], event("", 0.9, usage=20, finish_reason="length")], STEADY),
         # No text at all.
         ([event("", 0.1), event("", 0.2, finish_reason="stop"), event(None, usage=3)],

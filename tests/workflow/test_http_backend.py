@@ -468,6 +468,9 @@ def test_a_strict_server_names_the_option_that_helps(tmp_path: Path, words: str)
     async def script(call: Call) -> web.StreamResponse:
         if "ignore_eos" in call.body:
             return await refuse(422, {"detail": "Unexpected fields in the request: {'ignore_eos'}"})(call)
+        if "stream_options" in call.body:
+            detail = [{"type": "extra_forbidden", "loc": ["body", "stream_options"]}]
+            return await refuse(422, {"detail": detail})(call)
         if not isinstance(call.body["prompt"], str):
             return await refuse(400, {"detail": "prompt must be a string."})(call)
         return await complete(call)
@@ -477,10 +480,13 @@ def test_a_strict_server_names_the_option_that_helps(tmp_path: Path, words: str)
 
     with pytest.raises(NothingFinishedError, match=r"HTTP 422: .*: add --no-ignore-eos"):
         run_with()
-    with pytest.raises(NothingFinishedError, match=r"HTTP 400: .* needs --prompts text --tokenizer DIR"):
+    with pytest.raises(NothingFinishedError, match=r"""HTTP 422: .* add --extra-body '{"stream_options": null}'"""):
         run_with(ignore_eos=False)
-    assert run_with(ignore_eos=False, prompts="text", tokenizer=words)["finished"] == 4
-    assert run_with(extra_body={"ignore_eos": None}, prompts="text", tokenizer=words)["finished"] == 4
+    with pytest.raises(NothingFinishedError, match=r"HTTP 400: .* needs --prompts text --tokenizer DIR"):
+        run_with(ignore_eos=False, extra_body={"stream_options": None})
+    text = {"prompts": "text", "tokenizer": words}
+    assert run_with(ignore_eos=False, extra_body={"stream_options": None}, **text)["finished"] == 4
+    assert run_with(extra_body={"ignore_eos": None, "stream_options": None}, **text)["finished"] == 4
 
 
 def test_a_body_of_ones_own(tmp_path: Path) -> None:

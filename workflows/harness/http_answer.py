@@ -206,17 +206,19 @@ class Exchange:
             if reason := choice.get("finish_reason"):
                 self.finish_reason = str(reason)
         self._last_event_s, self._last_was_empty = now_s, not has_text
-        if said == 0 and has_text:
-            said = None  # A usage that does not run.
-        if said is not None:
-            num_tokens = max(said - self.shown_tokens, 0)
-        elif num_ids is not None:
-            num_tokens = num_ids
-        else:
-            num_tokens = int(has_text)
-            self.counts_are_said &= not has_text
+        if has_text and said is not None and said <= self.shown_tokens and not self.finish_reason:
+            said = None  # Text is tokens, so this usage does not run. What is kept back may come at the end, though.
+        if said is None and num_ids is None and has_text and self.counts_are_said:
+            # Then what was said before is worth nothing either.
+            self.counts_are_said = False
+            self.shown_tokens = len(self.token_s)
+            self.tokens_per_event = array("q", [1]) * self.shown_tokens
         if not self.counts_are_said:
             num_tokens = int(has_text)  # The usage at the end is of all events.
+        elif said is not None:
+            num_tokens = max(said - self.shown_tokens, 0)
+        else:
+            num_tokens = num_ids or 0
         if num_tokens:
             self._add(num_tokens, now_s)
 

@@ -189,14 +189,9 @@ def replay(
     )
     exchanges = [Exchange(str(i), *row) for i, row in enumerate(rows)]
     bodies = [body(workload.prompt_token_ids(i, vocab_size), each.max_tokens) for i, each in enumerate(exchanges)]
-    # One token over and over: not the beginning of a prompt to come, which a server might then have cached.
-    repeated = _with_text(tokenizer, vocab_size)
     warmup = [
-        (
-            Exchange(f"warmup-{i}", 0.0, _WARMUP_PROMPT, _WARMUP_OUTPUT),
-            body([repeated[i % len(repeated)]] * _WARMUP_PROMPT, _WARMUP_OUTPUT),
-        )
-        for i in range(options.warmup)
+        (Exchange(f"warmup-{i}", 0.0, len(ids), _WARMUP_OUTPUT), body(ids, _WARMUP_OUTPUT))
+        for i, ids in enumerate(_warmup_prompts(options.warmup, vocab_size, tokenizer))
     ]
     wanted = min(options.max_concurrency or len(exchanges), len(exchanges))
     max_connections = _connections(wanted)
@@ -234,12 +229,17 @@ def _tokens_and_events(exchanges: Sequence[Exchange]) -> tuple[int, int]:
     return sum(each.output_tokens for each in exchanges), sum(len(each.token_s) for each in exchanges)
 
 
-def _with_text(tokenizer: Any, vocab_size: int) -> Sequence[int]:
-    """Token ids to repeat in prompts: with a tokenizer some whose text is not empty, as that of special tokens is."""
-    if tokenizer is None:
-        return range(vocab_size)
-    visible = [i for i in range(min(vocab_size, 1000)) if tokenizer.decode([i], skip_special_tokens=True).strip()]
-    return visible or range(vocab_size)
+def _warmup_prompts(num_prompts: int, vocab_size: int, tokenizer: Any) -> Iterator[list[int]]:
+    """One token over and over: not the beginning of a prompt to come, which a server might then have cached.
+
+    With a tokenizer it is a token whose text is not empty, as that of a special token is.
+    """
+    candidates: Sequence[int] = range(vocab_size)
+    if tokenizer is not None and num_prompts:
+        first = candidates[: 2 * num_prompts + 1000]
+        candidates = [i for i in first if tokenizer.decode([i], skip_special_tokens=True).strip()] or first
+    for i in range(num_prompts):
+        yield [candidates[i % len(candidates)]] * _WARMUP_PROMPT
 
 
 class _Sender:

@@ -72,6 +72,9 @@ class Wording:
             return f"; the server may have no /{self.path}: try --endpoint {other}"
         if self.ignore_eos and "ignore_eos" in message:
             return "; the server refuses a field that OpenAI does not have: add --no-ignore-eos"
+        for name in ("stream_options", "temperature"):
+            if name in message and name not in self.extra_body:
+                return f"; to leave the field out, add --extra-body '{{\"{name}\": null}}'"
         if self.endpoint == "completions" and "prompt" in message and "string" in message:
             return "; a server that takes no token ids needs --prompts text --tokenizer DIR"
         return ""
