@@ -86,8 +86,8 @@ STEADY = (100, 10, 10, 290)
         ([event(at=0.3), event(None, usage=20)], (UNDEFINED, UNDEFINED, UNDEFINED, 300)),
         ([event(at=0.3)], (UNDEFINED, UNDEFINED, 0, 300)),
         ([*(event(at=0.3) for _ in range(20)), event(None, usage=20)], (UNDEFINED, UNDEFINED, UNDEFINED, 300)),
-        ([*(event(at=0.3) for _ in range(10)), *(event(at=0.3001) for _ in range(10)), event(None, usage=20)],
-         (UNDEFINED, UNDEFINED, UNDEFINED, 300.1)),
+        ([*(event(at=0.3) for _ in range(10)), *(event(at=0.3015) for _ in range(10)), event(None, usage=20)],
+         (UNDEFINED, UNDEFINED, UNDEFINED, 301.5)),
         # A usage that does not run, and one only in the first event.
         ([*(event(at=time_of(i), usage=0) for i in range(20)), event(None, usage=20)], STEADY),
         ([*(event(at=time_of(i), usage=1) for i in range(20)), event(None, usage=20)], STEADY),

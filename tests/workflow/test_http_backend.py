@@ -599,6 +599,17 @@ def test_what_cannot_be_told_is_null_and_said(
     assert all(f"warning: {line}" in capsys.readouterr().err for line in warnings)
 
 
+def test_a_long_answer_that_is_kept_back_is_seen_though_it_takes_several_reads(tmp_path: Path) -> None:
+    event = chunk(id=150 * "x", choices=[{"text": " w"}])
+    summary, (row,) = replayed(
+        OpenAIServer(say(1000 * event + usage(5, 1000) + DONE)), tmp_path, trace="fixed:prompt=5,output=1000",
+        num_requests=1,
+    )  # fmt: skip
+    assert len(set(row["token_s"])) > 1
+    assert (row["first_token_s"], summary["mean_ttft_s"], summary["mean_tpot_s"]) == (None, None, None)
+    assert summary["mean_jct_s"] == pytest.approx(row["finished_s"] - row["arrival_s"])
+
+
 def test_a_time_per_token_that_few_requests_lack_is_that_of_the_others(tmp_path: Path) -> None:
     server = OpenAIServer(of_four(1, 1, 1, 1), {"3": of_four(2, 2), "7": of_four(4)})
     summary, rows = replayed(server, tmp_path, num_requests=40, rate=1000.0)
