@@ -181,12 +181,15 @@ def test_the_longest_request_is_the_longest_that_is_not_refused(max_model_len: i
     assert job.request.status is RequestStatus.FINISHED
 
 
-def test_in_real_time_each_token_is_its_place_in_the_output() -> None:
+@pytest.mark.parametrize("token_ids", [(), (7, 300, 5)])
+def test_in_real_time_each_token_says_its_place_in_the_output(token_ids: tuple[int, ...]) -> None:
     told, params = Told(), SamplingParams(max_tokens=12, ignore_eos=True)
     options = EngineOptions(max_batch_size=2, host_link_gb_per_s=1000.0)
     engine = simulated_engine(
-        load_profile("a100-80g/opt-13b-tp1"), "fastserve-fcfs", options=options, clock=WallClock()
+        load_profile("a100-80g/opt-13b-tp1"), "fastserve-fcfs", options=options, clock=WallClock(),
+        token_ids=token_ids,
     )  # fmt: skip
+    expected = [*token_ids * 4] or list(range(12))
     engine.observer = told
     prompts = {name: [7] * (i + 1) for i, name in enumerate("abc")}
     for name, prompt in prompts.items():
@@ -196,9 +199,7 @@ def test_in_real_time_each_token_is_its_place_in_the_output() -> None:
     tokens: dict[str, list[int]] = defaultdict(list)
     for job, token, *_ in told.of("on_token"):
         tokens[job.request.request_id].append(token)
-    assert tokens == {name: list(range(12)) for name in prompts}
-    assert all(
-        job.request.token_ids == prompts[job.request.request_id] + list(range(12)) for (job,) in told.of("on_done")
-    )
+    assert tokens == dict.fromkeys(prompts, expected)
+    assert all(job.request.token_ids == prompts[job.request.request_id] + expected for (job,) in told.of("on_done"))
     starts = [record.start_s for record in engine.iterations]
     assert all(later > earlier for earlier, later in itertools.pairwise(starts))
