@@ -172,7 +172,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of dummy weights.")] = 0,
     torch_threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads torch computes with.  [default: its own choice]")
+        int | None, typer.Option(min=1, max=1024, help="Threads torch computes with.  [default: its own choice]")
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks that share each layer.")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Stages that the layers are divided into.")] = 1,

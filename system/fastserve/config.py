@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastserve.errors import ConfigError
 
+_LARGEST_INT = 10**12
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -127,9 +128,11 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.host_link_gb_per_s is not None:
             require_positive("host_link_gb_per_s", self.host_link_gb_per_s)
-        require_int("block_size", self.block_size, 1)
-        if self.max_model_len is not None:
-            require_int("max_model_len", self.max_model_len, 2)
+        for name, least in (("max_batch_size", 1), ("token_budget", 1), ("block_size", 1)):
+            require_int(name, getattr(self, name), least)
+        for name, least in (("num_gpu_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 2)):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), least)
 
     def scheduler_config(self, pipeline_depth: int = 1) -> SchedulerConfig:
         """The limits the scheduler obeys."""
@@ -137,9 +140,11 @@ class EngineOptions:
 
 
 def require_int(name: str, value: object, least: int) -> None:
-    """Raise ConfigError unless `value` is an integer of at least `least`."""
+    """Raise ConfigError unless `value` is an integer of at least `least`, and one that arrays can count to."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value > _LARGEST_INT:
+        raise ConfigError(f"{name} must be an integer of at most {_LARGEST_INT:,}, got {value}")
 
 
 def require_positive(name: str, value: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,8 @@ TRACEBACK_VARIABLE = "FASTSERVE_TRACEBACK"
 """Environment variable; 1 prints the traceback of every error, before its line."""
 BAD_INPUT, BUG = 2, 1
 _SECONDS_BETWEEN_LINES = 10.0
+_LONG_WORD = re.compile(r"(\S{200})\S{200,}")
+"""Of an error's line: a value that is no use to a reader."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -130,7 +133,7 @@ def _because(error: Exception) -> str:
 def _end(error: BaseException, line: str, status: int) -> None:
     if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
-    print(line, file=sys.stderr)
+    print(_LONG_WORD.sub(r"\1...", line), file=sys.stderr)
     sys.exit(status)
 
 

@@ -31,7 +31,7 @@ PAGES = ("README.md", "traces/README.md", *(f"docs/{path.name}" for path in sort
 SMALLER = (
     ("--model opt-125m", "--model opt-tiny"),
     ("--rate 2", "--rate 20"),
-    ("--num-requests 400", "--num-requests 40"),
+    ("--num-requests 400", "--num-requests 12"),
     ("--num-requests 100", "--num-requests 8"),
     ("--slo 0.3", "--slo 0.08"),
     ("fastbench capacity", "fastbench capacity --num-requests 100 --seeds 0,1 --tolerance 0.5 --low 2"),

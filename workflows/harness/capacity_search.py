@@ -33,6 +33,7 @@ METRICS = tuple(f"{statistic}_{name}" for name in SUMMARIZED for statistic in ("
 COLUMNS = ("rate", "seed", "finished", "failed")
 """Columns of capacity.csv before the metric."""
 _MIN_TOLERANCE = 1e-4
+_WIDEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Objective:
             raise ConfigError(f"--seeds must be different whole numbers of at least 0, not {list(self.seeds)}")
         if not (0 < self.low < self.high < math.inf):
             raise ConfigError(f"--low and --high must be 0 < low < high, not {self.low:g} and {self.high:g}")
+        if self.high > _WIDEST * self.low:
+            raise ConfigError(
+                f"--high {self.high:g} is more than {_WIDEST:g} times --low {self.low:g}, and rates double "
+                "from one to the other; raise --low or lower --high"
+            )
         if not (_MIN_TOLERANCE <= self.tolerance < 1):
             raise ConfigError(f"--tolerance must be at least {_MIN_TOLERANCE:g} and below 1, not {self.tolerance:g}")
 

@@ -60,7 +60,7 @@ Tokenizer = Annotated[
     typer.Option(help="Directory of a tokenizer, or builtin, to count a trace's text, and for --prompts text."),
 ]
 TorchThreads = Annotated[
-    int | None, typer.Option(min=1, help="Threads torch computes with (engine); its own choice if not given.")
+    int | None, typer.Option(min=1, max=1024, help="Threads torch computes with (engine); its own choice if not given.")
 ]
 TensorParallel = Annotated[int, typer.Option(help="Ranks that share each layer (engine).")]
 PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are divided into (engine).")]

@@ -16,6 +16,7 @@ from harness.traces.plausible import questions
 
 # One independent random stream for each use of the seed: more draws of one never shift another.
 _LENGTHS, _GAPS, _TOKEN_IDS = range(3)
+_MOST_REQUESTS = 10**9
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,8 @@ def make_workload(
     """
     if num_requests < 1:
         raise ConfigError(f"num_requests must be at least 1, not {num_requests}")
+    if num_requests > _MOST_REQUESTS:
+        raise ConfigError(f"num_requests must be at most {_MOST_REQUESTS:,}, not {num_requests}")
     if seed < 0:
         raise ConfigError(f"seed must be at least 0, not {seed}")
     arrivals = parse_arrivals(arrivals_spec) if isinstance(arrivals_spec, str) else arrivals_spec
@@ -90,6 +93,8 @@ def make_workload(
     arrival_s = arrivals.arrival_times(
         num_requests, rate, _stream(seed, _GAPS), recorded.arrival_s if recorded else None, trace=name
     )
+    if not np.isfinite(arrival_s).all():
+        raise ConfigError(f"at {rate} requests/s requests arrive later than a number can say; choose a higher rate")
     if recorded and is_replay:
         prompt, output = recorded.prompt_tokens, recorded.output_tokens
     else:

@@ -75,6 +75,8 @@ def _json_records(path: str) -> list[tuple[str, Any]]:
             raise TraceError(
                 f"{path}, line {error.lineno}: not JSON: {error.msg}; expected a list of records"
             ) from error
+        except RecursionError as error:
+            raise TraceError(f"{path}: JSON nested too deeply to be read; expected a list of records") from error
     if not isinstance(records, list) or not records:
         raise TraceError(f"{path}: expected a JSON list of at least one record, found {shown(records)}")
     return [(f"{path}, record {index} (from 0)", record) for index, record in enumerate(records)]

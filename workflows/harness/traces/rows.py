@@ -58,7 +58,7 @@ def json_rows(path: str) -> Iterator[tuple[str, Any]]:
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TraceError(f"{where}: expected a JSON object, found {shown(line.strip())} ({error})") from error
 
 
