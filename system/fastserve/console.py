@@ -41,8 +41,8 @@ class Terminated(KeyboardInterrupt):
 def run_app(app: typer.Typer) -> None:
     """Run a command and end the process as the module says.
 
-    Whoever catches a KeyboardInterrupt, writes what it has and raises it again, says so with `add_note`: the notes are
-    printed. Without notes nothing was written.
+    Code that catches a KeyboardInterrupt, writes what it has and raises it again says so with `add_note`: the notes are
+    printed. Without notes, "nothing was written" is.
     """
     raise_on_signals()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # A closed one is None.

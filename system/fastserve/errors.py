@@ -48,6 +48,10 @@ class ServerError(FastServeError):
     """A server to be measured that does not start, has ended, or does not answer as an OpenAI-compatible one does."""
 
 
+class WorkerError(FastServeError):
+    """A worker process of a search ended by itself."""
+
+
 class RankError(FastServeError):
     """A rank of a distributed engine died, hangs or failed, and the engine has ended with it."""
 

@@ -11,8 +11,11 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+
+from fastserve.errors import WorkerError
 
 _HOLDER = """
 import os, signal, sys
@@ -28,12 +31,18 @@ for group in sys.stdin.read().split():  # When the other end is closed.
 def worker_pool(count: int, prepare: Callable[[], None] | None = None) -> Iterator[ProcessPoolExecutor]:
     """`count` spawned worker processes, each of which first calls `prepare`, if given.
 
-    They are killed, whatever they compute, when the context is left.
+    They are killed, whatever they compute, when the context is left. Raises WorkerError if one of them ends by itself, as
+    when the system kills it for want of memory.
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     with reader, ProcessPoolExecutor(count, context, _begin, (reader, prepare)) as pool, writer:
-        yield pool
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                "a worker process ended by itself, perhaps killed for want of memory; choose fewer requests"
+            ) from error
 
 
 class Leash:

@@ -11,6 +11,7 @@ import pytest
 
 from fastserve.console import Terminated
 from fastserve.engine import Observer
+from fastserve.errors import WorkerError
 from fastserve.job import Job
 from fastserve.processes import Leash, worker_pool
 from harness.runner import RunConfig, run
@@ -67,6 +68,18 @@ def test_workers_end_when_an_error_leaves_their_context() -> None:
         work()
     assert workers
     assert have_ended(workers)
+
+
+def die_in_a_pool() -> None:
+    with worker_pool(2) as pool:
+        pool.submit(os._exit, 3).result()
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with pytest.raises(
+        WorkerError, match="a worker process ended by itself, perhaps killed for want of memory; choose"
+    ):
+        die_in_a_pool()
 
 
 HOLDS = """
