@@ -31,8 +31,8 @@ for group in sys.stdin.read().split():  # When the other end is closed.
 def worker_pool(count: int, prepare: Callable[[], None] | None = None) -> Iterator[ProcessPoolExecutor]:
     """`count` spawned worker processes, each of which first calls `prepare`, if given.
 
-    They are killed, whatever they compute, when the context is left. Raises WorkerError if one of them ends by itself, as
-    when the system kills it for want of memory.
+    They are killed, whatever they compute, when the context is left. Raises WorkerError if one of them ends by
+    itself, as when the system kills it for want of memory.
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
