@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fastserve import LLM, SamplingParams
+from fastserve import SamplingParams
 from fastserve.llm import RequestOutput
-from fastserve.options import option_names
-from fastserve.scheduler import find_policy
-from support.parameters import PlainModel
-from support.tokens import CHUNK, IMPATIENT, TINY_POOL, prompts, save_model
-
-EOS = (2, 7, 11)
-NUM_TOKENS = 24
-ASKED = [
-    SamplingParams(repetition_penalty=4.0, logprobs=3),
-    SamplingParams(presence_penalty=2.0, frequency_penalty=2.0, prompt_logprobs=2),
-    SamplingParams(logit_bias={5: 8.0, 9: -30.0}, frequency_penalty=1.9, logprobs=0, prompt_logprobs=0),
-    SamplingParams(allowed_token_ids=range(40, 60), repetition_penalty=1.2, logprobs=5, prompt_logprobs=5),  # type: ignore[arg-type]
-    SamplingParams(max_tokens=NUM_TOKENS, min_tokens=20, logit_bias=dict.fromkeys(EOS, 100.0)),
-    SamplingParams(prompt_logprobs=1),
-    SamplingParams(temperature=0.9, min_p=0.02, repetition_penalty=0.7, seed=5),
-    SamplingParams(),
-]  # fmt: skip
-
-
-def params() -> list[SamplingParams]:
-    return [replace(one, max_tokens=NUM_TOKENS) for one in ASKED]
+from support.parameters import EOS, NUM_TOKENS, PlainModel, check_equal, generate, params
+from support.tokens import CHUNK, TINY_POOL, save_model
 
 
 @pytest.fixture(scope="module", params=["opt", "llama"])
@@ -40,18 +20,6 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     path: Path = tmp_path_factory.mktemp(request.param)
     save_model(request.param, path, 2)
     return path
-
-
-def generate(directory: Path, policy: str, options: dict[str, Any], **arguments: Any) -> list[RequestOutput]:
-    known = option_names(find_policy(policy).Options)
-    with LLM(
-        directory, policy=policy, profile="a100-80g/opt-13b-tp1", max_batch_size=4, num_host_blocks=100,
-        policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options, **arguments,
-    ) as llm:  # fmt: skip
-        llm.engine.eos_token_ids = EOS
-        outputs = llm.generate(prompt_token_ids=prompts(), sampling_params=params())
-        llm.engine.kv.check_invariants()
-    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +74,6 @@ def test_nothing_changes_where_cache_is_short(
     directory: Path, roomy: list[RequestOutput], policy: str, options: dict[str, Any]
 ) -> None:
     outputs = generate(directory, policy, options, num_gpu_blocks=TINY_POOL)
-    assert [output.token_ids for output in outputs] == [output.token_ids for output in roomy]
-    for output, expected in zip(outputs, roomy, strict=True):
-        for told, known in (
-            (output.prompt_logprobs, expected.prompt_logprobs),
-            (output.outputs[0].logprobs, expected.outputs[0].logprobs),
-        ):
-            assert (told is None) == (known is None)
-            for one, other in zip(told or (), known or (), strict=True):
-                if one is None or other is None:
-                    assert one is other
-                    continue
-                assert (one.token_id, one.rank) == (other.token_id, other.rank)
-                assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-                assert [token for token, _ in one.top] == [token for token, _ in other.top]
+    check_equal(outputs, roomy)
     if options.get("swap") == "recompute" or policy == "vllm-chunked":
         assert sum(output.metrics.recomputed_tokens for output in outputs) > 0

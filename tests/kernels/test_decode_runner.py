@@ -19,6 +19,7 @@ from fastserve.presets import preset  # noqa: E402
 from fastserve.request import SamplingParams  # noqa: E402
 from fastserve.worker import Worker  # noqa: E402
 from fastserve.worker.decode_runner import DecodeRows, graph_sizes  # noqa: E402
+from fastserve.worker.extras import LogitChanges, RowExtras  # noqa: E402
 from support.devices import TRITON_DEVICES  # noqa: E402
 
 SPARE, MAX_ROWS, MAX_BLOCKS, BLOCK_SIZE = 99, 6, 5, 4
@@ -120,6 +121,37 @@ def test_drawn_tokens_are_those_of_any_other_batch(triton_worker, device: str) -
     params = [GREEDY, SamplingParams(temperature=0.8, seed=3), SamplingParams(temperature=1.2, top_p=0.9, seed=4)]
     sequences = [SequenceInput([11 + i], 0, [i]) for i in range(3)]
     assert workers[0].execute(sequences, params) == workers[1].execute(sequences, params)
+
+
+@TRITON_DEVICES
+def test_changed_logits_and_scores_are_those_of_any_other_batch(triton_worker, device: str) -> None:
+    workers = [triton_worker("opt-tiny", max_batch_size=4), triton_worker("opt-tiny")]
+    params = [GREEDY, GREEDY, SamplingParams(temperature=0.8, seed=3), GREEDY]
+    sequences = [SequenceInput([11 + i], 0, [i]) for i in range(4)]
+    plain = workers[1].execute(sequences, params)
+    extras = {
+        0: RowExtras(LogitChanges(forbidden=(plain[0],)), 2),
+        2: RowExtras(LogitChanges(allowed=(3, 4), counts={3: 2}, presence_penalty=1.0)),
+        3: RowExtras(None, 0),
+    }
+    in_place, other = (worker.launch(sequences, params, extras)() for worker in workers)
+    assert in_place.tokens == other.tokens
+    assert in_place.tokens[0] != plain[0]
+    assert in_place.tokens[1] == plain[1]
+    assert in_place.tokens[2] in (3, 4)
+    assert in_place.tokens[3] == plain[3]
+    for computed in (in_place, other):
+        assert computed.scores is not None
+        assert computed.scores.keys() == {0, 3}
+        first, last = computed.scores[0].token, computed.scores[3].token
+        assert first is not None
+        assert last is not None
+        assert (first.token_id, first.rank, [token for token, _ in first.top]) == (
+            in_place.tokens[0],
+            2,
+            [plain[0], in_place.tokens[0]],
+        )
+        assert (last.token_id, last.rank, last.top) == (plain[3], 1, [])
 
 
 @TRITON_DEVICES

@@ -296,6 +296,14 @@ def test_what_cannot_be_told(roomy: RunningServer, path: str, body: dict[str, An
     assert (reply.status, reply.error["param"]) == (400, param)
 
 
+def test_an_answer_has_room_for_so_many(roomy: RunningServer) -> None:
+    prompt = [5] * 200
+    for asked in ({"prompt_logprobs": 20}, {"logprobs": 20, "echo": True}):
+        reply = roomy.post({"prompt": [prompt] * 32, "max_tokens": 1, **asked})
+        assert (reply.status, reply.error["param"]) == (400, next(iter(asked)))
+        assert "134400 log probabilities of prompt tokens in one answer; 131072 are the most" in reply.error["message"]
+
+
 def test_a_simulation_has_none() -> None:
     with running(simulated) as server:
         for body in ({"logprobs": 0}, {"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}):

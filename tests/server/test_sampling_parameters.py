@@ -192,6 +192,7 @@ def test_the_end_of_a_prompt_is_used(server: RunningServer) -> None:
     [
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 129}, "n", "less than or equal to 128"),
+        ({"prompt": [[5]] * 9, "n": 114}, "n", "114 outputs for each of 9 prompts are more than 1024"),
         ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
         ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),

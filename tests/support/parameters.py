@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
-from fastserve import SamplingParams
+from fastserve import LLM, SamplingParams
+from fastserve.llm import RequestOutput
 from fastserve.logprobs import TokenLogprobs
+from fastserve.options import option_names
+from fastserve.scheduler import find_policy
+from support.tokens import IMPATIENT, prompts
 
 TOLERANCE = 1e-4
+EOS = (2, 7, 11)
+NUM_TOKENS = 24
+ASKED = [
+    SamplingParams(repetition_penalty=4.0, logprobs=3),
+    SamplingParams(presence_penalty=2.0, frequency_penalty=2.0, prompt_logprobs=2),
+    SamplingParams(logit_bias={5: 8.0, 9: -30.0}, frequency_penalty=1.9, logprobs=0, prompt_logprobs=0),
+    SamplingParams(allowed_token_ids=range(40, 60), repetition_penalty=1.2, logprobs=5, prompt_logprobs=5),  # type: ignore[arg-type]
+    SamplingParams(max_tokens=NUM_TOKENS, min_tokens=20, logit_bias=dict.fromkeys(EOS, 100.0)),
+    SamplingParams(prompt_logprobs=1),
+    SamplingParams(temperature=0.9, min_p=0.02, repetition_penalty=0.7, seed=5),
+    SamplingParams(),
+]  # fmt: skip
+
+
+def params() -> list[SamplingParams]:
+    return [replace(one, max_tokens=NUM_TOKENS) for one in ASKED]
 
 
 class PlainModel:
@@ -75,3 +97,33 @@ def changed(
         values[token] -= params.frequency_penalty * output.count(token)
         values[token] -= params.presence_penalty * (token in output)
     return torch.tensor(values, dtype=torch.float64)
+
+
+def generate(directory: Path, policy: str, options: dict[str, Any], **arguments: Any) -> list[RequestOutput]:
+    known = option_names(find_policy(policy).Options)
+    with LLM(
+        directory, policy=policy, profile="a100-80g/opt-13b-tp1", max_batch_size=4, num_host_blocks=100,
+        policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options, **arguments,
+    ) as llm:  # fmt: skip
+        llm.engine.eos_token_ids = EOS
+        outputs = llm.generate(prompt_token_ids=prompts(), sampling_params=params())
+        llm.engine.kv.check_invariants()
+    return outputs
+
+
+def check_equal(outputs: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
+    """Assert that the tokens are the same and the scores nearly."""
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in others]
+    for output, expected in zip(outputs, others, strict=True):
+        for told, known in (
+            (output.prompt_logprobs, expected.prompt_logprobs),
+            (output.outputs[0].logprobs, expected.outputs[0].logprobs),
+        ):
+            assert (told is None) == (known is None)
+            for one, other in zip(told or (), known or (), strict=True):
+                if one is None or other is None:
+                    assert one is other
+                    continue
+                assert (one.token_id, one.rank) == (other.token_id, other.rank)
+                assert one.logprob == pytest.approx(other.logprob, abs=TOLERANCE)
+                assert [token for token, _ in one.top] == [token for token, _ in other.top]

@@ -29,7 +29,9 @@ MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_CHOICES = 128
-"""Outputs for one prompt. Each is a request of its own to the engine."""
+"""Outputs for one prompt; of all prompts together no more than MAX_PROMPTS."""
+MAX_PROMPT_SCORES = 2**17
+"""Log probabilities of prompts in one answer: of every prompt token itself, and of those that were likelier there."""
 MAX_BIASED = 1024
 MAX_ALLOWED = 16384
 """Token ids of `logit_bias` and of `allowed_token_ids`."""
@@ -289,6 +291,11 @@ class CompletionRequest(GenerationRequest):
     def _check_limit(self) -> CompletionRequest:
         if not self.max_tokens and not self.echo:
             raise field_error("max_tokens", "Input should be greater than or equal to 1, got 0; 0 is for echo: true")
+        if len(self.prompts) * self.n > MAX_PROMPTS:
+            reason = (
+                f"{self.n} outputs for each of {len(self.prompts)} prompts are more than {MAX_PROMPTS}; ask for fewer"
+            )
+            raise field_error("n", reason)
         return self
 
     @property

@@ -18,7 +18,7 @@ from fastserve.server.errors import APIError, bad_request, shown
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.offload import Offload
 from fastserve.server.options import ServerOptions
-from fastserve.server.protocol import MAX_PROMPTS, GenerationRequest
+from fastserve.server.protocol import MAX_PROMPT_SCORES, MAX_PROMPTS, GenerationRequest
 from fastserve.server.state import EngineView, RecentRequests
 from fastserve.server.streams import StreamEnded
 
@@ -168,6 +168,21 @@ class Server:
         ]
         return Prompt(token_ids, params, detokenizers, text)
 
+    @staticmethod
+    def require_scorable(prompts: Sequence[Prompt]) -> None:
+        """Raise APIError 400 if more log probabilities of prompts are asked for than one answer can hold."""
+        count = sum(
+            len(prompt.token_ids) * (1 + prompt.params.prompt_logprobs) * prompt.params.n
+            for prompt in prompts
+            if prompt.params.prompt_logprobs is not None
+        )
+        if count > MAX_PROMPT_SCORES:
+            raise bad_request(
+                f"{count} log probabilities of prompt tokens in one answer; {MAX_PROMPT_SCORES} are the most: ask for "
+                "fewer alternatives or send the prompts in several requests",
+                "prompt_logprobs" if prompts[0].params.logprobs is None else "logprobs",
+            )
+
     def require_known(self, token_ids: Sequence[int], param: str) -> None:
         """Raise APIError 400 unless the model's vocabulary has all these tokens."""
         size = self.engine.model.vocab_size
@@ -221,6 +236,7 @@ class Server:
         self, answer_class: type[Answer], body: GenerationRequest, prompts: list[Prompt], http: Request
     ) -> Response:
         """Whole, or as events."""
+        self.require_scorable(prompts)
         self.bodies.release(http)
         answer = answer_class(body, self.engine, prompts, http.state.request_id)
         self.load += 1
