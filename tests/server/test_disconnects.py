@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -227,4 +228,15 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         three.close()
         server.until_unfinished(0)
         assert server.post({"prompt": [[1]] * 4, "max_tokens": 1}).status == 200
+        server.check_empty()
+
+
+def test_before_any_has_left_the_wait_is_as_long_again_as_the_first_has_waited() -> None:
+    with running(partial(simulated, **ONE_PLACE), ServerOptions(max_requests=1)) as server:
+        assert server.server.engine.retry_after_s(1) == 1
+        stream = server.stream(prompt=[1], max_tokens=ENDLESS, return_token_ids=True)
+        assert stream.tokens(1) == [0]
+        time.sleep(1.2)
+        assert 2 <= int(server.post({"prompt": [1]}).headers["retry-after"]) <= 60
+        stream.close()
         server.check_empty()
