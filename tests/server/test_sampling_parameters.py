@@ -230,3 +230,7 @@ def test_a_simulation_takes_what_only_changes_the_draw() -> None:
         assert answer["usage"]["prompt_tokens"] == 2
         body = {"prompt": [1], "max_tokens": 6, "return_token_ids": True, "stop_token_ids": [4], "min_tokens": 4}
         assert server.post(body).json["choices"][0]["token_ids"] == [0, 1, 2, 3, 4]
+        # Each output needs the prompt for itself.
+        reply = server.post({"prompt": [1] * 60_000, "max_tokens": 1, "n": 5})
+        assert (reply.status, reply.error["param"]) == (400, "n")
+        assert "300000 prompt tokens, counted for each of the n outputs, are more than 262144" in reply.error["message"]

@@ -96,6 +96,16 @@ HOSTILE: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "stop ids": (TEXT, lambda size: field_of(b'"stop_token_ids": [', b"1,", b"1]", size)),
     "biases": (TEXT, lambda size: named(HEAD + b'"prompt": [5], "logit_bias": {', b'"%d":1', size) + b"}"),
     "allowed ids": (TEXT, lambda size: field_of(b'"allowed_token_ids": [', b"5,", b"5]", size)),
+    "choices": (TEXT, lambda size: field_of(b'"n": 128, "x": [', b"1,", b"1]", size)),
+    "choices of several prompts": (
+        TEXT,
+        lambda size: repeated(HEAD + b'"n": 128, "prompt": [[5],[5],[5],[5],[5],[5],[5],[', b"5,", b"5]]}", size // 8),
+    ),
+    "choices of a long prompt": (
+        TEXT,
+        lambda size: repeated(HEAD + b'"n": 128, "prompt": [', b"5,", b"5]}", size // 17),
+    ),
+    "an echo of ids": (TEXT, lambda size: repeated(HEAD + b'"echo": true, "prompt": [', b"5,", b"5]}", size)),
     "bad words": (TEXT, lambda size: field_of(b'"bad_words": [', b'"a",', b'"a"]', size)),
     "a field of no meaning": (TEXT, lambda size: field_of(b'"x": [', b"[1,2],", b"1]", size)),
     "many fields": (TEXT, lambda size: named(HEAD + b'"prompt": [5], ', b'"%x":1', size)),

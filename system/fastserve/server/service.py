@@ -168,18 +168,24 @@ class Server:
         ]
         return Prompt(token_ids, params, detokenizers, text)
 
-    @staticmethod
-    def require_scorable(prompts: Sequence[Prompt]) -> None:
-        """Raise APIError 400 if more log probabilities of prompts are asked for than one answer can hold."""
-        count = sum(
+    def require_bounded(self, prompts: Sequence[Prompt]) -> None:
+        """Raise APIError 400 if the outputs asked for need more prompt tokens, or more log probabilities of such, than
+        one request may have."""
+        num_tokens = sum(len(prompt.token_ids) * prompt.params.n for prompt in prompts)
+        most = self.bodies.limits.num_values
+        if num_tokens > most:
+            raise bad_request(
+                f"{num_tokens} prompt tokens, counted for each of the n outputs, are more than {most}; lower n", "n"
+            )
+        num_scores = sum(
             len(prompt.token_ids) * (1 + prompt.params.prompt_logprobs) * prompt.params.n
             for prompt in prompts
             if prompt.params.prompt_logprobs is not None
         )
-        if count > MAX_PROMPT_SCORES:
+        if num_scores > MAX_PROMPT_SCORES:
             raise bad_request(
-                f"{count} log probabilities of prompt tokens in one answer; {MAX_PROMPT_SCORES} are the most: ask for "
-                "fewer alternatives or send the prompts in several requests",
+                f"{num_scores} log probabilities of prompt tokens in one answer; {MAX_PROMPT_SCORES} are the most: ask "
+                "for fewer alternatives or send the prompts in several requests",
                 "prompt_logprobs" if prompts[0].params.logprobs is None else "logprobs",
             )
 
@@ -236,7 +242,7 @@ class Server:
         self, answer_class: type[Answer], body: GenerationRequest, prompts: list[Prompt], http: Request
     ) -> Response:
         """Whole, or as events."""
-        self.require_scorable(prompts)
+        self.require_bounded(prompts)
         self.bodies.release(http)
         answer = answer_class(body, self.engine, prompts, http.state.request_id)
         self.load += 1
