@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +230,13 @@ def test_the_command_ends_with_its_engine(tmp_path: Path) -> None:
         *events, last = server.stream(prompt=[1], max_tokens=50)
         assert len(events) == 6
         assert "policy 'broken_policy:Broken' failed: ValueError: six tokens are too many" in last["error"]["message"]
+        # For a while it says so on new connections.
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
+            connection.request("GET", "/health")
+            health = connection.getresponse()
+            assert health.status == 503
+            reason = f"the engine has failed: {last['error']['message']}"
+            assert json.load(health) == {"status": "failed", "reason": reason}
         status, said = server.end()
     assert status == 2
     assert said[-1] == f"error: the engine has failed: {last['error']['message']}"
