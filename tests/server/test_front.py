@@ -106,6 +106,14 @@ def test_the_access_log_is_of_level_info(quick: RunningServer, caplog: pytest.Lo
     assert re.fullmatch(r'127\.0\.0\.1:\d+ "GET /v1/models/a%0Ab" 404 0\.\d{3} s me', line)
 
 
+def test_the_log_says_why_a_request_is_refused_at_level_debug(
+    quick: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger.name):
+        quick.post({"prompt": [1], "model": "gpt\n"}, headers={"X-Request-Id": "me"})
+    assert caplog.messages[0] == "refused with 404: model 'gpt\\n' is not served here; this server has 'quick' me"
+
+
 def test_a_bug_is_answered_500_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     with running(simulated) as server:
 

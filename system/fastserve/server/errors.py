@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from fastserve.errors import failure_reason
+from fastserve.server.log import logger
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _LONGEST_MESSAGE = 2000
@@ -57,8 +58,10 @@ def install_error_handlers(app: FastAPI) -> None:
     """Give every error of `app` this form, those of routing and validation too."""
 
     @app.exception_handler(StarletteHTTPException)
-    async def _refused(_: Request, error: Exception) -> Response:
+    async def _refused(http: Request, error: Exception) -> Response:
         assert isinstance(error, StarletteHTTPException)
+        reason = " ".join(str(error.detail).splitlines())  # It may quote what the client has sent.
+        logger.debug("refused with %d: %s %s", error.status_code, reason, http.state.request_id.said)
         param, code = (error.param, error.code) if isinstance(error, APIError) else (None, None)
         return json_response(error_body(error.status_code, error.detail, param, code), error.status_code, error.headers)
 
