@@ -140,6 +140,27 @@ def test_the_largest_requests_are_served_without_holding_up_a_stream(stream: Wat
     assert usage["completion_tokens"] == len(body.get("prompt", [[]])) if name.startswith("many p") else 1
 
 
+def test_the_answer_to_many_prompts_holds_up_nothing(stream: Watched) -> None:
+    body = {"prompt": [[5]] * 256, "max_tokens": 100, "return_token_ids": True, "n": 4}
+    cost = bounded_cost(stream, [post(TEXT, json.dumps(body).encode())])
+    choices = json.loads(cost.answer)["choices"]
+    assert [len(choice["token_ids"]) for choice in choices] == [100] * 1024
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"prompt": [[5] * 9] * 513, "n": 2}, "prompt", "1026 choices in one request; this server takes 1024 at most"),
+        ({"prompt": [5] * (CONTEXT - 1), "n": 20}, "n", "ask for fewer choices at a time"),
+    ],
+)
+def test_choices_are_bounded(stream: Watched, body: dict[str, Any], param: str, says: str) -> None:
+    cost = bounded_cost(stream, [post(TEXT, json.dumps({**body, "max_tokens": 1}).encode())])
+    assert cost.status == 400
+    assert json.loads(cost.answer)["error"]["param"] == param
+    assert says in message_of(cost.answer)
+
+
 def test_many_bodies_at_once_are_bounded_together(server: Command, stream: Watched) -> None:
     path, make = HOSTILE["text: characters of four bytes"]
     num_clients = 24

@@ -129,7 +129,7 @@ HOSTILE: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "text: one of them": (TEXT, lambda size: text_of(b"a", size - 4)[:-2] + "\N{GRINNING FACE}".encode() + b'"}'),
     "text: special tokens": (TEXT, lambda size: text_of(b"</s>", size)),
     "tokenize: words": ("/tokenize", lambda size: text_of(WORDS, size - 28)[:-1] + b', "return_token_strs": true}'),
-    "tokenize: a conversation": ("/tokenize", lambda size: chat_of(b'"messages": [', MESSAGE + b",", MESSAGE + b"]", size)),
+    "tokenize: messages": ("/tokenize", lambda size: chat_of(b'"messages": [', MESSAGE + b",", MESSAGE + b"]", size)),
     "detokenize: ids": ("/detokenize", lambda size: repeated(b'{"tokens": [', b"5,", b"5]}", size)),
     "detokenize: halves of characters": ("/detokenize", lambda size: repeated(b'{"tokens": [', b"130,", b"5]}", size)),
     "long texts": (TEXT, lambda size: prompt_of(b'"' + WORDS * 4096 + b'",', b'"a"', size)),

@@ -19,7 +19,8 @@ from starlette.types import Receive, Scope, Send
 from fastserve.logprobs import TokenLogprobs
 from fastserve.request import SamplingParams
 from fastserve.server.engine_thread import EngineThread
-from fastserve.server.errors import error_body, json_response
+from fastserve.server.errors import error_body
+from fastserve.server.json_text import json_in_pieces
 from fastserve.server.logprobs import ScoredToken, of_chat, of_completion, of_prompt
 from fastserve.server.protocol import CompletionRequest, GenerationRequest
 from fastserve.server.request_id import RequestId
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 _WRITTEN_AT_ONCE = 256
 """Scored tokens up to which writing them is quicker than handing it to another thread."""
+_IDS_A_SCORE = 16
+"""Token ids that are written in the time of one scored token."""
 _INT64 = 2**63 - 1
 
 
@@ -143,7 +146,9 @@ class Answer(ABC):
             if self._body.return_token_ids:
                 written["token_ids"] = [token for piece in pieces for token in piece.token_ids]
             choices.append(written)
-        usage = self._usage(sum(piece.num_generated for pieces in pieces_of for piece in pieces))
+            await asyncio.sleep(0)  # Other streams' turn.
+        num_generated = sum(piece.num_generated for pieces in pieces_of for piece in pieces)
+        usage = self._usage(num_generated)
         answer = {**self._head(self.object_name), "choices": choices, "usage": usage}
         if (num_top := self._body.prompt_logprobs) is not None:
             codec = self._engine.model.codec
@@ -151,7 +156,11 @@ class Answer(ABC):
                 scored = choice.prompt_logprobs
                 told = await _in_thread_if_many(len(scored), partial(of_prompt, codec, scored, num_top))
                 self.tell_prompt_logprobs(answer, choice.index, told)
-        return json_response(answer)
+        num_scored = sum(len(choice.prompt_logprobs) for choice in self.choices)
+        num_scored += sum(len(piece.scored) for pieces in pieces_of for piece in pieces)
+        cost = num_scored + len(choices) + num_generated // _IDS_A_SCORE
+        text = await _in_thread_if_many(cost, partial(json_in_pieces, answer))
+        return Response(text, media_type="application/json")
 
     def tell_prompt_logprobs(self, answer: dict[str, Any], index: int, told: list[Any]) -> None:
         """Put the log probabilities of a choice's prompt where vLLM has them."""
@@ -182,7 +191,7 @@ class Answer(ABC):
                         if continuous:
                             usage = self._usage(generated[index], len(self.choices[index].prompt.token_ids))
                             before = f'data: {head[:-1]}, "usage": {json.dumps(usage)}, "choices": ['
-                        logprobs = "null" if not piece.scored else json.dumps(await self._logprobs(piece.scored))
+                        logprobs = await self._logprobs_text(piece.scored) if piece.scored else "null"
                         written.append(f"{before}{self._written(piece, logprobs)}{after}")
                     yield "".join(written).encode()
         except StreamEnded as error:
@@ -208,6 +217,11 @@ class Answer(ABC):
     async def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """As the choice or the event has them; None if they are not asked for."""
         return await _in_thread_if_many(len(scored), lambda: self.logprobs(scored)) if scored else None
+
+    async def _logprobs_text(self, scored: Sequence[ScoredToken]) -> str:
+        """As JSON."""
+        logprobs = await self._logprobs(scored)
+        return await _in_thread_if_many(len(scored), lambda: json_in_pieces(logprobs))
 
     async def _pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes of all choices, as it comes."""
