@@ -54,7 +54,7 @@ def chat_of(before: bytes, piece: bytes, after: bytes, size: int) -> bytes:
 
 def named(head: bytes, form: bytes, size: int) -> bytes:
     """An object with many fields, each of another name."""
-    return head + b",".join(form % i for i in range(size // 12)) + b"}"
+    return head + b",".join(form % i for i in range(size // 16)) + b"}"
 
 
 HOSTILE: dict[str, tuple[str, Callable[[int], bytes]]] = {
@@ -95,6 +95,7 @@ HOSTILE: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "a long stop text": (TEXT, lambda size: field_of(b'"stop": "', b"a", b'"', size)),
     "stop ids": (TEXT, lambda size: field_of(b'"stop_token_ids": [', b"1,", b"1]", size)),
     "biases": (TEXT, lambda size: named(HEAD + b'"prompt": [5], "logit_bias": {', b'"%d":1', size) + b"}"),
+    "biases of none": (TEXT, lambda size: named(HEAD + b'"prompt": [5], "logit_bias": {', b'"x%d":""', size) + b"}"),
     "allowed ids": (TEXT, lambda size: field_of(b'"allowed_token_ids": [', b"5,", b"5]", size)),
     "choices": (TEXT, lambda size: field_of(b'"n": 128, "x": [', b"1,", b"1]", size)),
     "choices of several prompts": (

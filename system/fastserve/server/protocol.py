@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from fastserve.logprobs import MOST_LOGPROBS
@@ -94,6 +94,13 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _few_biased(value: Any) -> Any:
+    # Every wrong key and value of an object is an error, and its length is looked at after them.
+    if isinstance(value, dict) and len(value) > MAX_BIASED:
+        raise ValueError(f"at most {MAX_BIASED} tokens may have a bias, not {len(value)}")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS), AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
@@ -109,6 +116,9 @@ PromptField = Annotated[
         custom_error_type="prompt",
         custom_error_message="Input should be a text, a list of token ids, or a list of either",
     ),
+]
+BiasField = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED), BeforeValidator(_few_biased)
 ]
 StopField = Annotated[
     Annotated[StopText, Tag("<text>")]
@@ -153,7 +163,7 @@ class GenerationRequest(Body):
     """Outputs for each prompt; with a seed, each draws with the next one."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED)] = {}
+    logit_bias: BiasField = {}
     """Token ids and what is added to their logits."""
     repetition_penalty: float = Field(1.0, gt=0, le=_INT32)
     """Not OpenAI's, as are those that follow; meanings are vLLM's."""
