@@ -18,7 +18,7 @@ from fastserve.server.errors import APIError, bad_request, shown
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.offload import Offload
 from fastserve.server.options import ServerOptions
-from fastserve.server.protocol import MAX_PROMPT_SCORES, MAX_PROMPTS, GenerationRequest
+from fastserve.server.protocol import MAX_PROMPT_SCORES, GenerationRequest
 from fastserve.server.state import EngineView, RecentRequests
 from fastserve.server.streams import StreamEnded
 
@@ -86,8 +86,8 @@ class Server:
         if reason := self.reason:
             raise self.unavailable(reason)
         limit, unfinished = self.options.max_requests, self.engine.num_unfinished
-        if num_requests > (most := min(limit, MAX_PROMPTS)):
-            raise bad_request(f"{num_requests} choices in one request; this server takes {most} at most", "prompt")
+        if num_requests > limit:
+            raise bad_request(f"{num_requests} choices in one request; this server takes {limit} at most", "prompt")
         if unfinished + num_requests > limit:
             self.metrics.refused(num_requests)
             seconds = self.engine.retry_after_s(unfinished + num_requests - limit)
