@@ -151,7 +151,7 @@ def test_the_answer_to_many_prompts_holds_up_nothing(stream: Watched) -> None:
     ("body", "param", "says"),
     [
         ({"prompt": [[5] * 9] * 513, "n": 2}, "n", "2 outputs for each of 513 prompts are more than 1024"),
-        ({"prompt": [5] * (CONTEXT - 1), "n": 20}, "n", "ask for fewer choices at a time"),
+        ({"prompt": [5] * (CONTEXT - 1), "n": 20}, "n", "counted for each of the n outputs, are more than 262144"),
     ],
 )
 def test_choices_are_bounded(stream: Watched, body: dict[str, Any], param: str, says: str) -> None:
