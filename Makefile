@@ -42,7 +42,7 @@ digests: setup  ## write tests/decisions/digests.json anew: every policy's decis
 	PYTHONPATH=tests $(BIN)/python -m support.decisions
 
 clients: setup .venv-clients/installed  ## drive the server with other projects' clients (requirements-clients.txt)
-	$(BIN)/python -m pytest -n auto tests/clients
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/clients
 
 .venv-clients/installed: requirements-clients.txt | setup
 	$(PYTHON) -m venv .venv-clients

@@ -136,6 +136,21 @@ def test_usage_in_every_event(server: RunningServer) -> None:
         assert [event["usage"] for event in events[10:]] == (rest if include else [])
 
 
+def test_usage_in_every_event_of_a_chat(server: RunningServer) -> None:
+    events = list(
+        server.stream(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": "w1"}],
+            max_tokens=4,
+            ignore_eos=True,
+            stream_options={"continuous_usage_stats": True},
+        )
+    )
+    # The one that says the role comes before the first token.
+    assert [event["usage"]["completion_tokens"] for event in events[:-1]] == [0, 1, 2, 3, 4]
+    assert events[-1] == DONE
+
+
 def test_no_end_before_min_tokens(server: RunningServer, model: PlainModel) -> None:
     prompt = prompts()[2]
     plain = tokens(server, prompt=prompt)

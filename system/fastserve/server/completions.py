@@ -177,22 +177,26 @@ class Answer(ABC):
             if include_usage and not continuous
             else self._head(self.chunk_name)
         )
-        before, after = f'data: {head[:-1]}, "choices": [', "]}\n\n"
         generated = [0] * len(self.choices)
+
+        def event(index: int, choice: str) -> str:
+            told = ""
+            if continuous:
+                usage = self._usage(generated[index], len(self.choices[index].prompt.token_ids))
+                told = f', "usage": {json.dumps(usage)}'
+            return f'data: {head[:-1]}{told}, "choices": [{choice}]}}\n\n'
+
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for batch in pieces:
                     written = []
                     index = batch[0].choice  # All pieces of a batch are of one choice.
                     if not generated[index] and (opening := self.opening(index)) is not None:
-                        written.append(f"{before}{json.dumps(opening)}{after}")
+                        written.append(event(index, json.dumps(opening)))
                     for piece in batch:
                         generated[index] += piece.num_generated
-                        if continuous:
-                            usage = self._usage(generated[index], len(self.choices[index].prompt.token_ids))
-                            before = f'data: {head[:-1]}, "usage": {json.dumps(usage)}, "choices": ['
                         logprobs = await self._logprobs_text(piece.scored) if piece.scored else "null"
-                        written.append(f"{before}{self._written(piece, logprobs)}{after}")
+                        written.append(event(index, self._written(piece, logprobs)))
                     yield "".join(written).encode()
         except StreamEnded as error:
             yield f"data: {json.dumps(error_body(503, str(error)))}\n\n".encode()
