@@ -61,7 +61,7 @@ INSTEAD = (
     Instead(r"export \S+=", "", "it sets a variable"),
     Instead(r"sbatch ", "", "it needs a Slurm cluster"),
     Instead(r"torchrun ", "", "it needs several machines"),
-    Instead(r"vllm ", "", "it needs vLLM"),
+    Instead(r"(vllm|lm_eval|guidellm|aiperf|inference-perf|locust|npx) ", "", "it is another project's client"),
     Instead(r"python workflows/scripts/vllm_bench_serve.py", "help", "it needs vLLM"),
     Instead(r"python traces/build_tables.py", "help", "it needs files that are not ours to ship"),
 )
