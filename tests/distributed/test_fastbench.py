@@ -42,11 +42,15 @@ def test_a_run_on_two_stages(tmp_path: Path) -> None:
     assert meta["error"] is None
 
 
+def ranks_of(pid: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if "fastserve.worker" in child.cmdline()]
+
+
 def test_a_lost_rank_leaves_what_was_finished(tmp_path: Path) -> None:
     process = start("--rate", "1.5", "--num-requests", "200", "--tensor-parallel-size", "2", "--out", str(tmp_path))
 
     def kill_a_rank() -> None:
-        while len(ranks := psutil.Process(process.pid).children()) < 2:
+        while len(ranks := ranks_of(process.pid)) < 2:
             time.sleep(0.1)
         time.sleep(15)
         os.kill(ranks[1].pid, signal.SIGKILL)
