@@ -40,7 +40,7 @@ class Server:
         self.options = options
         self.engine = engine
         self.metrics = metrics
-        self.view = EngineView(engine, recent)
+        self.view = EngineView(engine, metrics.totals, recent)
         self.offload = Offload()
         self.bodies = Bodies(BodyLimits.of_context(engine.model.engine.longest_request), self.offload)
         self.load = 0

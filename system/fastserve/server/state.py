@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
 from fastserve.engine import Engine, Observer
@@ -107,9 +108,11 @@ class RecentRequests(Observer):
 
 
 class Snapshot(NamedTuple):
-    """How the engine stood, the requests that had left last, newest first, and the latencies of the last minute."""
+    """How the engine stood, what was counted until then, the requests that had left last, newest first, and the
+    latencies of the last minute: all of one moment between two iterations."""
 
     state: EngineState
+    totals: dict[str, int]
     recent: list[dict[str, Any]]
     latencies: dict[str, list[float]]
 
@@ -117,9 +120,10 @@ class Snapshot(NamedTuple):
 class EngineView:
     """How the engine stands, as its thread says; as it said last, if it does not answer in time."""
 
-    def __init__(self, engine: EngineThread, recent: RecentRequests) -> None:
-        """To be made before the first request, while the engine does nothing."""
+    def __init__(self, engine: EngineThread, totals: Mapping[str, int], recent: RecentRequests) -> None:
+        """To be made before the first request, while the engine does nothing. `totals`: counters that go on."""
         self._engine = engine
+        self._totals = totals
         self._recent = recent
         self._last = self._take()
         self._asked: asyncio.Future[Snapshot] | None = None
@@ -136,4 +140,4 @@ class EngineView:
 
     def _take(self) -> Snapshot:
         state = engine_state(self._engine.model.engine)
-        return Snapshot(state, self._recent.rows(), self._recent.latencies.copy(state["now_s"]))
+        return Snapshot(state, dict(self._totals), self._recent.rows(), self._recent.latencies.copy(state["now_s"]))

@@ -43,7 +43,7 @@ def page_routes(server: Server) -> APIRouter:
             {
                 **about,
                 **view.state,
-                "totals": dict(server.metrics.totals),
+                "totals": view.totals,
                 "recent": view.recent,
                 "last_minute": latencies,
             },
