@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +28,7 @@ from fastserve.presets import preset
 from fastserve.request import SamplingParams
 from fastserve.worker.protocol import RankConfig, run_frame
 from fastserve.worker.rank import Identity, Rank
+from fastserve.worker.runner import Computed
 
 MODEL, BLOCK_SIZE, CONTEXT = "opt-125m", 16, 512
 
@@ -49,7 +49,7 @@ class IdleRank(Rank):
         self._channel.send("configured", digest=model_digest(config, None), gpu_blocks=1, host_blocks=0)
         self._next_message()
         self._worker: Any = SimpleNamespace(
-            launch=lambda sequences, _: partial(self.compute, sequences),
+            launch=lambda sequences, *_: lambda: Computed(self.compute(sequences)),
             place=shape.place(self._identity.rank, config),
         )
         self._channel.send("ready")
