@@ -128,7 +128,7 @@ def test_a_bug_is_answered_500_and_counted(caplog: pytest.LogCaptureFixture) -> 
         assert reply.headers["x-request-id"] == "bad-day"
         assert server.metric("http_requests_total", path=TEXT, status="500") == 1
         assert server.get("/health").status == 200
-    # With its place, for whoever mends it.
+    # With its place in the code.
     assert any(record.exc_info for record in caplog.records if record.name == "uvicorn.error")
 
 

@@ -1,4 +1,4 @@
-"""Requests that do not arrive whole are answered 408 after a while, and keep nobody else's connection waiting."""
+"""Requests that do not arrive whole are answered 408 after a while, and hold up no other connection."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def describe(error: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 _REASONS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "Input should be a JSON object")
-"""For errors that pydantic writes for those who read the code."""
+"""Plain words for errors that pydantic words for readers of the code."""
 
 
 class _Shown(reprlib.Repr):

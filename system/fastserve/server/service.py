@@ -253,4 +253,4 @@ class Server:
             response = await answer_unless_gone(answer, answer.whole(), http.receive)
         except StreamEnded as error:
             raise self.unavailable(str(error)) from error
-        return response or Response(status_code=499)  # Nobody is there to read it.
+        return response or Response(status_code=499)  # The client has gone.

@@ -1,4 +1,4 @@
-"""For those who operate the server: health, version, load, metrics."""
+"""Routes for operators: health, version, load, metrics."""
 
 from __future__ import annotations
 
