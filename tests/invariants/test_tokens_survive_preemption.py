@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 from fastserve import LLM, SamplingParams  # noqa: E402
 from support.devices import NEEDS_GPU, NEEDS_INTERPRETER  # noqa: E402
 from support.tokens import (  # noqa: E402
+    EVERY_WAY,
     NUM_REQUESTS,
     NUM_TOKENS,
     SHORT_OF_CACHE,
@@ -39,20 +40,10 @@ def test_i6_short_of_cache(reference: Reference, policy: str, swap: str) -> None
     check_short_of_cache(reference, policy, swap, "cpu")
 
 
-@pytest.mark.parametrize(
-    ("policy", "swap"),
-    [
-        ("fastserve", "proactive"),
-        ("fastserve", "reactive"),
-        ("fastserve", "recompute"),
-        ("fastserve-fcfs", "none"),
-        ("vllm", "reactive"),
-        ("vllm-chunked", "as it is"),
-    ],
-)
+@pytest.mark.parametrize(("policy", "swap"), EVERY_WAY)
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
 def test_i6_on_a_gpu(reference: Reference, policy: str, swap: str, device: str) -> None:
-    """Every way of moving caches and of filling a batch; not every policy, for a GPU's time is short."""
+    """Not every policy, for a GPU's time is short."""
     check_short_of_cache(reference, policy, swap, device)
 
 

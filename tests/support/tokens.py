@@ -66,6 +66,15 @@ SWAP_MODES = {
     "vllm": ("recompute", "reactive"),
 }
 SHORT_OF_CACHE = [(policy, swap) for policy, modes in SWAP_MODES.items() for swap in modes]
+EVERY_WAY = [
+    ("fastserve", "proactive"),
+    ("fastserve", "reactive"),
+    ("fastserve", "recompute"),
+    ("fastserve-fcfs", "none"),
+    ("vllm", "reactive"),
+    ("vllm-chunked", "as it is"),
+]
+"""Every way of moving caches and of filling a batch, where there is no time for every policy."""
 
 
 def generate(
@@ -97,9 +106,8 @@ def check_short_of_cache(reference: Reference, policy: str, swap: str, device: s
     options = {"chunk_tokens": CHUNK} if policy == "vllm-chunked" else {}
     # With a pool as tiny as the others', the artifact finds hardly anyone to move, and is left to drop.
     blocks = 16 if (policy, swap) == ("fastserve-artifact", "proactive") else TINY_POOL
-    tokens, counts = generate(
-        directory, policy, options if swap == "as it is" else {"swap": swap}, device, num_gpu_blocks=blocks
-    )
+    options |= {} if swap == "as it is" else {"swap": swap}
+    tokens, counts = generate(directory, policy, options, device, num_gpu_blocks=blocks, **arguments)
     assert tokens == expected
     assert (counts["swap_out_bytes"] > 0) == (swap in ("proactive", "reactive"))
     assert counts["swap_in_bytes"] == counts["swap_out_bytes"]

@@ -103,7 +103,8 @@ class RankGroup:
         self._selector = selectors.DefaultSelector()
         self._store: TCPStore | None = None
         self._error: RankError | None = None
-        self._num_runs = 0
+        self.num_runs = 0
+        """Iterations that the ranks were told to compute."""
         self._working_since: float | None = None
         self._last_polled = 0.0
         weakref.finalize(self, _kill, self._processes)
@@ -153,8 +154,8 @@ class RankGroup:
         What comes of it comes from `poll`: a message "free" when the first of several stages has ended it, and "tokens"
         when the last has.
         """
-        index = self._num_runs
-        self._num_runs += 1
+        index = self.num_runs
+        self.num_runs += 1
         self._send(run_frame(index, sequences, sampling, extras))
         return index
 
