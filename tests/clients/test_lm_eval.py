@@ -19,6 +19,7 @@ from support.clients import command_of
 from support.parameters import TOLERANCE, PlainModel
 from support.servers import LONG_S, Command
 from support.tokenizers import of_bytes
+from support.tokens import save_model
 
 QUESTIONS = [
     {"question": "hello world", "choices": ["hello", "über die Straße", "naïve café"], "answer": 1},
@@ -62,18 +63,10 @@ metric_list: [{{metric: exact_match}}]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    import transformers
-
     path: Path = tmp_path_factory.mktemp("tiny")
     tokenizer = of_bytes()
     tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    save_model("llama", path, 2, vocab_size=len(tokenizer), max_model_len=512)
     return path
 
 

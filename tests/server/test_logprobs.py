@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("uvicorn")
 
-from fastserve.config import EngineOptions  # noqa: E402
-from fastserve.options import option_names  # noqa: E402
-from fastserve.scheduler import find_policy  # noqa: E402
-from fastserve.server.model import ModelOptions, load_served_model  # noqa: E402
 from support.parameters import TOLERANCE, PlainModel  # noqa: E402
+from support.real_models import served  # noqa: E402
 from support.servers import DONE, RunningServer, running, simulated  # noqa: E402
 from support.tokenizers import of_bytes  # noqa: E402
-from support.tokens import CHUNK, IMPATIENT, TINY_POOL  # noqa: E402
+from support.tokens import CHUNK, TINY_POOL, save_model  # noqa: E402
 
 NEW = 6
 TEXT = "hello Käfer, naïve 😀 東京"
@@ -33,12 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("scored")
     tokenizer = of_bytes()
     tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=256, initializer_range=0.3,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    save_model("llama", path, 2, vocab_size=len(tokenizer))
     return path
 
 
@@ -50,21 +41,6 @@ def model(directory: Path) -> PlainModel:
 @pytest.fixture(scope="module")
 def tokenizer(directory: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(directory)
-
-
-def served(directory: Path, policy: str, options: dict[str, Any], num_gpu_blocks: int) -> Any:
-    known = option_names(find_policy(policy).Options)
-    return partial(
-        load_served_model,
-        ModelOptions(
-            model=str(directory),
-            policy=policy,
-            policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options,
-            engine_options=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
-            profile="a100-80g/opt-13b-tp1",
-            torch_threads=1,
-        ),
-    )
 
 
 @pytest.fixture(scope="module")

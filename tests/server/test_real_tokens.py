@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,10 @@ pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
 from fastserve import LLM, SamplingParams  # noqa: E402
-from fastserve.config import EngineOptions  # noqa: E402
-from fastserve.options import option_names  # noqa: E402
-from fastserve.scheduler import find_policy  # noqa: E402
-from fastserve.server.model import ModelOptions, load_served_model  # noqa: E402
+from support.real_models import served  # noqa: E402
 from support.servers import DONE, RunningServer, running  # noqa: E402
 from support.tokenizers import of_bytes, of_words  # noqa: E402
-from support.tokens import IMPATIENT, NUM_REQUESTS, NUM_TOKENS, TINY_POOL, Reference, make_reference, prompts  # noqa: E402
+from support.tokens import NUM_REQUESTS, NUM_TOKENS, Reference, make_reference, prompts  # noqa: E402
 
 SEED = 11
 
@@ -36,26 +32,10 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return directory, expected
 
 
-def served(directory: Path, policy: str, options: dict[str, Any], num_gpu_blocks: int = TINY_POOL) -> Any:
-    known = option_names(find_policy(policy).Options)
-    return partial(
-        load_served_model,
-        ModelOptions(
-            model=str(directory),
-            policy=policy,
-            policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options,
-            engine_options=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
-            profile="a100-80g/opt-13b-tp1",
-            torch_threads=1,
-            served_names=("small",),
-        ),
-    )
-
-
 @pytest.fixture(scope="module")
 def roomy(reference: Reference) -> Iterator[RunningServer]:
     """The model with room for everyone."""
-    with running(served(reference[0], "fastserve", {}, num_gpu_blocks=100)) as server:
+    with running(served(reference[0], "fastserve", {}, 100)) as server:
         yield server
 
 

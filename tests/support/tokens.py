@@ -17,18 +17,20 @@ TINY_POOL = 9
 """Blocks of 16 tokens: two requests fit at their full length, three do not."""
 
 
-def save_model(family: str, directory: Path, num_layers: int) -> None:
+def save_model(
+    family: str, directory: Path, num_layers: int, *, vocab_size: int = 500, max_model_len: int = 256
+) -> None:
     torch.manual_seed(0)
     if family == "opt":
         config = transformers.OPTConfig(
-            vocab_size=500, hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, ffn_dim=128,
-            max_position_embeddings=256, word_embed_proj_dim=64, dropout=0.0, init_std=0.3,
+            vocab_size=vocab_size, hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, ffn_dim=128,
+            max_position_embeddings=max_model_len, word_embed_proj_dim=64, dropout=0.0, init_std=0.3,
         )  # fmt: skip
         model = transformers.OPTForCausalLM(config)
     else:
         config = transformers.LlamaConfig(
-            vocab_size=500, hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=128, max_position_embeddings=256, initializer_range=0.3,
+            vocab_size=vocab_size, hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=128, max_position_embeddings=max_model_len, initializer_range=0.3,
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(directory)

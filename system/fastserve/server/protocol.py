@@ -369,6 +369,18 @@ class ChatMessage(Body):
         return {"role": self.role, "content": content or ""} | ({"name": self.name} if self.name else {})
 
 
+OF_TEMPLATE: Neutral = {
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+"""Fields of a conversation that say how the chat template writes it."""
+
+
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -386,17 +398,11 @@ class ChatCompletionRequest(GenerationRequest):
         # What the prompt is made of.
         "echo": (False,),
         "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "add_special_tokens": (False,),
-        "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "documents": ([],),
-        "media_io_kwargs": ({},),
-        "mm_processor_kwargs": ({},),
+        **OF_TEMPLATE,
         "reasoning_effort": (),
         "include_reasoning": (True,),
         # What output is allowed.
-        "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),

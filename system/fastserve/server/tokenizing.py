@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from fastserve.server.protocol import MAX_MESSAGES, Body, ChatMessage, Neutral, Text, TokenId, field_error
+from fastserve.server.protocol import MAX_MESSAGES, OF_TEMPLATE, Body, ChatMessage, Neutral, Text, TokenId, field_error
 
 MAX_TOKENS = 2**17
 """Of one request: their text is one call into the tokenizer, which keeps all streams waiting, for 80 ms if so many."""
@@ -25,15 +25,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
     """Whether the answer has each token as the vocabulary writes it."""
 
-    NEUTRAL: ClassVar[Neutral] = {
-        "continue_final_message": (False,),
-        "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "documents": ([],),
-        "media_io_kwargs": ({},),
-        "mm_processor_kwargs": ({},),
-        "tools": ([],),
-    }
+    NEUTRAL: ClassVar[Neutral] = OF_TEMPLATE
 
     @model_validator(mode="after")
     def _check(self) -> TokenizeRequest:

@@ -1,8 +1,11 @@
-"""Devices by name."""
+"""Devices by name, and small tensors copied to them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from fastserve.errors import ConfigError
 
@@ -37,3 +40,13 @@ def find_device(name: str) -> torch.device:
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever its arguments are.
     return device
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; from page-locked memory, so that the host need not wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def tokens_on(values: Sequence[int], device: torch.device) -> Tensor:
+    """`[len(values)]`, int64."""
+    return on_device(torch.tensor(values, dtype=torch.int64), device)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastserve.worker.devices import on_device, tokens_on
+
 
 class LogitChanges(NamedTuple):
     """What changes a row's logits before its token is drawn, in this order, which is vLLM's."""
@@ -61,28 +63,20 @@ def change_logits(logits: Tensor, changes: Sequence[LogitChanges | None]) -> Non
         if one is None:
             continue
         if one.allowed is not None:
-            allowed = tokens_on(row.device, one.allowed)
+            allowed = tokens_on(one.allowed, row.device)
             kept = row[allowed]
             row.fill_(-torch.inf).index_copy_(0, allowed, kept)
         if one.forbidden:
-            row.index_fill_(0, tokens_on(row.device, one.forbidden), -torch.inf)
+            row.index_fill_(0, tokens_on(one.forbidden, row.device), -torch.inf)
         if one.bias:
             biased, added = zip(*one.bias, strict=True)
-            row.index_add_(0, tokens_on(row.device, biased), _on(row.device, torch.tensor(added, dtype=row.dtype)))
+            row.index_add_(
+                0, tokens_on(biased, row.device), on_device(torch.tensor(added, dtype=row.dtype), row.device)
+            )
         if one.counts:
-            tokens = tokens_on(row.device, list(one.counts))
-            times = _on(row.device, torch.tensor(list(one.counts.values()), dtype=row.dtype))
+            tokens = tokens_on(list(one.counts), row.device)
+            times = on_device(torch.tensor(list(one.counts.values()), dtype=row.dtype), row.device)
             seen = row[tokens]
             seen = torch.where(seen > 0, seen / one.repetition_penalty, seen * one.repetition_penalty)
             seen -= one.frequency_penalty * times + one.presence_penalty * (times > 0)
             row.index_copy_(0, tokens, seen)
-
-
-def tokens_on(device: torch.device, values: Sequence[int]) -> Tensor:
-    """`[len(values)]`, int64."""
-    return _on(device, torch.tensor(values, dtype=torch.int64))
-
-
-def _on(device: torch.device, values: Tensor) -> Tensor:
-    """Copy to the device; from page-locked memory, so that the host need not wait for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastserve.config import ModelConfig
 from fastserve.parallel.groups import Group
 from fastserve.parallel.layout import Place
+from fastserve.worker.devices import on_device, tokens_on
 from fastserve.worker.extras import Extras, change_logits
 
 _PARTS = 64
@@ -135,11 +136,11 @@ def sample(
         return part
 
     if changes and (rows := [row for row in sorted(changes) if not sampling[row].temperature]):
-        index = _on_device(torch.tensor(rows), logits.device)
+        index = tokens_on(rows, logits.device)
         tokens.index_copy_(0, index, changed(rows, index).argmax(-1))
     rows = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if rows:
-        index = _on_device(torch.tensor(rows), logits.device)
+        index = tokens_on(rows, logits.device)
         drawn = _draw(changed(rows, index), [sampling[row] for row in rows], [positions[row] for row in rows])
         # Without a seed each shard would draw another.
         tokens.index_copy_(0, index, drawn if shared is None else shared.agreed(drawn))
@@ -152,7 +153,7 @@ def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[
     top_k = [params.top_k if params.top_k and params.top_k > 0 else vocab_size for params in sampling]
     uniform = [_uniform(params.seed, position) for params, position in zip(sampling, positions, strict=True)]
     settings = [(p.temperature, p.top_p, p.min_p, k, u) for p, k, u in zip(sampling, top_k, uniform, strict=True)]
-    numbers = _on_device(torch.tensor(settings, dtype=torch.float64), device)
+    numbers = on_device(torch.tensor(settings, dtype=torch.float64), device)
     temperature, top_p, min_p, limit, draw = numbers.unsqueeze(2).unbind(1)
     # A stable sort gives equal logits one order; the largest is subtracted lest a tiny temperature overflow.
     scores, order = logits.double().sort(stable=True, dim=-1, descending=True)
@@ -170,11 +171,6 @@ def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[
     chosen = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
     chosen = chosen.minimum(kept.sum(-1, keepdim=True) - 1)
     return order.gather(1, chosen).squeeze(1)
-
-
-def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; from page-locked memory, so that the host need not wait for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _uniform(seed: int | None, position: int) -> float:

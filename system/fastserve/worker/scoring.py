@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastserve.logprobs import Scores, TokenLogprobs
-from fastserve.worker.extras import Extras, RowExtras, tokens_on
+from fastserve.worker.devices import tokens_on
+from fastserve.worker.extras import Extras, RowExtras
 from fastserve.worker.sampler import SharedVocabulary
 
 _MOST_LOGITS = 1 << 24
@@ -52,7 +53,7 @@ class Scorer:
             if (extras := self._extras.get(place)) is not None and extras.logprobs is not None
         ]
         if asked:
-            index = tokens_on(logits.device, [row for row, _, _ in asked])
+            index = tokens_on([row for row, _, _ in asked], logits.device)
             self._score(logits[index], tokens[index], [(place, False, num_top) for _, place, num_top in asked])
 
     def score_prompts(
@@ -69,7 +70,7 @@ class Scorer:
             if (prompt := self._extras.get(place, RowExtras()).prompt) is not None:
                 tokens += prompt.token_ids
                 owners += [(place, True, prompt.num_top)] * len(prompt.token_ids)
-        targets = tokens_on(states.device, tokens)
+        targets = tokens_on(tokens, states.device)
         step = max(1, _MOST_LOGITS // vocab_size)
         for first in range(0, len(tokens), step):
             some = slice(first, first + step)

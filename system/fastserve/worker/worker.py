@@ -16,8 +16,8 @@ from fastserve.models.linear_tuning import LinearChoice, tune_linears
 from fastserve.parallel.groups import DEVICE, Ranks
 from fastserve.parallel.layout import Place
 from fastserve.worker.decode_runner import DecodeRunner, graph_sizes
-from fastserve.worker.devices import find_device
-from fastserve.worker.extras import Extras, tokens_on
+from fastserve.worker.devices import find_device, tokens_on
+from fastserve.worker.extras import Extras
 from fastserve.worker.memory import pinned_zeros, require_room
 from fastserve.worker.runner import Computed, require_runner
 from fastserve.worker.sampler import SamplingLike, SharedVocabulary, sample
@@ -212,7 +212,7 @@ class Worker:
         before_targets = [] if extras is None else _before_targets(batch, extras)
         if before_targets:
             count, last = batch.num_requests, batch.attention.query_starts[1:] - 1
-            keep = torch.cat((last, tokens_on(self.device, before_targets)))
+            keep = torch.cat((last, tokens_on(before_targets, self.device)))
             states = self.model.states(batch, self._cache, received, keep)
             logits = self.model.project(states[:count])
             assert scorer is not None

@@ -1,0 +1,33 @@
+"""Small real models to serve, with caches that are too small for their requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastserve.config import EngineOptions
+from fastserve.options import option_names
+from fastserve.scheduler import find_policy
+from fastserve.server.model import ModelOptions, ServedModel, load_served_model
+from support.tokens import IMPATIENT, TINY_POOL
+
+
+def served(
+    directory: Path, policy: str, options: dict[str, Any], num_gpu_blocks: int = TINY_POOL
+) -> Callable[[], ServedModel]:
+    """Loads the model in `directory`, called "small", under an impatient policy."""
+    known = option_names(find_policy(policy).Options)
+    return partial(
+        load_served_model,
+        ModelOptions(
+            model=str(directory),
+            policy=policy,
+            policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options,
+            engine_options=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
+            profile="a100-80g/opt-13b-tp1",
+            torch_threads=1,
+            served_names=("small",),
+        ),
+    )
