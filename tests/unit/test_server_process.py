@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,9 +190,17 @@ def test_it_does_not_outlive_us_when_we_are_killed(tmp_path: Path) -> None:
         assert parent.stdout is not None
         leader = psutil.Process(int(parent.stdout.readline()))
         family = [leader, *leader.children()]
-        assert [each.status() for each in family] == [psutil.STATUS_STOPPED] * 2
+        wait_until_stopped(family)
         parent.kill()
     assert gone(family)
+
+
+def wait_until_stopped(family: list[psutil.Process], within_s: float = 30.0) -> None:
+    """A process stops some time after it is told to: the signal is pending until the kernel runs it next."""
+    deadline = time.monotonic() + within_s
+    while (status := [each.status() for each in family]) != [psutil.STATUS_STOPPED] * len(family):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.01)
 
 
 def python_path() -> dict[str, str]:
