@@ -33,7 +33,7 @@ real-vllm: setup  ## install vLLM into .venv-vllm and measure it beside our serv
 	$(SNAKEMAKE)/$(PROFILE) real-vllm
 
 gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchmarks, recorded runs (docs/cluster.md)
-	@PYTHONPATH=system:workflows:. $(PYTHON) workflows/scripts/gpu_session.py $(GPU_OPTIONS)
+	@PYTHONPATH=system:workflows:. $(PYTHON) tools/gpu_session.py $(GPU_OPTIONS)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto

@@ -9,7 +9,7 @@ from setuptools.command.sdist import sdist
 
 
 def write_commit(harness: Path) -> None:
-    """Write the checkout's commit into the copy of the package `harness`, for harness.meta; nothing without git."""
+    """Write the checkout's commit into the copy of the package `harness`, for harness.run.meta; nothing without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
         # A folder that git ignores or does not know is part of another repository, whose commit says nothing of it.

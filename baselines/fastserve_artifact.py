@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastserve.core.request import Request
 from fastserve.kvcache import Location
-from fastserve.request import Request
+from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ, SkipJoinMLFQOptions
 from fastserve.scheduler import Scheduler, register
 from fastserve.scheduler.plan import IterationPlan
-from fastserve.scheduler.skip_join_mlfq import SkipJoinMLFQ, SkipJoinMLFQOptions
 from fastserve.scheduler.swapping import ProactiveSwapping, Reserve
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastserve.request import Request
+from fastserve.core.request import Request
 from fastserve.scheduler import PreemptiveOptions, Scheduler, register
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastserve.request import Request
+from fastserve.core.request import Request
+from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ
 from fastserve.scheduler import register
-from fastserve.scheduler.skip_join_mlfq import SkipJoinMLFQ
 
 
 @register

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastserve.config import require_int
-from fastserve.request import Request
+from fastserve.core.config import require_int
+from fastserve.core.request import Request
+from fastserve.policies.fcfs import ArrivalOrder
 from fastserve.scheduler import register
-from fastserve.scheduler.fcfs import ArrivalOrder
 from fastserve.scheduler.plan import IterationPlan
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from baselines.orca import ReservingOrder
-from fastserve.request import Request, RequestStatus
+from fastserve.core.request import Request, RequestStatus
 from fastserve.scheduler import Iteration, register
+from fastserve.scheduler.iteration import IterationResult
 from fastserve.scheduler.plan import IterationPlan
-
-if TYPE_CHECKING:
-    from fastserve.executor.base import IterationResult
 
 
 @register

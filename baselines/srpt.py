@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastserve.request import Request
+from fastserve.core.request import Request
 from fastserve.scheduler import PreemptiveOptions, Scheduler, register
 
 

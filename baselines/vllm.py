@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastserve.request import AWAY, Request
+from fastserve.core.request import AWAY, Request
+from fastserve.policies.fcfs import ArrivalOrder
 from fastserve.scheduler import Iteration, register
-from fastserve.scheduler.fcfs import ArrivalOrder
 from fastserve.scheduler.plan import IterationPlan
 
 

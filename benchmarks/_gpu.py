@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from fastserve import LLM
-from fastserve.config import ModelConfig, dtype_bytes
-from fastserve.errors import ConfigError, FastServeError
-from fastserve.files import check_writable
-from fastserve.kernels.cuda_graph import capture
-from fastserve.worker import Worker
-from harness.meta import environment_meta
-from harness.points import write_json
+from fastserve.core.config import ModelConfig, dtype_bytes
+from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.core.files import check_writable
+from fastserve.runtime.kernels.cuda_graph import capture
+from fastserve.runtime.worker import Worker
+from harness.analysis.points import write_json
+from harness.run.meta import environment_meta
 
 _WARM_UP = 3
 _SPIN_CYCLES_PER_S = 2e9

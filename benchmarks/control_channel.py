@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from fastserve.executor.ranks import RankGroup
-from fastserve.models import SequenceInput
-from fastserve.models.source import model_digest
-from fastserve.parallel.channel import Channel
-from fastserve.parallel.layout import ParallelConfig
-from fastserve.presets import preset
-from fastserve.request import SamplingParams
-from fastserve.worker.protocol import RankConfig, run_frame
-from fastserve.worker.rank import Identity, Rank
-from fastserve.worker.runner import Computed
+from fastserve.core.parallel import ParallelConfig
+from fastserve.core.presets import preset
+from fastserve.core.request import SamplingParams
+from fastserve.runtime.executors.ranks import RankGroup
+from fastserve.runtime.models import SequenceInput
+from fastserve.runtime.models.source import model_digest
+from fastserve.runtime.parallel.channel import Channel
+from fastserve.runtime.worker.protocol import RankConfig, run_frame
+from fastserve.runtime.worker.rank import Identity, Rank
+from fastserve.runtime.worker.runner import Computed
 
 MODEL, BLOCK_SIZE, CONTEXT = "opt-125m", 16, 512
 

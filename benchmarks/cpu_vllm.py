@@ -31,11 +31,11 @@ import torch
 from _cpu import BATCH, OUTPUT, PROMPT, Tokens, compare, engine_run, make_prompts, take_turns
 
 from fastserve import LLM
-from fastserve.errors import ConfigError, FastServeError
-from fastserve.kernels import torch_kernels
-from fastserve.models.layers import Linear
-from fastserve.worker import Worker, worker
-from harness.model_folder import write_model_folder
+from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.runtime.kernels import torch_kernels
+from fastserve.runtime.models.layers import Linear
+from fastserve.runtime.worker import Worker, worker
+from harness.studies.model_folder import write_model_folder
 
 ROOT = Path(__file__).parents[1]
 POLICIES = ("fastserve-fcfs", "vllm")

@@ -31,13 +31,13 @@ from _gpu import (
     verdict,
 )
 
-from fastserve.config import ModelConfig
-from fastserve.kernels import kernels_for
-from fastserve.models import ForwardBatch, SequenceInput
-from fastserve.models.layers import Linear
-from fastserve.presets import preset
-from fastserve.request import SamplingParams
-from fastserve.worker import Worker
+from fastserve.core.config import ModelConfig
+from fastserve.core.presets import preset
+from fastserve.core.request import SamplingParams
+from fastserve.runtime.kernels import kernels_for
+from fastserve.runtime.models import ForwardBatch, SequenceInput
+from fastserve.runtime.models.layers import Linear
+from fastserve.runtime.worker import Worker
 
 BLOCK_SIZE = 16
 DECODES = {

@@ -26,12 +26,12 @@ import torch
 from _gpu import device_seconds, engine_on, parser, run_benchmark, table, verdict
 
 from fastserve import SamplingParams
-from fastserve.engine import Engine, Observer
-from fastserve.models import SequenceInput
-from fastserve.presets import preset
+from fastserve.core.presets import preset
+from fastserve.engine.engine import Engine, Observer
+from fastserve.runtime.models import SequenceInput
+from fastserve.runtime.worker import Worker
+from fastserve.runtime.worker.runner import Computed
 from fastserve.scheduler import Iteration
-from fastserve.worker import Worker
-from fastserve.worker.runner import Computed
 
 POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
 BLOCK_SIZE, PROMPT, TARGET = 16, 256, 0.03

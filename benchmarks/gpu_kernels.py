@@ -23,9 +23,9 @@ import torch
 from _gpu import captured, ceilings, device_seconds, parser, run_benchmark, table
 from torch import Tensor
 
-from fastserve.config import ModelConfig
-from fastserve.kernels import AttentionMetadata
-from fastserve.presets import preset
+from fastserve.core.config import ModelConfig
+from fastserve.core.presets import preset
+from fastserve.runtime.kernels import AttentionMetadata
 
 BLOCK_SIZE = 16
 
@@ -118,8 +118,8 @@ class Bench:
         self.device = torch.device(arguments.device)
         if self.device.type != "cuda":
             os.environ["TRITON_INTERPRET"] = "1"
-        from fastserve.kernels import triton_kernels
-        from fastserve.kernels.triton_kernels import decode_attention, prefill_attention, primitives
+        from fastserve.runtime.kernels import triton_kernels
+        from fastserve.runtime.kernels.triton_kernels import decode_attention, prefill_attention, primitives
 
         self.kernels: ModuleType = triton_kernels
         self.decode, self.prefill, self.primitives = decode_attention, prefill_attention, primitives

@@ -30,14 +30,14 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from fastserve import SamplingParams
-from fastserve.config import ModelConfig
-from fastserve.errors import ConfigError
-from fastserve.models import Part, empty_model
-from fastserve.models.loader import dummy_weights
-from fastserve.presets import preset
-from fastserve.worker import Worker
-from harness.fidelity import AT_ONCE
-from harness.workload import make_workload
+from fastserve.core.config import ModelConfig
+from fastserve.core.errors import ConfigError
+from fastserve.core.presets import preset
+from fastserve.runtime.models import Part, empty_model
+from fastserve.runtime.models.loader import dummy_weights
+from fastserve.runtime.worker import Worker
+from harness.studies.fidelity import AT_ONCE
+from harness.workload.workload import make_workload
 
 POLICIES = ("fastserve-fcfs", "fastserve")
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -30,12 +30,12 @@ import torch
 from _gpu import parser, run_benchmark, verdict
 from torch import Tensor
 
-from fastserve.clock import WallClock
-from fastserve.config import ModelConfig
+from fastserve.core.clock import WallClock
+from fastserve.core.config import ModelConfig
+from fastserve.core.presets import preset
 from fastserve.kvcache import Direction
-from fastserve.presets import preset
-from fastserve.worker.copier import BlockCopier, make_copier
-from fastserve.worker.memory import pinned_zeros
+from fastserve.runtime.worker.copier import BlockCopier, make_copier
+from fastserve.runtime.worker.memory import pinned_zeros
 
 TARGET, BLOCK_SIZE = 0.85, 16
 NUM_MOVED = 64

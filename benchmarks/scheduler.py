@@ -22,13 +22,13 @@ from typing import Any
 
 import pytest
 
-from fastserve.config import EngineOptions
-from fastserve.engine import Engine
+from fastserve.core.config import EngineOptions
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine.engine import Engine
 from fastserve.latency import load_profile
-from fastserve.request import Request, SamplingParams
 from fastserve.scheduler import Iteration
-from fastserve.simulation import simulated_engine
-from harness.workload import Workload, make_workload
+from fastserve.simulation.build import simulated_engine
+from harness.workload.workload import Workload, make_workload
 
 FEW, MANY = 10_000, 100_000
 TURNS, ROUNDS = 5, 60

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from fastserve.clock import WallClock
-from fastserve.config import EngineOptions
-from fastserve.engine import Observer, Observers
-from fastserve.job import Job
+from fastserve.core.clock import WallClock
+from fastserve.core.config import EngineOptions
+from fastserve.engine.engine import Observer, Observers
+from fastserve.engine.job import Job
 from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, Profile
 from fastserve.server.app import Server, ServerOptions
 from fastserve.server.engine_thread import EngineThread
@@ -40,7 +40,7 @@ from fastserve.server.model import ServedModel
 from fastserve.server.serve import bound_socket, run_server
 from fastserve.server.state import RecentRequests
 from fastserve.server.text import TextCodec
-from fastserve.simulation import simulated_engine
+from fastserve.simulation.build import simulated_engine
 
 BATCH, ITERATION_S, PROMPT = 16, 0.032, 8
 TOKENS_PER_S = BATCH / ITERATION_S

@@ -12,12 +12,12 @@ import argparse
 import statistics
 import time
 
-from fastserve.config import EngineOptions
-from fastserve.engine import Arrival
+from fastserve.core.config import EngineOptions
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine.engine import Arrival
 from fastserve.latency import load_profile
-from fastserve.request import Request, SamplingParams
-from fastserve.simulation import simulated_engine
-from harness.workload import make_workload
+from fastserve.simulation.build import simulated_engine
+from harness.workload.workload import make_workload
 
 AMPLE = EngineOptions(num_gpu_blocks=40_000)
 A100_80GB = EngineOptions()

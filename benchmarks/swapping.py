@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 from fastserve import LLM, SamplingParams
-from fastserve.engine import Observer
-from fastserve.executor.base import FinishedTransfer
+from fastserve.engine.engine import Observer
+from fastserve.engine.executor import FinishedTransfer
 from fastserve.kvcache import Direction
 
 BLOCK_SIZE, AMPLE, TARGET = 16, 400, 0.9

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.traces.columns import read_columns
-from harness.traces.formats import FORMATS, Clock, LengthFormat
-from harness.traces.lengths import Columns
-from harness.traces.reading import read_rows
+from harness.workload.traces.columns import read_columns
+from harness.workload.traces.formats import FORMATS, Clock, LengthFormat
+from harness.workload.traces.lengths import Columns
+from harness.workload.traces.reading import read_rows
 
 FIRST = 100
 START = np.datetime64("2023-11-16T18:15:46.680590")

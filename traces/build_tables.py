@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 WORKFLOWS = HERE.parent / "workflows"
 sys.path[:0] = [str(WORKFLOWS), str(HERE.parent / "system")]
 
-from harness.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace  # noqa: E402
-from harness.traces.lengths import FloatArray, IntArray  # noqa: E402
+from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace  # noqa: E402
+from harness.workload.traces.lengths import FloatArray, IntArray  # noqa: E402
 
 TABLES = WORKFLOWS / "harness/traces/tables"
 """Where the tables are: in the package that reads them, so that they are installed with it."""

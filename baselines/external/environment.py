@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.errors import FastServeError
+from fastserve.core.errors import FastServeError
 
 _HERE = Path(__file__).parent
 _TORCH_CPU = "https://download.pytorch.org/whl/cpu"

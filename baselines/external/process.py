@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fastserve.errors import OutputError, ServerError
-from fastserve.processes import Leash
+from fastserve.core.errors import OutputError, ServerError
+from fastserve.core.processes import Leash
 
 _ASK_EVERY_S = 0.2
 _ANSWER_WITHIN_S = 5.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastserve.errors import FastServeError
-from fastserve.request import Request, RequestStatus, SamplingParams
+from fastserve.core.errors import FastServeError
+from fastserve.core.request import Request, RequestStatus, SamplingParams
 
 if TYPE_CHECKING:
     from fastserve.llm import LLM

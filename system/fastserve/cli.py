@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from fastserve.command import Version, new_app
-from fastserve.console import Progress, parse_stage_layers, run_app
-from fastserve.errors import OutputError
-from fastserve.files import check_writable
-from fastserve.settings import parse_settings, resolve_settings
-from fastserve.tokenizer import BUILTIN
+from fastserve.core.command import Version, new_app
+from fastserve.core.console import Progress, parse_stage_layers, run_app
+from fastserve.core.errors import OutputError
+from fastserve.core.files import check_writable
+from fastserve.core.tokenizer import BUILTIN
+from fastserve.policies.settings import parse_settings, resolve_settings
 
 app = new_app()
 
@@ -58,7 +58,7 @@ def profile(
     ] = None,
 ) -> None:
     """Measure this machine's iteration times, fit them, and write a profile that simulations and policies take."""
-    from fastserve.profiling import ProfileConfig, describe, measure_profile
+    from fastserve.profiling.measure import ProfileConfig, describe, measure_profile
 
     if out.suffix != ".json" or not out.parent.is_dir():
         raise OutputError(f"--out must be a .json file in an existing folder, got {out}")

@@ -10,33 +10,33 @@ from typing import Any
 
 import torch
 
-from fastserve.clock import WallClock
-from fastserve.config import CacheConfig, EngineOptions, dtype_bytes
-from fastserve.countable_tokens import StandIns
-from fastserve.engine import Arrival, Engine
-from fastserve.errors import ConfigError, RankError
-from fastserve.executor.base import Executor
-from fastserve.executor.distributed import DistributedExecutor
-from fastserve.executor.local import LocalExecutor
-from fastserve.executor.ranks import RankGroup
-from fastserve.generation_config import load_generation_config, token_ids
-from fastserve.job import Job, RequestMetrics
+from fastserve.core.clock import WallClock
+from fastserve.core.config import CacheConfig, EngineOptions, dtype_bytes
+from fastserve.core.countable_tokens import StandIns
+from fastserve.core.errors import ConfigError, RankError
+from fastserve.core.generation_config import load_generation_config, token_ids
+from fastserve.core.logprobs import TokenLogprobs
+from fastserve.core.options import build_options
+from fastserve.core.parallel import ParallelConfig
+from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
+from fastserve.engine.engine import Arrival, Engine
+from fastserve.engine.executor import Executor
+from fastserve.engine.job import Job, RequestMetrics
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel, load_profile
-from fastserve.latency.profiler import Grid, fit, measure
-from fastserve.logprobs import TokenLogprobs
-from fastserve.models.source import resolve_model
-from fastserve.options import build_options
-from fastserve.parallel.layout import ParallelConfig
-from fastserve.request import Request, RequestStatus, SamplingParams
-from fastserve.scheduler import find_policy, make_scheduler
-from fastserve.tokenizer import load_tokenizer, tokenizer_directory
-from fastserve.worker import Worker
-from fastserve.worker.devices import require_device
-from fastserve.worker.probe import Probe
-from fastserve.worker.protocol import RankConfig
-from fastserve.worker.runner import Runner
-from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks
+from fastserve.latency.fitting import Grid, fit, measure
+from fastserve.policies.discovery import find_policy, make_scheduler
+from fastserve.runtime.executors.distributed import DistributedExecutor
+from fastserve.runtime.executors.local import LocalExecutor
+from fastserve.runtime.executors.ranks import RankGroup
+from fastserve.runtime.models.source import resolve_model
+from fastserve.runtime.worker import Worker
+from fastserve.runtime.worker.devices import require_device
+from fastserve.runtime.worker.probe import Probe
+from fastserve.runtime.worker.protocol import RankConfig
+from fastserve.runtime.worker.runner import Runner
+from fastserve.runtime.worker.sizing import default_num_blocks, default_num_host_blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastserve.tokenizer import BUILTIN, BuiltinTokenizer
+from fastserve.core.tokenizer import BUILTIN, BuiltinTokenizer
 from support.clients import command_of
 from support.servers import RunningServer, running, simulated
 

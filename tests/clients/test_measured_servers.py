@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from baselines.external.process import ServerProcess, free_port
-from fastserve.errors import NothingFinishedError, ServerError
-from harness.model_folder import write_model_folder
-from harness.runner import RunConfig, run
+from fastserve.core.errors import NothingFinishedError, ServerError
+from harness.run.runner import RunConfig, run
+from harness.studies.model_folder import write_model_folder
 from support.clients import command_of
 
 READY_WITHIN_S = 180.0

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
+from fastserve.core.logprobs import Scores, TokenLogprobs
+from fastserve.core.request import Request, SamplingParams
 from fastserve.kvcache import Direction, Transfer
-from fastserve.logprobs import Scores, TokenLogprobs
-from fastserve.models import SequenceInput
-from fastserve.parallel.channel import Channel, ChannelClosed, Message, frame, parse_address
-from fastserve.request import Request, SamplingParams
-from fastserve.worker.extras import LogitChanges, PromptTargets, RowExtras
-from fastserve.worker.protocol import copy_frame, parse_copies, parse_run, parse_tokens, run_frame, tokens_frame
-from fastserve.worker.runner import Computed
+from fastserve.runtime.models import SequenceInput
+from fastserve.runtime.parallel.channel import Channel, ChannelClosed, Message, frame, parse_address
+from fastserve.runtime.worker.extras import LogitChanges, PromptTargets, RowExtras
+from fastserve.runtime.worker.protocol import copy_frame, parse_copies, parse_run, parse_tokens, run_frame, tokens_frame
+from fastserve.runtime.worker.runner import Computed
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

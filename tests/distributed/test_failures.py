@@ -17,11 +17,11 @@ psutil = pytest.importorskip("psutil")
 
 from benchmarks.control_channel import IdleRank, decode_batch, idle_ranks  # noqa: E402
 from fastserve import LLM, RequestStatus, SamplingParams  # noqa: E402
-from fastserve.errors import ConfigError, RankError  # noqa: E402
-from fastserve.executor.ranks import RankGroup  # noqa: E402
-from fastserve.models import SequenceInput  # noqa: E402
-from fastserve.parallel.channel import Channel  # noqa: E402
-from fastserve.worker.protocol import versions  # noqa: E402
+from fastserve.core.errors import ConfigError, RankError  # noqa: E402
+from fastserve.runtime.executors.ranks import RankGroup  # noqa: E402
+from fastserve.runtime.models import SequenceInput  # noqa: E402
+from fastserve.runtime.parallel.channel import Channel  # noqa: E402
+from fastserve.runtime.worker.protocol import versions  # noqa: E402
 from support.ranks import rank_config  # noqa: E402
 from support.tokens import make_reference  # noqa: E402
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.config import ModelConfig
-from fastserve.errors import ConfigError
-from fastserve.parallel.layout import ParallelConfig, Place, balanced_stages, tensor_parallel_sizes
-from fastserve.presets import PRESETS, preset
+from fastserve.core.config import ModelConfig
+from fastserve.core.errors import ConfigError
+from fastserve.core.parallel import ParallelConfig, Place, balanced_stages, tensor_parallel_sizes
+from fastserve.core.presets import PRESETS, preset
 
 
 @st.composite

@@ -7,12 +7,12 @@ import pytest
 torch = pytest.importorskip("torch")
 psutil = pytest.importorskip("psutil")
 
-from fastserve.executor.ranks import RankGroup  # noqa: E402
+from fastserve.core.request import SamplingParams  # noqa: E402
 from fastserve.kvcache import Direction  # noqa: E402
-from fastserve.models import SequenceInput  # noqa: E402
-from fastserve.parallel.channel import Message  # noqa: E402
-from fastserve.request import SamplingParams  # noqa: E402
-from fastserve.worker.probe import StageProbe  # noqa: E402
+from fastserve.runtime.executors.ranks import RankGroup  # noqa: E402
+from fastserve.runtime.models import SequenceInput  # noqa: E402
+from fastserve.runtime.parallel.channel import Message  # noqa: E402
+from fastserve.runtime.worker.probe import StageProbe  # noqa: E402
 from support.ranks import rank_group  # noqa: E402
 from support.tokens import make_reference  # noqa: E402
 

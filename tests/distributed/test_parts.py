@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastserve.config import EngineOptions, ModelConfig
-from fastserve.errors import CheckpointError, ConfigError
-from fastserve.models import DecoderModel, Part, empty_model, loader
-from fastserve.models.linear_tuning import tune_linears
-from fastserve.parallel.groups import ALONE
-from fastserve.parallel.layout import ParallelConfig, Place
-from fastserve.presets import preset
-from fastserve.worker import Worker, sizing
-from fastserve.worker.sizing import default_num_blocks, default_num_host_blocks, rank_bytes
+from fastserve.core.config import EngineOptions, ModelConfig
+from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.core.parallel import ParallelConfig, Place
+from fastserve.core.presets import preset
+from fastserve.runtime.models import DecoderModel, Part, empty_model, loader
+from fastserve.runtime.models.linear_tuning import tune_linears
+from fastserve.runtime.parallel.groups import ALONE
+from fastserve.runtime.worker import Worker, sizing
+from fastserve.runtime.worker.sizing import default_num_blocks, default_num_host_blocks, rank_bytes
 from support.devices import NEEDS_INTERPRETER
 
 CPU = torch.device("cpu")

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore
 
-from fastserve.config import CacheConfig, ModelConfig
-from fastserve.errors import ConfigError
-from fastserve.models import SequenceInput, load_config
-from fastserve.parallel.groups import Ranks, join, leave
-from fastserve.parallel.layout import ParallelConfig, Place
-from fastserve.presets import preset
-from fastserve.request import SamplingParams
-from fastserve.worker import Worker
-from fastserve.worker.sampler import SharedVocabulary, sample
+from fastserve.core.config import CacheConfig, ModelConfig
+from fastserve.core.errors import ConfigError
+from fastserve.core.parallel import ParallelConfig, Place
+from fastserve.core.presets import preset
+from fastserve.core.request import SamplingParams
+from fastserve.runtime.models import SequenceInput, load_config
+from fastserve.runtime.parallel.groups import Ranks, join, leave
+from fastserve.runtime.worker import Worker
+from fastserve.runtime.worker.sampler import SharedVocabulary, sample
 from support.devices import NEEDS_INTERPRETER
 from support.rank_processes import TIMEOUT_S, RankProcesses
 

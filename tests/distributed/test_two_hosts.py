@@ -29,7 +29,7 @@ ENGINE_PORT, MASTER_PORT = 29511, 29500
 ENGINE = """
 import json, sys
 from fastserve import LLM, SamplingParams
-from fastserve.errors import RankError
+from fastserve.core.errors import RankError
 
 directory, address, tensor, pipeline, prompts = sys.argv[1:4] + sys.argv[4:]
 llm = LLM(directory, policy="fastserve-fcfs", num_gpu_blocks=100, num_host_blocks=20, max_batch_size=4, ranks=address,

@@ -25,10 +25,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.engine import Engine
-from fastserve.options import option_names
-from fastserve.request import Request
-from fastserve.scheduler import Iteration, Scheduler, find_policy
+from fastserve.core.options import option_names
+from fastserve.core.request import Request
+from fastserve.engine.engine import Engine
+from fastserve.policies.discovery import find_policy
+from fastserve.scheduler import Iteration, Scheduler
 from support.engines import arrival, make_engine
 from support.profiles import share
 from support.watch import watch

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.job import Job
-from fastserve.options import option_names
-from fastserve.scheduler import find_policy, list_policies
+from fastserve.core.options import option_names
+from fastserve.engine.job import Job
+from fastserve.policies.discovery import find_policy, list_policies
 from support.checked_engine import CheckedEngine
 from support.engines import arrival, make_engine
 from support.profiles import share

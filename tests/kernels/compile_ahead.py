@@ -22,11 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastserve.config import ModelConfig
-from fastserve.kernels import AttentionMetadata, triton_kernels
-from fastserve.kernels.triton_kernels import decode_attention, prefill_attention, skinny_linear
-from fastserve.kernels.triton_kernels.primitives import Chip
-from fastserve.presets import PRESETS, preset
+from fastserve.core.config import ModelConfig
+from fastserve.core.presets import PRESETS, preset
+from fastserve.runtime.kernels import AttentionMetadata, triton_kernels
+from fastserve.runtime.kernels.triton_kernels import decode_attention, prefill_attention, skinny_linear
+from fastserve.runtime.kernels.triton_kernels.primitives import Chip
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fastserve.kernels import AttentionMetadata
+from fastserve.runtime.kernels import AttentionMetadata
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LAYERS, LAYER = 3, 1

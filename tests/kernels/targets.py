@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastserve.kernels import Kernels
+from fastserve.runtime.kernels import Kernels
 from support.devices import INTERPRETED, NEEDS_GPU, NO_INTERPRETER
 
 
@@ -40,4 +40,4 @@ def make_target(name: str) -> Target:
         pytest.skip(NO_INTERPRETER)
     if kernels == "triton" and device == "cuda" and INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 would test the interpreter and not the GPU")
-    return Target(importlib.import_module(f"fastserve.kernels.{kernels}_kernels"), torch.device(device))
+    return Target(importlib.import_module(f"fastserve.runtime.kernels.{kernels}_kernels"), torch.device(device))

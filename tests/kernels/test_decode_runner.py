@@ -11,15 +11,15 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from fastserve.errors import ConfigError  # noqa: E402
-from fastserve.models import SequenceInput  # noqa: E402
-from fastserve.models.layers import Linear  # noqa: E402
-from fastserve.models.linear_tuning import tune_linears  # noqa: E402
-from fastserve.presets import preset  # noqa: E402
-from fastserve.request import SamplingParams  # noqa: E402
-from fastserve.worker import Worker  # noqa: E402
-from fastserve.worker.decode_runner import DecodeRows, graph_sizes  # noqa: E402
-from fastserve.worker.extras import LogitChanges, RowExtras  # noqa: E402
+from fastserve.core.errors import ConfigError  # noqa: E402
+from fastserve.core.presets import preset  # noqa: E402
+from fastserve.core.request import SamplingParams  # noqa: E402
+from fastserve.runtime.models import SequenceInput  # noqa: E402
+from fastserve.runtime.models.layers import Linear  # noqa: E402
+from fastserve.runtime.models.linear_tuning import tune_linears  # noqa: E402
+from fastserve.runtime.worker import Worker  # noqa: E402
+from fastserve.runtime.worker.decode_runner import DecodeRows, graph_sizes  # noqa: E402
+from fastserve.runtime.worker.extras import LogitChanges, RowExtras  # noqa: E402
 from support.devices import TRITON_DEVICES  # noqa: E402
 
 SPARE, MAX_ROWS, MAX_BLOCKS, BLOCK_SIZE = 99, 6, 5, 4

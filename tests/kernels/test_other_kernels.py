@@ -7,7 +7,7 @@ import torch
 from paged import TOLERANCE, relative_error
 from targets import Target
 
-from fastserve.presets import PRESETS
+from fastserve.core.presets import PRESETS
 
 HIDDEN = sorted({config.hidden_size for config in PRESETS.values()})
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

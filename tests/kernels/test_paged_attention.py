@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paged import LAYER, LAYERS, TOLERANCE, Batch, make_batch, relative_error
 from targets import Target, make_target, on_gpu
 
-from fastserve.presets import PRESETS
+from fastserve.core.presets import PRESETS
 
 HEADS = sorted({(config.num_heads, config.num_kv_heads, config.head_dim) for config in PRESETS.values()})
 # The interpreter gets few of them, in groups as large and of the same dimensions.
@@ -74,7 +74,7 @@ def test_splits_of_unequal_shares(
     triton_target: Target, heads: tuple[int, int, int], dtype: torch.dtype, num_splits: int, use_dot: bool
 ) -> None:
     """A context of several thousand tokens among short ones; 20 splits are more than are combined at once."""
-    from fastserve.kernels.triton_kernels import decode_attention
+    from fastserve.runtime.kernels.triton_kernels import decode_attention
 
     batch = make_batch(triton_target.device, [3, 2500, 129, 130, 700], [], heads=heads, dtype=dtype)
     out = torch.full_like(batch.query, math.nan, memory_format=torch.contiguous_format)
@@ -96,7 +96,7 @@ def test_splits_of_unequal_shares(
 def test_the_gpu_is_full_where_contexts_can_be_long_enough(
     num_decodes: int, kv_heads: int, max_context: int, multiprocessors: int
 ) -> None:
-    from fastserve.kernels.triton_kernels import decode_attention
+    from fastserve.runtime.kernels.triton_kernels import decode_attention
 
     splits = decode_attention.split_count(num_decodes, kv_heads, max_context, multiprocessors)
     possible = min(-(-max_context // decode_attention.MIN_CHUNK), decode_attention.MAX_SPLITS)

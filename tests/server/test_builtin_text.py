@@ -14,10 +14,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("tokenizers")
 openai = pytest.importorskip("openai")
 
-from fastserve.config import EngineOptions  # noqa: E402
-from fastserve.errors import ConfigError  # noqa: E402
+from fastserve.core.config import EngineOptions  # noqa: E402
+from fastserve.core.errors import ConfigError  # noqa: E402
+from fastserve.core.tokenizer import BuiltinTokenizer  # noqa: E402
 from fastserve.server.model import ModelOptions, load_served_model  # noqa: E402
-from fastserve.tokenizer import BuiltinTokenizer  # noqa: E402
 from support.servers import Command, RunningServer, command, running  # noqa: E402
 
 TOKENIZER = BuiltinTokenizer()
@@ -150,7 +150,7 @@ def test_a_simulated_server_imports_no_torch() -> None:
 
 
 def test_our_client_sends_it_text(tmp_path: Path) -> None:
-    from harness.runner import RunConfig, run
+    from harness.run.runner import RunConfig, run
 
     with command(*SIMULATED) as server:
         config = RunConfig(

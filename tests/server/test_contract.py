@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.scheduler import list_policies
+from fastserve.policies.discovery import list_policies
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers")

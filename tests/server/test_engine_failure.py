@@ -19,10 +19,10 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.engine import Engine
-from fastserve.errors import RankError, failure_reason
-from fastserve.executor.base import IterationResult
-from fastserve.request import Request, SamplingParams
+from fastserve.core.errors import RankError, failure_reason
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine.engine import Engine
+from fastserve.scheduler.iteration import IterationResult
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.model import ServedModel
 from support.servers import (
@@ -210,7 +210,7 @@ def test_a_model_that_cannot_be_made_is_the_makers_error() -> None:
 # -- the command -----------------------------------------------------------------------------------------------------
 
 POLICY = """
-from fastserve.scheduler.fcfs import FCFS
+from fastserve.policies.fcfs import FCFS
 
 class Broken(FCFS):
     name = "broken"

@@ -14,9 +14,9 @@ pytest.importorskip("torch")
 pytest.importorskip("uvicorn")
 
 from fastserve import LLM, SamplingParams
-from fastserve.config import EngineOptions
-from fastserve.errors import CheckpointError, ConfigError
-from fastserve.generation_config import GenerationConfig, load_generation_config
+from fastserve.core.config import EngineOptions
+from fastserve.core.errors import CheckpointError, ConfigError
+from fastserve.core.generation_config import GenerationConfig, load_generation_config
 from fastserve.server.model import ModelOptions, load_served_model
 from support.servers import RunningServer, running
 from support.tokenizers import of_words

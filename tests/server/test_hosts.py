@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
 from fastserve.server.app import ServerOptions
 from fastserve.server.options import names_of
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated

@@ -240,7 +240,7 @@ def test_scores_where_cache_is_short(directory: Path, model: PlainModel, policy:
 def test_a_long_prompt_is_scored_in_parts(
     roomy: RunningServer, model: PlainModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastserve.worker import scoring
+    from fastserve.runtime.worker import scoring
 
     sizes = []
     real = scoring.Scorer._score

@@ -41,7 +41,7 @@ def roomy(reference: Reference) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def tokenizer(reference: Reference) -> Any:
-    from fastserve.tokenizer import load_tokenizer
+    from fastserve.core.tokenizer import load_tokenizer
 
     return load_tokenizer(reference[0])
 

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("uvicorn")
 
 from fastserve import SamplingParams
-from fastserve.config import EngineOptions
+from fastserve.core.config import EngineOptions
 from fastserve.server.model import ModelOptions, load_served_model
 from support.parameters import PlainModel
 from support.servers import DONE, RunningServer, running, simulated

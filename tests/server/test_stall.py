@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.engine import Engine
+from fastserve.engine.engine import Engine
 from fastserve.scheduler import Iteration
 from fastserve.server.app import ServerOptions
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated
@@ -107,7 +107,7 @@ def test_an_engine_without_requests_never_stalls() -> None:
 
 POLICY = """
 import time
-from fastserve.scheduler.fcfs import FCFS
+from fastserve.policies.fcfs import FCFS
 
 class Hanging(FCFS):
     name = "hanging"

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from fastserve import cli
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
 from fastserve.server.app import Server, ServerOptions
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.metrics import ServerMetrics

@@ -1,8 +1,8 @@
 """Putting requests and their caches where a test wants them."""
 
-from fastserve.request import AWAY, FRESH, Part, Request
+from fastserve.core.request import AWAY, FRESH, Part, Request
+from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ
 from fastserve.scheduler import Scheduler
-from fastserve.scheduler.skip_join_mlfq import SkipJoinMLFQ
 
 
 def place(

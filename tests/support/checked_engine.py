@@ -3,10 +3,10 @@
 import itertools
 from typing import Any
 
-from fastserve.engine import Engine
-from fastserve.job import Job
+from fastserve.core.request import AWAY, FRESH, Request, RequestStatus
+from fastserve.engine.engine import Engine
+from fastserve.engine.job import Job
 from fastserve.kvcache import Location
-from fastserve.request import AWAY, FRESH, Request, RequestStatus
 from fastserve.scheduler import Iteration
 
 

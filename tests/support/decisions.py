@@ -12,9 +12,10 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastserve.engine import Arrival, Observer
-from fastserve.files import atomic_write
-from fastserve.scheduler import Iteration, find_policy, list_policies
+from fastserve.core.files import atomic_write
+from fastserve.engine.engine import Arrival, Observer
+from fastserve.policies.discovery import find_policy, list_policies
+from fastserve.scheduler import Iteration
 from support.engines import arrival, make_engine
 
 FILE = Path(__file__).parents[1] / "decisions" / "digests.json"

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fastserve.clock import VirtualClock
-from fastserve.config import CacheConfig, SchedulerConfig
-from fastserve.engine import Arrival, Engine
-from fastserve.executor.simulated import SimulatedExecutor
+from fastserve.core.clock import VirtualClock
+from fastserve.core.config import CacheConfig, SchedulerConfig
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine.engine import Arrival, Engine
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import (
     DecodeFit,
@@ -16,8 +16,8 @@ from fastserve.latency import (
     PrefillFit,
     StageLink,
 )
-from fastserve.request import Request, SamplingParams
-from fastserve.scheduler import make_scheduler
+from fastserve.policies.discovery import make_scheduler
+from fastserve.simulation.executor import SimulatedExecutor
 
 # A prompt token takes 1 ms; any iteration at least 10 ms; a decode step exactly that.
 LATENCY = FittedLatency(PrefillFit(0.010, 0.001, 0.0), (DecodeFit(0.010, 0.0, 0.0),))

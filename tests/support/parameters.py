@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from fastserve import LLM, SamplingParams
+from fastserve.core.logprobs import TokenLogprobs
+from fastserve.core.options import option_names
 from fastserve.llm import RequestOutput
-from fastserve.logprobs import TokenLogprobs
-from fastserve.options import option_names
-from fastserve.scheduler import find_policy
+from fastserve.policies.discovery import find_policy
 from support.tokens import IMPATIENT, prompts
 
 TOLERANCE = 1e-4

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastserve.executor.ranks import RankGroup
-from fastserve.worker.protocol import RankConfig
+from fastserve.runtime.executors.ranks import RankGroup
+from fastserve.runtime.worker.protocol import RankConfig
 
 
 def rank_config(model: str | Path, tensor: int, pipeline: int, **changes: Any) -> RankConfig:

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastserve.config import EngineOptions
-from fastserve.options import option_names
-from fastserve.scheduler import find_policy
+from fastserve.core.config import EngineOptions
+from fastserve.core.options import option_names
+from fastserve.policies.discovery import find_policy
 from fastserve.server.model import ModelOptions, ServedModel, load_served_model
 from support.tokens import IMPATIENT, TINY_POOL
 

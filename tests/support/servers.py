@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastserve.config import EngineOptions
-from fastserve.engine import Engine, Observer, Observers
-from fastserve.job import Job
+from fastserve.core.config import EngineOptions
+from fastserve.engine.engine import Engine, Observer, Observers
+from fastserve.engine.job import Job
 from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, Profile
 from fastserve.scheduler import Iteration
 from fastserve.server.app import Server, ServerOptions

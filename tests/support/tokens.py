@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from fastserve import LLM, SamplingParams
-from fastserve.options import option_names
-from fastserve.scheduler import find_policy, list_policies
+from fastserve.core.options import option_names
+from fastserve.policies.discovery import find_policy, list_policies
 
 Reference = tuple[Path, list[list[int]]]
 """A model's directory, and the tokens expected for each of `prompts`."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fastserve.engine import Engine, Observer
-from fastserve.executor.base import FinishedTransfer
-from fastserve.job import Job
+from fastserve.core.request import Request
+from fastserve.engine.engine import Engine, Observer
+from fastserve.engine.executor import FinishedTransfer
+from fastserve.engine.job import Job
 from fastserve.kvcache import Direction
-from fastserve.request import Request
 from fastserve.scheduler import Iteration
 
 

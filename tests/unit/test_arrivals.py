@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.errors import ConfigError, TraceError
-from harness.arrivals import Arrivals, parse_arrivals
+from fastserve.core.errors import ConfigError, TraceError
+from harness.workload.arrivals import Arrivals, parse_arrivals
 
 SPECS = ["poisson", "gamma:cv=4", "gamma:cv=0.25", "constant"]
 

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 
+from fastserve.core.request import AWAY, RESIDENT, Request
 from fastserve.kvcache import Location
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit
-from fastserve.request import AWAY, RESIDENT, Request
-from fastserve.scheduler import Scheduler, list_policies
+from fastserve.policies.discovery import list_policies
+from fastserve.scheduler import Scheduler
 from support.caches import place
 from support.engines import arrival, make_engine
 from support.watch import finish_ms, ms, names, watch

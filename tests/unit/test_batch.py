@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fastserve.models import ForwardBatch, SequenceInput
+from fastserve.runtime.models import ForwardBatch, SequenceInput
 
 
 def test_batch_puts_decodes_first_and_gives_results_back_in_order() -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from fastserve.countable_tokens import StandIns, countable_tokens
-from fastserve.errors import ConfigError
-from fastserve.presets import PRESETS
-from fastserve.tokenizer import BUILTIN, BuiltinTokenizer, load_tokenizer, tokenizer_directory
+from fastserve.core.countable_tokens import StandIns, countable_tokens
+from fastserve.core.errors import ConfigError
+from fastserve.core.presets import PRESETS
+from fastserve.core.tokenizer import BUILTIN, BuiltinTokenizer, load_tokenizer, tokenizer_directory
 from support.profiles import share
 
 TOKENIZER = BuiltinTokenizer()
@@ -27,7 +27,7 @@ MESSAGES = [
 
 
 def test_the_script_makes_what_is_shipped(tmp_path: Path) -> None:
-    from scripts.make_tokenizer import make_tokenizer
+    from tools.make_tokenizer import make_tokenizer
 
     make_tokenizer(tmp_path / "made")
     folders = (tmp_path / "made", BUILTIN)
@@ -70,7 +70,7 @@ def test_transformers_reads_the_same_from_its_directory() -> None:
 
 def test_loading_it_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from fastserve.tokenizer import load_tokenizer; tokenizer = load_tokenizer('builtin')\n"
+        "import sys; from fastserve.core.tokenizer import load_tokenizer; tokenizer = load_tokenizer('builtin')\n"
         "tokenizer.apply_chat_template([], add_generation_prompt=True); tokenizer.encode('a')\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.errors import TraceError
-from harness.traces import load_trace, reading
-from harness.traces.columns import read_columns
-from harness.traces.formats import FORMATS
-from harness.traces.reading import files_read, read_lengths, read_rows, take_over
+from fastserve.core.errors import TraceError
+from harness.workload.traces import load_trace, reading
+from harness.workload.traces.columns import read_columns
+from harness.workload.traces.formats import FORMATS
+from harness.workload.traces.reading import files_read, read_lengths, read_rows, take_over
 
 TOKENS = [
     "1",

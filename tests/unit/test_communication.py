@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.config import EngineOptions
-from fastserve.engine import Arrival
-from fastserve.errors import ConfigError
+from fastserve.core.config import EngineOptions
+from fastserve.core.errors import ConfigError
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine.engine import Arrival
 from fastserve.latency import (
     AllReduce,
     DecodeFit,
@@ -28,8 +29,7 @@ from fastserve.latency import (
     fit_link,
     load_profile,
 )
-from fastserve.request import Request, SamplingParams
-from fastserve.simulation import simulated_engine
+from fastserve.simulation.build import simulated_engine
 from support.engines import LATENCY, STAGE_LINK
 from support.watch import ms
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.console import Terminated, describe, exit_on_error
-from fastserve.errors import ConfigError
+from fastserve.core.console import Terminated, describe, exit_on_error
+from fastserve.core.errors import ConfigError
 from support.processes import ENVIRONMENT, FASTBENCH
 
 
@@ -107,7 +107,7 @@ def test_an_interruption_is_one_line_that_says_what_was_written(
 
 INTERRUPTED = """
 import os, signal, typer
-from fastserve.console import run_app
+from fastserve.core.console import run_app
 app = typer.Typer()
 @app.command()
 def run():
@@ -141,7 +141,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
 
 
 def test_a_wrong_option_is_typers_to_show() -> None:
-    code = "import sys; sys.argv = ['x', 'y']; import typer, fastserve.console as c; app = typer.Typer(); "
+    code = "import sys; sys.argv = ['x', 'y']; import typer, fastserve.core.console as c; app = typer.Typer(); "
     done = python(code + "app.command()(lambda count=1: None); c.run_app(app)")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -173,6 +173,6 @@ def test_a_full_standard_output_is_one_line() -> None:
 
 
 def test_a_terminal_without_unicode_is_no_fault() -> None:
-    code = "import typer, fastserve.console as c; app = typer.Typer(); "
+    code = "import typer, fastserve.core.console as c; app = typer.Typer(); "
     done = python(code + "app.command()(lambda: print('3 × 4')); c.run_app(app)", PYTHONIOENCODING="ascii")
     assert (done.stdout, done.returncode) == ("3 \\xd7 4\n", 0)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from fastserve.clock import WallClock  # noqa: E402
-from fastserve.errors import ConfigError  # noqa: E402
+from fastserve.core.clock import WallClock  # noqa: E402
+from fastserve.core.errors import ConfigError  # noqa: E402
 from fastserve.kvcache import Direction  # noqa: E402
-from fastserve.worker.copier import BlockCopier, make_copier, runs, time_of  # noqa: E402
-from fastserve.worker.memory import pinned_zeros  # noqa: E402
+from fastserve.runtime.worker.copier import BlockCopier, make_copier, runs, time_of  # noqa: E402
+from fastserve.runtime.worker.memory import pinned_zeros  # noqa: E402
 from support.devices import DEVICES, NEEDS_GPU  # noqa: E402
 
 BLOCK = (3, 2, 4, 2, 5)

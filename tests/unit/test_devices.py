@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 
 from fastserve import LLM  # noqa: E402
 from fastserve.cli import app as fastserve_app  # noqa: E402
-from fastserve.errors import ConfigError, OutputError  # noqa: E402
-from harness.runner import RunConfig, run  # noqa: E402
+from fastserve.core.errors import ConfigError, OutputError  # noqa: E402
+from harness.run.runner import RunConfig, run  # noqa: E402
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 MODEL = {"model": "opt-tiny", "load_format": "dummy"}
@@ -27,7 +27,7 @@ SAYS = [
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are not made, nor ranks started."""
-    for name in ("fastserve.worker.worker.build_model", "fastserve.executor.ranks.subprocess.Popen"):
+    for name in ("fastserve.runtime.worker.worker.build_model", "fastserve.runtime.executors.ranks.subprocess.Popen"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work was begun"))
 
 

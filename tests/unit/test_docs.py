@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.options import option_names
+from fastserve.core.options import option_names
+from fastserve.policies import discovery
 from fastserve.scheduler import registry
-from harness.runner import RunConfig, run
+from harness.run.runner import RunConfig, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +18,7 @@ def test_the_example_policy_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (code,) = re.findall(r"```python\n# two_classes\.py\n(.*?)```", text, re.DOTALL)
     (tmp_path / "two_classes.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
+    monkeypatch.setattr(registry, "policies", dict(registry.policies))
     for swap in ("proactive", "reactive", "recompute", "none"):
         config = RunConfig(
             policy="two_classes:TwoClasses", profile="a100-80g/opt-13b-tp1", trace="sharegpt", rate=20.0,
@@ -31,7 +32,7 @@ def test_the_example_policy_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_policy_and_every_option_is_documented() -> None:
     text = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
-    for name, policy in registry.list_policies().items():
+    for name, policy in discovery.list_policies().items():
         assert f"\n## `{name}`\n" in text
         for option in option_names(policy.Options):
             assert f"`{option}`" in text, f"option {option} of {name} is not in docs/policies.md"

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from fastserve.errors import RankError
-from fastserve.executor.base import IterationResult
-from fastserve.request import RequestStatus, SamplingParams
+from fastserve.core.errors import RankError
+from fastserve.core.request import RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration
+from fastserve.scheduler.iteration import IterationResult
 from support.engines import arrival, make_engine
 
 

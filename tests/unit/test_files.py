@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.errors import OutputError
-from fastserve.files import atomic_write, check_writable
-from harness.runner import RunConfig, run
+from fastserve.core.errors import OutputError
+from fastserve.core.files import atomic_write, check_writable
+from harness.run.runner import RunConfig, run
 from support.processes import ENVIRONMENT
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
@@ -135,7 +135,7 @@ def test_standard_output_goes_where_it_was_sent(tmp_path: Path) -> None:
     if not Path("/dev/stdout").is_symlink():
         pytest.skip("this system has no link to standard output")
     code = (
-        "from pathlib import Path; from fastserve.files import atomic_write\n"
+        "from pathlib import Path; from fastserve.core.files import atomic_write\n"
         "with atomic_write(Path('/dev/stdout')) as staging: staging.write_text('new')"
     )
     command = [sys.executable, "-c", code]

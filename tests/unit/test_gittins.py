@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.engine import Engine
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
+from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.engine.engine import Engine
 from fastserve.kvcache import Direction
-from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
-from fastserve.scheduler.gittins import STAGES, Gittins
-from fastserve.scheduler.gittins_index import gittins_index
-from fastserve.scheduler.index_queue import FIRST_OF_ALL, Index, IndexQueue
-from fastserve.scheduler.length_history import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
+from fastserve.policies.gittins.index import gittins_index
+from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
+from fastserve.policies.gittins.policy import STAGES, Gittins
+from fastserve.policies.gittins.queue import FIRST_OF_ALL, Index, IndexQueue
 from support.engines import arrival, make_engine
 from support.profiles import share
 from support.watch import names, watch

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.request import RequestStatus
-from harness.http_answer import BrokenAnswer, Exchange
-from harness.sse import Event
+from fastserve.core.request import RequestStatus
+from harness.client.answer import BrokenAnswer, Exchange
+from harness.client.sse import Event
 
 STEP = 0.010
 """Seconds from a token to the next of the answers below, and from the first one's request to it ten times that."""

@@ -1,91 +1,81 @@
-"""Imports run one way, and a simulation never imports torch."""
+"""Imports run one way, from room to room; torch starts in `runtime`."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "system/fastserve"
 
-# Each room may import itself and the rooms before it; `errors`, `config` and the like come before all.
-ORDER = [
-    {"errors"},
-    {
-        "config",
-        "options",
-        "clock",
-        "command",
-        "console",
-        "files",
-        "processes",
-        "logprobs",
-        "tokenizer",
-        "countable_tokens",
-    },
-    {"request", "generation_config", "presets", "parallel.layout", "parallel"},
-    {"latency", "kvcache"},
-    {"scheduler"},
-    {"settings"},
-    {"executor.base", "executor.simulated", "executor"},
-    {"job"},
-    {"engine", "timeline"},
-    {"simulation"},
-    {"kernels", "parallel.groups", "parallel.timing", "parallel.channel"},
-    {"models"},
-    {"worker"},
-    {"executor.local", "executor.distributed", "executor.inputs", "executor.ranks"},
-    {"llm"},
-    {"profiling", "server"},
-    {"cli"},
-]
-TORCH_FREE = ["simulation", "engine", "timeline", "scheduler", "kvcache", "latency", "executor.simulated"]
+# A room may import itself and the rooms before it. Those on one line know nothing of each other.
+ROOMS = {
+    "fastserve": [
+        {"core"},
+        {"kvcache", "latency"},
+        {"scheduler"},
+        {"policies"},
+        {"engine"},
+        {"simulation", "runtime"},
+        {"llm", "worker"},
+        {"profiling", "server"},
+        {"cli"},
+    ],
+    "harness": [{"workload"}, {"client"}, {"run"}, {"experiments"}, {"analysis"}, {"studies"}, {"report"}, {"cli"}],
+}
+FOLDERS = {"fastserve": ROOT / "system/fastserve", "harness": ROOT / "workflows/harness"}
+TORCH_FREE = ["core", "kvcache", "latency", "scheduler", "policies", "engine", "simulation"]
 
 
-def room_of(module: str) -> str:
-    name = module.removeprefix("fastserve.")
-    return name if name.startswith(("executor.", "parallel.")) else name.split(".")[0]
-
-
-def runtime_imports(path: Path) -> set[str]:
-    """fastserve modules a file imports, those for type checking only left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = []
+def imports_of(path: Path) -> set[str]:
+    """Modules a file imports, for type checking too: a circle of types is a circle."""
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastserve":
-            whole = node.module == "fastserve"
-            found |= {f"fastserve.{alias.name}" for alias in node.names} if whole else {node.module}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("fastserve.")}
+            found |= {alias.name for alias in node.names}
     return found
 
 
-def test_imports_run_one_way() -> None:
-    rank = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_run_one_way(package: str) -> None:
+    rank = {room: i for i, rooms in enumerate(ROOMS[package]) for room in rooms}
     wrong = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-        if module == "fastserve":
+    for path in sorted(FOLDERS[package].rglob("*.py")):
+        room, *_ = path.relative_to(FOLDERS[package]).with_suffix("").parts
+        if room == "__init__":
             continue
-        room = room_of(module)
-        assert room in rank, f"{module} is in no room: say in this test where it belongs"
-        wrong += [f"{module} imports {other}" for other in runtime_imports(path) if rank[room_of(other)] > rank[room]]
+        assert room in rank, f"{path} is in no room: say in this test where it belongs"
+        for module in imports_of(path):
+            top, _, rest = module.partition(".")
+            other = rest.partition(".")[0]
+            if top == package and other in rank and other != room and rank[other] >= rank[room]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert wrong == []
 
 
-def test_nothing_in_fastserve_imports_baselines_or_the_harness() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not [name for name in names if name.split(".")[0] in ("baselines", "harness")], path
+@pytest.mark.parametrize(
+    ("package", "above"), [("fastserve", ("baselines", "harness")), ("baselines", ("harness",))], ids=str
+)
+def test_nothing_imports_a_package_above(package: str, above: tuple[str, ...]) -> None:
+    folder = FOLDERS.get(package, ROOT / package)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in sorted(folder.rglob("*.py"))
+        for module in imports_of(path)
+        if module.partition(".")[0] in above
+    ]
+    assert wrong == []
 
 
 def test_a_simulation_imports_no_torch() -> None:
-    modules = ", ".join(f"fastserve.{name}" for name in TORCH_FREE)
-    code = f"import sys, {modules}, harness.cli, baselines; sys.exit('torch' in sys.modules)"
+    modules = [
+        ".".join(path.relative_to(FOLDERS["fastserve"].parent).with_suffix("").parts)
+        for room in TORCH_FREE
+        for path in sorted((FOLDERS["fastserve"] / room).rglob("*.py"))
+    ]
+    code = f"import sys, {', '.join(modules)}, harness.cli, baselines; sys.exit('torch' in sys.modules)"
     environment = {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}", "PATH": ""}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

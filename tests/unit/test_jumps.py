@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastserve.core.options import option_names
 from fastserve.latency import DecodeFit, FittedLatency, LatencyModel, PrefillFit, decode_times
-from fastserve.options import option_names
-from fastserve.scheduler import find_policy, list_policies
+from fastserve.policies.discovery import find_policy, list_policies
 from support.engines import arrival, make_engine
 from support.profiles import share
 

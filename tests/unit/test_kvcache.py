@@ -2,11 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.config import CacheConfig
-from fastserve.errors import ConfigError
+from fastserve.core.config import CacheConfig
+from fastserve.core.errors import ConfigError
+from fastserve.core.request import Request, RequestStatus
 from fastserve.kvcache import BlockPool, KVCacheManager, Location
 from fastserve.kvcache.errors import BlockOwnershipError, OutOfBlocksError, WrongLocationError
-from fastserve.request import Request, RequestStatus
 
 
 def manager(gpu: int = 8, host: int = 8) -> KVCacheManager:

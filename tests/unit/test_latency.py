@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
 from fastserve.latency import (
     DecodeFit,
     FittedLatency,
@@ -21,7 +21,7 @@ from fastserve.latency import (
     list_profiles,
     load_profile,
 )
-from fastserve.latency.profiler import (
+from fastserve.latency.fitting import (
     Grid,
     Measurement,
     Shape,

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fastserve import LLM, SamplingParams  # noqa: E402
-from fastserve.errors import CheckpointError, ConfigError  # noqa: E402
+from fastserve.core.errors import CheckpointError, ConfigError  # noqa: E402
 
 SMALL = {"load_format": "dummy", "num_gpu_blocks": 64, "num_host_blocks": 64, "max_batch_size": 4}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastserve.errors import CheckpointError
-from fastserve.models import Part, build_model, empty_model, load_config
+from fastserve.core.errors import CheckpointError
+from fastserve.runtime.models import Part, build_model, empty_model, load_config
 
 OPT: dict[str, Any] = {
     "architectures": ["OPTForCausalLM"],

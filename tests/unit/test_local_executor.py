@@ -9,16 +9,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastserve.clock import WallClock  # noqa: E402
-from fastserve.config import CacheConfig  # noqa: E402
-from fastserve.executor import local  # noqa: E402
+from fastserve.core.clock import WallClock  # noqa: E402
+from fastserve.core.config import CacheConfig  # noqa: E402
+from fastserve.core.presets import preset  # noqa: E402
+from fastserve.core.request import Request, RequestStatus, SamplingParams  # noqa: E402
 from fastserve.kvcache import Direction, KVCacheManager, Location, Transfer  # noqa: E402
 from fastserve.kvcache.errors import OutOfBlocksError  # noqa: E402
-from fastserve.presets import preset  # noqa: E402
-from fastserve.request import Request, RequestStatus, SamplingParams  # noqa: E402
+from fastserve.runtime.executors import local  # noqa: E402
+from fastserve.runtime.worker import Worker  # noqa: E402
+from fastserve.runtime.worker.copier import FinishedCopy, StreamCopier, ThreadCopier  # noqa: E402
 from fastserve.scheduler import Iteration  # noqa: E402
-from fastserve.worker import Worker  # noqa: E402
-from fastserve.worker.copier import FinishedCopy, StreamCopier, ThreadCopier  # noqa: E402
 from support.devices import DEVICES  # noqa: E402
 
 MODEL_AND_DTYPE = {"cpu": ("opt-tiny", "float32"), "cuda": ("llama-160m", "float16")}

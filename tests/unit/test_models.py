@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from fastserve.clock import WallClock
-from fastserve.config import ModelConfig
-from fastserve.errors import ConfigError
+from fastserve.core.clock import WallClock
+from fastserve.core.config import ModelConfig
+from fastserve.core.errors import ConfigError
+from fastserve.core.presets import preset
 from fastserve.kvcache import Direction
-from fastserve.models import Part, SequenceInput, empty_model, load_config
-from fastserve.presets import preset
-from fastserve.worker import Worker
-from fastserve.worker.copier import make_copier
+from fastserve.runtime.models import Part, SequenceInput, empty_model, load_config
+from fastserve.runtime.worker import Worker
+from fastserve.runtime.worker.copier import make_copier
 
 GREEDY = SimpleNamespace(temperature=0.0, top_p=1.0, top_k=0, seed=None)
 PROMPTS = [list(range(5, 5 + n)) for n in (1, 3, 8, 21, 40)]
@@ -168,7 +168,7 @@ def test_config_keys_of_transformers_4(rope: dict[str, Any] | None, tmp_path: Pa
 def test_unpacked_weights_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a machine without oneDNN's packed layout runs."""
     wanted = save(opt, tmp_path)
-    monkeypatch.setattr("fastserve.models.layers.Linear.pack", lambda self: None)
+    monkeypatch.setattr("fastserve.runtime.models.layers.Linear.pack", lambda self: None)
     assert generate(worker_of(tmp_path)) == wanted
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from fastserve.clock import WallClock
-from fastserve.config import EngineOptions
-from fastserve.engine import Arrival, Engine, Observer, Observers
-from fastserve.executor.base import FinishedTransfer
-from fastserve.job import Job
+from fastserve.core.clock import WallClock
+from fastserve.core.config import EngineOptions
+from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.engine.engine import Arrival, Engine, Observer, Observers
+from fastserve.engine.executor import FinishedTransfer
+from fastserve.engine.job import Job
 from fastserve.latency import load_profile
-from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration
-from fastserve.simulation import simulated_engine
+from fastserve.simulation.build import simulated_engine
 from support.engines import arrival, make_engine
 
 POLICIES = [

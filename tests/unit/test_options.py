@@ -3,8 +3,8 @@ from typing import Any, Literal
 
 import pytest
 
-from fastserve.errors import ConfigError
-from fastserve.options import build_options
+from fastserve.core.errors import ConfigError
+from fastserve.core.options import build_options
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fastserve.console import exit_on_error
-from fastserve.errors import ConfigError, PolicyError
-from fastserve.scheduler import file_name, find_policy, list_policies, registry
-from fastserve.scheduler.own_policies import blamed, is_own, source_digest
-from harness.capacity_search import Objective, find_capacity
+from fastserve.core.console import exit_on_error
+from fastserve.core.errors import ConfigError, PolicyError
+from fastserve.policies import discovery
+from fastserve.policies.discovery import file_name, find_policy, list_policies
+from fastserve.policies.own_policies import blamed, is_own, source_digest
+from fastserve.scheduler import registry
+from harness.analysis.capacity_search import Objective, find_capacity
 from harness.cli import app
-from harness.runner import RunConfig, run
+from harness.run.runner import RunConfig, run
 from support.processes import ENVIRONMENT
 
 POLICY = """
@@ -38,8 +40,8 @@ class Mine(Scheduler):
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers and imports is unknown to the next."""
     list_policies()
-    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
-    monkeypatch.setattr(registry, "_skipped", {})
+    monkeypatch.setattr(registry, "policies", dict(registry.policies))
+    monkeypatch.setattr(discovery, "_skipped", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     modules = set(sys.modules)
     yield
@@ -208,7 +210,7 @@ def test_the_source_of_a_policy_in_a_package_is_what_it_imports_of_that(
 
 
 def test_policies_of_ours_and_baselines_are_no_users() -> None:
-    assert not any(is_own(policy) for policy in registry.list_policies().values() if policy.name != "mine")
+    assert not any(is_own(policy) for policy in discovery.list_policies().values() if policy.name != "mine")
 
 
 def test_names_of_files() -> None:

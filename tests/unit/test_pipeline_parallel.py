@@ -6,15 +6,16 @@ import dataclasses
 
 import pytest
 
-from fastserve.clock import VirtualClock
-from fastserve.engine import Arrival, Engine
-from fastserve.executor.simulated import SimulatedExecutor, _shape
+from fastserve.core.clock import VirtualClock
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine.engine import Arrival, Engine
+from fastserve.engine.timeline import Timeline
 from fastserve.kvcache import Direction, Transfer
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, StageLink, load_profile
-from fastserve.request import Request, SamplingParams
-from fastserve.scheduler import Iteration, list_policies
-from fastserve.simulation import simulated_engine
-from fastserve.timeline import Timeline
+from fastserve.policies.discovery import list_policies
+from fastserve.scheduler import Iteration
+from fastserve.simulation.build import simulated_engine
+from fastserve.simulation.executor import SimulatedExecutor, _shape
 from support.checked_engine import CheckedEngine
 from support.engines import LATENCY, LINK, STAGE_LINK, arrival, make_engine
 from support.timelines import threads_of

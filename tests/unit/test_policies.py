@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import pytest
 
-from fastserve.engine import Arrival, Engine
-from fastserve.errors import ConfigError
-from fastserve.job import Job
-from fastserve.request import Request
-from fastserve.scheduler import find_policy, list_policies
+from fastserve.core.errors import ConfigError
+from fastserve.core.request import Request
+from fastserve.engine.engine import Arrival, Engine
+from fastserve.engine.job import Job
+from fastserve.policies.discovery import find_policy, list_policies
 from support.engines import arrival, make_engine
 from support.watch import watch
 
@@ -158,13 +158,13 @@ def test_a_prompt_beyond_the_token_budget_runs_as_the_only_prompt() -> None:
 
 def test_policies_are_found_by_name_and_by_path() -> None:
     assert {"fastserve", "fastserve-fcfs", "vllm"} <= set(list_policies())
-    assert find_policy("fastserve.scheduler.fcfs:FCFS").name == "fastserve-fcfs"
+    assert find_policy("fastserve.policies.fcfs:FCFS").name == "fastserve-fcfs"
     with pytest.raises(ConfigError, match=r"unknown policy 'fcsf'; known: .*fastserve-fcfs"):
         find_policy("fcsf")
     with pytest.raises(ConfigError, match="cannot import policy 'nowhere:Policy'"):
         find_policy("nowhere:Policy")
     with pytest.raises(ConfigError, match="not a subclass"):
-        find_policy("fastserve.clock:WallClock")
+        find_policy("fastserve.core.clock:WallClock")
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from fastserve.config import CacheConfig
-from fastserve.engine import Engine
-from fastserve.executor.base import FinishedTransfer
-from fastserve.job import Job
+from fastserve.core.config import CacheConfig
+from fastserve.core.request import AWAY, RESIDENT, Request
+from fastserve.engine.engine import Engine
+from fastserve.engine.executor import FinishedTransfer
+from fastserve.engine.job import Job
 from fastserve.kvcache import Direction, KVCacheManager, Location
 from fastserve.kvcache.errors import OutOfBlocksError
-from fastserve.request import AWAY, RESIDENT, Request
-from fastserve.scheduler import Iteration, Scheduler, list_policies
+from fastserve.policies.discovery import list_policies
+from fastserve.scheduler import Iteration, Scheduler
 from support.caches import place
 from support.engines import arrival, make_engine
 from support.watch import Watch, ms, names, watch

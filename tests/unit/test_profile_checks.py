@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 
 DATA = load_profile("a100-80g/opt-66b-tp2-pp2").to_json()

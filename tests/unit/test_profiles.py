@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
+from fastserve.core.presets import preset
 from fastserve.latency import PipelinedLatency, list_profiles, load_profile
-from fastserve.presets import preset
-from scripts import make_profiles
+from tools import make_profiles
 
 ROOT = Path(__file__).parents[2]
 DERIVED = {
@@ -45,7 +45,7 @@ def test_the_script_makes_the_profiles_that_are_shipped() -> None:
 def test_the_documentation_shows_the_scripts_tables() -> None:
     page = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
     for title, lines in make_profiles.tables().items():
-        assert "\n".join(lines) in page, f"table {title}: run python workflows/scripts/make_profiles.py --check"
+        assert "\n".join(lines) in page, f"table {title}: run python tools/make_profiles.py --check"
 
 
 @pytest.mark.parametrize("name", sorted(DERIVED))

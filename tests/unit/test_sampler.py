@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fastserve.worker.extras import LogitChanges, RowExtras
-from fastserve.worker.sampler import sample
+from fastserve.runtime.worker.extras import LogitChanges, RowExtras
+from fastserve.runtime.worker.sampler import sample
 
 VOCAB = 12
 

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from fastserve.job import Job
-from fastserve.request import Request, RequestStatus, SamplingParams
+from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.engine.job import Job
 from fastserve.server.latencies import Latencies, summarize
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from baselines.external.process import ServerProcess, free_port
-from fastserve.errors import OutputError, ServerError
+from fastserve.core.errors import OutputError, ServerError
 
 # Answers /health, after it has started a process in its session and one in a session of its own, and named them.
 SERVER = """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.sse import Event, EventParser
+from harness.client.sse import Event, EventParser
 
 EVENTS = [
     Event(b"", b'{"text": "a"}'),

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from fastserve.engine import Engine
+from fastserve.core.request import AWAY, RESIDENT, Part, Request
+from fastserve.engine.engine import Engine
 from fastserve.kvcache import Direction, Location
-from fastserve.request import AWAY, RESIDENT, Part, Request
 from fastserve.scheduler import Scheduler
 from support.caches import place
 from support.engines import arrival, make_engine

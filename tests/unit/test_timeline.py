@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from fastserve.config import CacheConfig
-from fastserve.errors import OutputError
-from fastserve.executor.base import FinishedTransfer
-from fastserve.files import check_writable
-from fastserve.job import Job
+from fastserve.core.config import CacheConfig
+from fastserve.core.errors import OutputError
+from fastserve.core.files import check_writable
+from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.engine.executor import FinishedTransfer
+from fastserve.engine.job import Job
+from fastserve.engine.timeline import Timeline
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
-from fastserve.request import Request, RequestStatus, SamplingParams
 from fastserve.scheduler import Iteration
-from fastserve.timeline import Timeline
 from support.timelines import threads_of
 
 

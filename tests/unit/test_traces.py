@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.errors import ConfigError, TraceError
-from harness.traces import ARTIFACT_FILTER, LengthFilter, length_statistics, list_traces, load_trace
-from harness.traces.builtin import BUILTIN, TABLES, HistogramLengths
-from harness.traces.formats import FORMATS
-from harness.traces.text import token_counter
+from fastserve.core.errors import ConfigError, TraceError
+from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, length_statistics, list_traces, load_trace
+from harness.workload.traces.builtin import BUILTIN, TABLES, HistogramLengths
+from harness.workload.traces.formats import FORMATS
+from harness.workload.traces.text import token_counter
 
 TRACES_FOLDER = Path(__file__).parents[2] / "traces"
 FIXTURES = TRACES_FOLDER / "fixtures"
@@ -444,7 +444,7 @@ def test_unknown_trace_names_the_valid_ones(spec):
 
 
 def test_missing_table_is_a_trace_error(monkeypatch):
-    monkeypatch.setattr("harness.traces.builtin.TABLES", Path("/nowhere"))
+    monkeypatch.setattr("harness.workload.traces.builtin.TABLES", Path("/nowhere"))
     with pytest.raises(TraceError, match=r"/nowhere/sharegpt\.json"):
         load_trace("sharegpt")
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.errors import ConfigError, TraceError
-from harness.arrivals import Arrivals
-from harness.traces import load_trace
-from harness.traces.formats import FORMATS
-from harness.workload import make_workload
+from fastserve.core.errors import ConfigError, TraceError
+from harness.workload.arrivals import Arrivals
+from harness.workload.traces import load_trace
+from harness.workload.traces.formats import FORMATS
+from harness.workload.workload import make_workload
 
 TRACES_FOLDER = Path(__file__).parents[2] / "traces"
 CSV = f"csv:{TRACES_FOLDER / 'fixtures' / 'lengths.csv'}"
@@ -224,7 +224,7 @@ def test_prompt_token_ids():
 
 def test_import_is_light():
     heavy = ("torch", "pandas", "transformers", "pyarrow")
-    code = f"import sys, harness.workload; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, harness.workload.workload; print([m for m in {heavy} if m in sys.modules])"
     folders = os.pathsep.join(str(TRACES_FOLDER.parent / folder) for folder in ("system", "workflows"))
     environment = {**os.environ, "PYTHONPATH": folders}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

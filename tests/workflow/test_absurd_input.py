@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fastserve.cli import app as fastserve_app
-from fastserve.console import describe
-from fastserve.errors import FastServeError
+from fastserve.core.console import describe
+from fastserve.core.errors import FastServeError
 from harness.cli import app as fastbench_app
 
 PROFILE = "a100-80g/opt-13b-tp1"

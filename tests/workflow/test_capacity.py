@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from harness.capacity import (
+from harness.analysis.capacity import (
     capacity_estimate,
     capacity_of,
     crossings,
@@ -13,7 +13,7 @@ from harness.capacity import (
     largest_fall,
     ratio_of_capacities,
 )
-from harness.intervals import Estimate, seed_draws
+from harness.analysis.intervals import Estimate, seed_draws
 
 VALUES = st.lists(st.floats(0, 10), min_size=1, max_size=12)
 BOUNDS = st.floats(0.01, 10) | st.integers(1, 80).map(lambda n: n / 8)

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from fastserve.errors import ConfigError
-from harness.capacity import first_upward_crossing
-from harness.captions import Finding, findings
-from harness.claims import Evidence, check_claims, claims_table, relative_difference
-from harness.claims_page import claims_page
-from harness.experiments import with_defaults
+from fastserve.core.errors import ConfigError
+from harness.analysis.capacity import first_upward_crossing
+from harness.analysis.claims import Evidence, check_claims, claims_table, relative_difference
+from harness.experiments.experiments import with_defaults
+from harness.report.captions import Finding, findings
+from harness.report.claims_page import claims_page
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 CLAIMS = yaml.safe_load((WORKFLOWS / "config" / "claims.yaml").read_text(encoding="utf-8"))["claims"]

@@ -3,10 +3,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastserve.errors import NothingFinishedError
+from fastserve.core.errors import NothingFinishedError
 from fastserve.latency import load_profile
-from harness.derived import NUM_DECILES, SETTLED, derived_metrics, times_alone
-from harness.runner import RunConfig, run
+from harness.analysis.derived import NUM_DECILES, SETTLED, derived_metrics, times_alone
+from harness.run.runner import RunConfig, run
 
 PROFILE = "a100-80g/opt-13b-tp1"
 

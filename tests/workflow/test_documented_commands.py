@@ -20,7 +20,8 @@ import typer
 from typer.testing import CliRunner
 
 from fastserve.cli import app as fastserve_app
-from fastserve.scheduler import list_policies, registry
+from fastserve.policies.discovery import list_policies
+from fastserve.scheduler import registry
 from harness.cli import app as fastbench_app
 from support.processes import ENVIRONMENT, ROOT
 from support.servers import command as server_command
@@ -62,7 +63,7 @@ INSTEAD = (
     Instead(r"sbatch ", "", "it needs a Slurm cluster"),
     Instead(r"torchrun ", "", "it needs several machines"),
     Instead(r"(vllm|lm_eval|guidellm|aiperf|inference-perf|locust|npx) ", "", "it is another project's client"),
-    Instead(r"python workflows/scripts/vllm_bench_serve.py", "help", "it needs vLLM"),
+    Instead(r"python tools/vllm_bench_serve.py", "help", "it needs vLLM"),
     Instead(r"python traces/build_tables.py", "help", "it needs files that are not ours to ship"),
 )
 
@@ -162,7 +163,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def in_the_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     list_policies()
-    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
+    monkeypatch.setattr(registry, "policies", dict(registry.policies))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -198,7 +199,7 @@ def test_a_command_that_cannot_be_run_here_would_be_taken(shown: Shown) -> None:
         assert done.returncode == 0, done.stderr
     elif found.check == "list":
         options = next(word for word in words if word.startswith("GPU_OPTIONS=")).partition("=")[2]
-        script = ROOT / "workflows/scripts/gpu_session.py"
+        script = ROOT / "tools/gpu_session.py"
         listed = [sys.executable, script, *shlex.split(options), "--list"]
         done = subprocess.run(listed, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fastserve.errors import ConfigError, NothingFinishedError, OutputError
-from fastserve.processes import worker_pool
-from harness.capacity_search import METRICS, Objective, Result, bisect, find_capacity
+from fastserve.core.errors import ConfigError, NothingFinishedError, OutputError
+from fastserve.core.processes import worker_pool
+from harness.analysis.capacity_search import METRICS, Objective, Result, bisect, find_capacity
 from harness.cli import app
-from harness.runner import RunConfig, run
-from harness.traces import RecordedLengths, reading
-from harness.traces.formats import LengthFormat
-from harness.traces.reading import read_lengths
+from harness.run.runner import RunConfig, run
+from harness.workload.traces import RecordedLengths, reading
+from harness.workload.traces.formats import LengthFormat
+from harness.workload.traces.reading import read_lengths
 
 PROFILE = "a100-80g/opt-13b-tp1"
 TRACE = "fixed:prompt=64,output=16"
@@ -214,7 +214,7 @@ def test_a_search_reads_a_trace_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read.append(format_.kind)
         return read_lengths(format_, *how)
 
-    monkeypatch.setattr("harness.traces.read_lengths", once)
+    monkeypatch.setattr("harness.workload.traces.read_lengths", once)
     found = find_capacity(config, Objective(SLO, seeds=(0, 1), low=4), tmp_path / "out", lambda line: None)
     assert found.capacity.value is not None
     assert read == ["csv"]

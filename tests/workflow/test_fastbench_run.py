@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from fastserve.errors import ConfigError, FastServeError, OutputError, TraceError
+from fastserve.core.errors import ConfigError, FastServeError, OutputError, TraceError
 from harness.cli import app
-from harness.folders import default_capacity_folder, default_folder
-from harness.results import COUNTED, REQUEST_COLUMNS, RunFolder, summarize
-from harness.runner import RunConfig, run
-from harness.traces import load_trace
+from harness.run.folders import default_capacity_folder, default_folder
+from harness.run.results import COUNTED, REQUEST_COLUMNS, RunFolder, summarize
+from harness.run.runner import RunConfig, run
+from harness.workload.traces import load_trace
 from support.timelines import threads_of
 
 ROOT = Path(__file__).parents[2]
@@ -401,7 +401,7 @@ def test_a_failed_write_keeps_the_earlier_results(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("harness.results.pq.write_table", full)
+    monkeypatch.setattr("harness.run.results.pq.write_table", full)
     with pytest.raises(OutputError, match="No space left on device; earlier results there were kept"):
         run(RunConfig(trace="alpaca", rate=2.0, num_requests=2, profile=PROFILE), tmp_path)
     assert (tmp_path / "summary.json").read_bytes() == before

@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 pytest.importorskip("torch")
 
 from fastserve.cli import app
-from fastserve.errors import ConfigError, OutputError
+from fastserve.core.errors import ConfigError, OutputError
 from fastserve.latency import AllReduce, DecodeFit, FittedLatency, PrefillCurve, PrefillFit, load_profile
-from fastserve.profiling import ProfileConfig, _without_all_reduces, measure_profile
-from harness.runner import RunConfig, run
+from fastserve.profiling.measure import ProfileConfig, _without_all_reduces, measure_profile
+from harness.run.runner import RunConfig, run
 
 
 @pytest.mark.parametrize("shape", ["--no-dense", "--dense"])

@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fastserve.clock import WallClock
-from fastserve.config import ModelConfig
-from fastserve.errors import ConfigError
+from fastserve.core.clock import WallClock
+from fastserve.core.config import ModelConfig
+from fastserve.core.errors import ConfigError
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, load_profile
-from fastserve.latency.profiler import fit, measure, with_overhead
-from fastserve.models import build_model, shared_models
-from harness.fidelity import METRICS, measure_fidelity, take_turns, verdict
+from fastserve.latency.fitting import fit, measure, with_overhead
+from fastserve.runtime.models import build_model, shared_models
+from harness.studies.fidelity import METRICS, measure_fidelity, take_turns, verdict
 
 POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
 

@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 import torch
 
-from fastserve.config import CacheConfig
-from fastserve.errors import ConfigError
-from harness import agreement, recorded
-from harness.agreement import compare, recorded_folders
-from harness.captions import recorded_caption
-from harness.plots import RECORDED_VIEWS, draw_recorded, recorded_of
-from harness.points import provenance
-from harness.recorded import MORE_TO_DO, Design, make_plan, read_plan, record
+from fastserve.core.config import CacheConfig
+from fastserve.core.errors import ConfigError
+from harness.analysis.points import provenance
+from harness.report.captions import recorded_caption
+from harness.report.plots import RECORDED_VIEWS, draw_recorded, recorded_of
+from harness.studies import agreement, recorded
+from harness.studies.agreement import compare, recorded_folders
+from harness.studies.recorded import MORE_TO_DO, Design, make_plan, read_plan, record
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ("fastserve", "fastserve-fcfs", "vllm")
@@ -30,7 +30,7 @@ SMALL = ("--max-batch-sizes", "2", "--memories", "all")
 def session(*arguments):
     parts = os.pathsep.join(str(ROOT / part) for part in ("system", "workflows", ""))
     return subprocess.run(
-        [sys.executable, ROOT / "workflows/scripts/gpu_session.py", *map(str, arguments)],
+        [sys.executable, ROOT / "tools/gpu_session.py", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": parts, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -23,15 +23,16 @@ import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 
-from fastserve.engine import IterationRecord
-from fastserve.errors import ConfigError, FastServeError, NothingFinishedError, ServerError
-from harness import http_replay, http_server
-from harness.capacity_search import Objective, find_capacity
-from harness.http_request import parse_extra_body
-from harness.http_server import message_of
-from harness.results import CLIENT_COLUMNS, REQUEST_COLUMNS
-from harness.runner import RunConfig, run
-from harness.workload import make_workload
+from fastserve.core.errors import ConfigError, FastServeError, NothingFinishedError, ServerError
+from fastserve.engine.engine import IterationRecord
+from harness.analysis.capacity_search import Objective, find_capacity
+from harness.client import replay as http_replay
+from harness.client import server as http_server
+from harness.client.request import parse_extra_body
+from harness.client.server import message_of
+from harness.run.results import CLIENT_COLUMNS, REQUEST_COLUMNS
+from harness.run.runner import RunConfig, run
+from harness.workload.workload import make_workload
 from support.openai_server import (
     DONE,
     Call,
@@ -895,7 +896,7 @@ def test_a_server_that_dies_midway_is_said(tmp_path: Path, capsys: pytest.Captur
 
 def test_only_a_run_over_http_needs_a_client() -> None:
     code = (
-        "import sys, harness.cli, harness.experiments; "
+        "import sys, harness.cli, harness.experiments.experiments; "
         "sys.exit(bool({'aiohttp', 'prometheus_client', 'transformers'} & set(sys.modules)))"
     )
     environment = {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}", "PATH": ""}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastserve
-from harness.meta import _commit_of_checkout
+from harness.run.meta import _commit_of_checkout
 
 ROOT = Path(__file__).parents[2]
 PROFILE = "a100-80g/opt-13b-tp1"
@@ -144,14 +144,14 @@ def test_an_install_inside_another_repository_has_not_its_commit(installed: Path
     inside = elsewhere / "packages"
     shutil.copytree(installed, inside)
     said = call_well(
-        sys.executable, "-c", "from harness.meta import environment_meta; print(environment_meta()['commit'])",
+        sys.executable, "-c", "from harness.run.meta import environment_meta; print(environment_meta()['commit'])",
         cwd=elsewhere, PYTHONPATH=str(inside),
     )  # fmt: skip
     assert said.strip() == commit
 
 
 def test_a_checkout_has_its_own_commit_and_says_where_it_was_changed(source: Path, commit: str) -> None:
-    file = source / "workflows/harness/meta.py"
+    file = source / "workflows/harness/run/meta.py"
     assert _commit_of_checkout(file) == commit
     text = file.read_text()
     try:

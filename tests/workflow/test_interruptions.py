@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastserve.console import Terminated
-from fastserve.engine import Observer
-from fastserve.errors import WorkerError
-from fastserve.job import Job
-from fastserve.processes import Leash, worker_pool
-from harness.runner import RunConfig, run
+from fastserve.core.console import Terminated
+from fastserve.core.errors import WorkerError
+from fastserve.core.processes import Leash, worker_pool
+from fastserve.engine.engine import Observer
+from fastserve.engine.job import Job
+from harness.run.runner import RunConfig, run
 from support.processes import ENVIRONMENT, FASTBENCH, descendants, have_ended, start, wait_until
 
 SIGNALS = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -84,7 +84,7 @@ def test_a_worker_that_is_killed_is_one_line() -> None:
 
 HOLDS = """
 import os, subprocess, sys
-from fastserve.processes import Leash
+from fastserve.core.processes import Leash
 leash = Leash()
 group = subprocess.Popen(["sh", "-c", "sleep 600 & sleep 600 & wait"], start_new_session=True)
 leash.hold(group.pid)

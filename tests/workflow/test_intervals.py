@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from harness.intervals import Estimate, estimate_of, mean_estimate, mean_of_draws, ratio_of_means, seed_draws
+from harness.analysis.intervals import Estimate, estimate_of, mean_estimate, mean_of_draws, ratio_of_means, seed_draws
 
 few = settings(max_examples=100)
 SAMPLES = arrays(float, st.integers(2, 12), elements=st.floats(0.5, 10))

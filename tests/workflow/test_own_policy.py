@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.experiments import Experiment, linked, points_of, with_defaults
-from harness.fidelity import service_rate
-from harness.runner import RunConfig, run
+from harness.experiments.experiments import Experiment, linked, points_of, with_defaults
+from harness.run.runner import RunConfig, run
+from harness.studies.fidelity import service_rate
 
 EXPERIMENTS = Path(__file__).parents[2] / "workflows/config/experiments"
 

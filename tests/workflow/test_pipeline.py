@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from harness.experiments import batches_of, linked, with_defaults
+from harness.experiments.experiments import batches_of, linked, with_defaults
 
 pytest.importorskip("snakemake")
 

@@ -13,12 +13,12 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fastserve.errors import ConfigError, OutputError
-from harness.intervals import mean_estimate, ratio_of_means
-from harness.plots import KINDS, draw, figure_of, flags_of, headline_of
-from harness.plots.elements import XAxis, capacity_text
-from harness.plots.ratios import LIMITS
-from harness.plots.style import (
+from fastserve.core.errors import ConfigError, OutputError
+from harness.analysis.intervals import mean_estimate, ratio_of_means
+from harness.report.plots import KINDS, draw, figure_of, flags_of, headline_of
+from harness.report.plots.elements import XAxis, capacity_text
+from harness.report.plots.ratios import LIMITS
+from harness.report.plots.style import (
     PARTS,
     POLICIES,
     bound,
@@ -27,7 +27,7 @@ from harness.plots.style import (
     scale_y,
     series_styles,
 )
-from harness.plots.tables import Tables
+from harness.report.plots.tables import Tables
 
 LATENCY = "mean_normalized_latency_s"
 SERIES = [

@@ -14,14 +14,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
-from fastserve.errors import ConfigError, ServerError
+from fastserve.core.errors import ConfigError, ServerError
+from fastserve.core.request import SamplingParams
 from fastserve.llm import LLM
-from fastserve.request import SamplingParams
-from harness.experiments import with_defaults
-from harness.model_folder import write_model_folder
-from harness.plots import flags_of
-from harness.points import read_table
-from harness.served import COMPARED, compared_with_first, measure_served
+from harness.analysis.points import read_table
+from harness.experiments.experiments import with_defaults
+from harness.report.plots import flags_of
+from harness.studies.model_folder import write_model_folder
+from harness.studies.served import COMPARED, compared_with_first, measure_served
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ("fastserve-fcfs", "fastserve")

@@ -4,11 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fastserve.errors import ConfigError
-from harness.experiments import with_defaults
-from harness.intervals import geometric_mean_of_ratios, mean_of_draws, percentile_interval, ratio_of_means, seed_draws
-from harness.points import paired, read_table, write_csv
-from harness.targets import COLUMNS, targets_table
+from fastserve.core.errors import ConfigError
+from harness.analysis.intervals import (
+    geometric_mean_of_ratios,
+    mean_of_draws,
+    percentile_interval,
+    ratio_of_means,
+    seed_draws,
+)
+from harness.analysis.points import paired, read_table, write_csv
+from harness.analysis.targets import COLUMNS, targets_table
+from harness.experiments.experiments import with_defaults
 
 SEEDS = 4
 RATIOS = {("a", 1): 0.5, ("a", 2): 0.8, ("b", 1): 0.9, ("b", 2): 1.2}

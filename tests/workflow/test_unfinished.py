@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from fastserve.errors import NothingFinishedError
-from fastserve.request import RequestStatus
-from harness.capacity_search import Objective, find_capacity
+from fastserve.core.errors import NothingFinishedError
+from fastserve.core.request import RequestStatus
+from harness.analysis.capacity_search import Objective, find_capacity
 from harness.cli import app
-from harness.outcome import SHOWN, Outcome, Unfinished
-from harness.runner import RunConfig, run
+from harness.run.outcome import SHOWN, Outcome, Unfinished
+from harness.run.runner import RunConfig, run
 from support.openai_server import OpenAIServer, complete, refuse
 
 SIM: dict[str, Any] = {"profile": "a100-80g/opt-13b-tp1"}

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from scripts.vllm_bench_serve import Call, disagreements, ttft_s
 from support.servers import running, simulated
+from tools.vllm_bench_serve import Call, disagreements, ttft_s
 
 CALL = Call("many at once, chat", 120, ())
 
@@ -56,7 +56,7 @@ def test_without_a_first_token_nothing_agrees() -> None:
 
 
 def test_the_servers_own_totals_are_read() -> None:
-    from scripts.vllm_bench_serve import counted
+    from tools.vllm_bench_serve import counted
 
     pytest.importorskip("uvicorn")
     with running(simulated) as server:

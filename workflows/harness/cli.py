@@ -8,19 +8,19 @@ from typing import Annotated
 
 import typer
 
-from fastserve.command import Version, new_app
-from fastserve.console import parse_stage_layers, run_app
-from fastserve.errors import ConfigError
+from fastserve.core.command import Version, new_app
+from fastserve.core.console import parse_stage_layers, run_app
+from fastserve.core.errors import ConfigError
+from fastserve.core.options import option_names
 from fastserve.latency import list_profiles, load_profile
-from fastserve.options import option_names
-from fastserve.scheduler import list_policies
-from fastserve.settings import parse_settings
-from harness.capacity_search import Objective, find_capacity
-from harness.folders import default_capacity_folder, default_folder
-from harness.http_request import parse_extra_body
-from harness.runner import RunConfig
-from harness.runner import run as run_benchmark
-from harness.traces import list_traces
+from fastserve.policies.discovery import list_policies
+from fastserve.policies.settings import parse_settings
+from harness.analysis.capacity_search import Objective, find_capacity
+from harness.client.request import parse_extra_body
+from harness.run.folders import default_capacity_folder, default_folder
+from harness.run.runner import RunConfig
+from harness.run.runner import run as run_benchmark
+from harness.workload.traces import list_traces
 
 app = new_app()
 

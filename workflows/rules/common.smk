@@ -10,11 +10,11 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from baselines.external.environment import RECIPES, has_nvidia_gpu
-from fastserve.errors import FastServeError
-from harness.agreement import recorded_folders
-from harness.captions import Finding
-from harness.claims import check_claims, claimed_experiments
-from harness.experiments import BOTH, SERVED, batches_of, check_experiment, linked, points_of, with_defaults
+from fastserve.core.errors import FastServeError
+from harness.studies.agreement import recorded_folders
+from harness.report.captions import Finding
+from harness.analysis.claims import check_claims, claimed_experiments
+from harness.experiments.experiments import BOTH, SERVED, batches_of, check_experiment, linked, points_of, with_defaults
 
 BASE = Path(workflow.basedir)
 SCHEMA = workflow.source_path("../schemas/experiment.schema.yaml")

@@ -6,7 +6,7 @@ rule draw:
             lambda wildcards: "capacity" in tables_of(wildcards.experiment), then="results/{experiment}/capacity.csv"
         ),
         reported=REPORTED_POINTS,
-        code=harness_files("plots", "captions.py", "derived.py", "intervals.py", "points.py"),
+        code=harness_files("report/plots", "report/captions.py", "analysis/derived.py", "analysis/intervals.py", "analysis/points.py"),
     output:
         png=report(
             "figures/{experiment}.png",
@@ -29,7 +29,7 @@ rule draw:
 rule draw_headline:
     input:
         table="results/headline/claims.csv",
-        code=harness_files("plots"),
+        code=harness_files("report/plots"),
     output:
         png=report(
             "figures/headline.png",

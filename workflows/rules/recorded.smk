@@ -2,7 +2,7 @@
 rule compare_recorded:
     input:
         recorded=files_of_recorded,
-        code=harness_files("agreement.py", "recorded.py", "fidelity.py"),
+        code=harness_files("studies/agreement.py", "studies/recorded.py", "studies/fidelity.py"),
     output:
         points="results/recorded-{gpu}/points.csv",
         captions="results/recorded-{gpu}/captions.json",
@@ -20,7 +20,7 @@ rule compare_recorded:
 rule draw_recorded:
     input:
         points="results/recorded-{gpu}/points.csv",
-        code=harness_files("plots", "captions.py"),
+        code=harness_files("report/plots", "report/captions.py"),
     output:
         png=report(
             "figures/recorded-{gpu}-{view}.png",

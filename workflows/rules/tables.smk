@@ -6,7 +6,7 @@ ruleorder: measure_served > collect
 rule collect:
     input:
         batches=lambda wildcards: batch_files(wildcards.experiment),
-        code=harness_files("points.py", "experiments.py"),
+        code=harness_files("analysis/points.py", "experiments/experiments.py"),
     output:
         "results/{experiment}/points.csv",
     log:
@@ -23,7 +23,7 @@ rule capacity:
     input:
         points="results/{experiment}/points.csv",
         reported=REPORTED_POINTS,
-        code=harness_files("points.py", "capacity.py", "intervals.py"),
+        code=harness_files("analysis/points.py", "analysis/capacity.py", "analysis/intervals.py"),
     output:
         "results/{experiment}/capacity.csv",
     log:
@@ -39,7 +39,7 @@ rule capacity:
 rule targets:
     input:
         points="results/{experiment}/points.csv",
-        code=harness_files("points.py", "targets.py", "intervals.py"),
+        code=harness_files("analysis/points.py", "analysis/targets.py", "analysis/intervals.py"),
     output:
         report(
             "results/{experiment}/targets.csv",
@@ -60,7 +60,7 @@ rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],
         reported=REPORTED_POINTS,
-        code=harness_files("points.py", "claims.py", "captions.py", "claims_page.py", "capacity.py", "intervals.py"),
+        code=harness_files("analysis/points.py", "analysis/claims.py", "report/captions.py", "report/claims_page.py", "analysis/capacity.py", "analysis/intervals.py"),
     output:
         table="results/headline/claims.csv",
         page=report(

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from fastserve.files import atomic_write
-from harness.captions import findings
-from harness.claims import Evidence, claims_table
-from harness.claims_page import claims_page
-from harness.points import load_reported, read_table, write_csv, write_json
+from fastserve.core.files import atomic_write
+from harness.analysis.claims import Evidence, claims_table
+from harness.analysis.points import load_reported, read_table, write_csv, write_json
+from harness.report.captions import findings
+from harness.report.claims_page import claims_page
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.points import points_table, read_json, write_csv
+from harness.analysis.points import points_table, read_json, write_csv
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

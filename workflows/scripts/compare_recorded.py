@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.agreement import compare, describe
-from harness.points import write_csv, write_json
+from harness.analysis.points import write_csv, write_json
+from harness.studies.agreement import compare, describe
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

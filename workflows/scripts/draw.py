@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.captions import provenance_caption
-from harness.experiments import BOTH
-from harness.plots import draw, flags_of
-from harness.points import load_reported, provenance, read_table
+from harness.analysis.points import load_reported, provenance, read_table
+from harness.experiments.experiments import BOTH
+from harness.report.captions import provenance_caption
+from harness.report.plots import draw, flags_of
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

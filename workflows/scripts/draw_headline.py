@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from joblog import logged
 
-from harness.plots import draw_headline
+from harness.report.plots import draw_headline
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

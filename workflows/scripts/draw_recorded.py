@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from joblog import logged
 
-from harness.captions import recorded_caption
-from harness.plots import draw_recorded
-from harness.points import provenance
+from harness.analysis.points import provenance
+from harness.report.captions import recorded_caption
+from harness.report.plots import draw_recorded
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.fidelity import ALONE, JUDGED, measure_fidelity, verdict
+from harness.studies.fidelity import ALONE, JUDGED, measure_fidelity, verdict
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

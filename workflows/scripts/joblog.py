@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from fastserve.console import exit_on_error, raise_on_signals
+from fastserve.core.console import exit_on_error, raise_on_signals
 
 
 class _Both:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from fastserve.errors import NothingFinishedError
+from fastserve.core.errors import NothingFinishedError
 from fastserve.latency import load_profile
-from harness.derived import derived_metrics
-from harness.experiments import run_name
-from harness.points import write_json
-from harness.runner import RunConfig, run
+from harness.analysis.derived import derived_metrics
+from harness.analysis.points import write_json
+from harness.experiments.experiments import run_name
+from harness.run.runner import RunConfig, run
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

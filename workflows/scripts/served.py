@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from joblog import logged
 
-from harness.served import measure_served
+from harness.studies.served import measure_served
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.points import read_table, write_csv
-from harness.targets import targets_table
+from harness.analysis.points import read_table, write_csv
+from harness.analysis.targets import targets_table
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

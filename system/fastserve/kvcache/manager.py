@@ -6,10 +6,10 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastserve.config import CacheConfig
+from fastserve.core.config import CacheConfig
+from fastserve.core.request import Request, RequestStatus
 from fastserve.kvcache.block_pool import BlockPool
 from fastserve.kvcache.errors import CacheError, OutOfBlocksError, WrongLocationError
-from fastserve.request import Request, RequestStatus
 
 
 class Location(enum.Enum):

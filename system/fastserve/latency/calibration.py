@@ -7,11 +7,11 @@ from dataclasses import asdict, fields, replace
 
 import numpy as np
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
+from fastserve.core.presets import preset
+from fastserve.latency.fitting import Shape
 from fastserve.latency.profile import Profile
-from fastserve.latency.profiler import Shape
 from fastserve.latency.roofline import A100_80G, Calibration, Gpu, predict
-from fastserve.presets import preset
 
 FITTED_SHAPES: tuple[Shape, ...] = (
     *(((length,), ()) for length in (64, 128, 256, 512, 1024, 2048)),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fastserve.errors import ConfigError
+from fastserve.core.errors import ConfigError
 from fastserve.latency.fitted import FittedLatency
 
 _SHORTEST_S, _LONGEST_S = 1e-6, 10.0

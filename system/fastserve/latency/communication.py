@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastserve.config import require_int, require_positive
-from fastserve.errors import ConfigError
+from fastserve.core.config import require_int, require_positive
+from fastserve.core.errors import ConfigError
 
 _HIDDEN_RISE = 0.01
 """Of the time of the largest message, where messages of several sizes take as long."""

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastserve.config import dtype_bytes, require_int
-from fastserve.errors import ConfigError
-from fastserve.files import atomic_write
+from fastserve.core.config import dtype_bytes, require_int
+from fastserve.core.errors import ConfigError
+from fastserve.core.files import atomic_write
+from fastserve.core.presets import PRESETS
 from fastserve.latency.base import LatencyModel
 from fastserve.latency.checks import check_bandwidth, check_times, fields, number, text
 from fastserve.latency.communication import AllReduce, HostLink, StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 from fastserve.latency.pipelined import PipelinedLatency
-from fastserve.presets import PRESETS
 
 FORMAT_VERSION = 4
 """Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`

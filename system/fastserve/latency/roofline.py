@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastserve.config import ModelConfig, dtype_bytes, require_int
-from fastserve.errors import ConfigError
+from fastserve.core.config import ModelConfig, dtype_bytes, require_int
+from fastserve.core.errors import ConfigError
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
 
 LARGE_BATCH = 95

@@ -1,8 +1,8 @@
-"""Which requests run next: the interface, what all policies share, and FastServe's own policies."""
+"""Which requests run next: the interface, what all policies share, and how policies are named."""
 
 from fastserve.scheduler.base import NoOptions, Scheduler
 from fastserve.scheduler.iteration import Drop, Iteration
-from fastserve.scheduler.registry import file_name, find_policy, list_policies, make_scheduler, register
+from fastserve.scheduler.registry import register
 from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions, SwapMode
 
 __all__ = [
@@ -13,9 +13,5 @@ __all__ = [
     "PreemptiveOptions",
     "Scheduler",
     "SwapMode",
-    "file_name",
-    "find_policy",
-    "list_policies",
-    "make_scheduler",
     "register",
 ]

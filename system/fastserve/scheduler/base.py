@@ -7,21 +7,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fastserve.config import SchedulerConfig
+from fastserve.core.config import SchedulerConfig
+from fastserve.core.request import AWAY, RESIDENT, Request, RequestStatus
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.latency import LatencyModel
-from fastserve.request import AWAY, RESIDENT, Request, RequestStatus
-from fastserve.scheduler.iteration import Iteration
+from fastserve.scheduler.iteration import Iteration, IterationResult
 from fastserve.scheduler.plan import IterationPlan
 from fastserve.scheduler.queue import MultiLevelQueue, ServiceOrder
 from fastserve.scheduler.swapping import MemoryOptions, ProactiveSwapping, SwapMode
-
-if TYPE_CHECKING:
-    from fastserve.executor.base import IterationResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
-"""Iteration: a scheduler's decision, as immutable data."""
+"""Iteration, a scheduler's decision, and IterationResult, what came of it: immutable data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from fastserve.core.logprobs import Scores
+from fastserve.core.request import Request
 from fastserve.kvcache import Transfer
-from fastserve.request import Request
 
 
 class Drop(NamedTuple):
@@ -33,3 +35,14 @@ class Iteration(NamedTuple):
     """Requests that were due to run and do not, because of a transfer that has not ended."""
     padded: bool = False
     """Every prompt takes the time of the longest and every decode token that of the longest context."""
+
+
+class IterationResult(NamedTuple):
+    """What came of an iteration."""
+
+    tokens: Sequence[int]
+    """One per request of the iteration, in its order; meaningless where the prompt is not yet wholly computed."""
+    start_s: float
+    end_s: float
+    scores: Mapping[int, Scores] | None = None
+    """Log probabilities, by a request's place in the iteration, of those that ask for some; None: none does."""

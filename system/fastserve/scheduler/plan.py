@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
 from fastserve.kvcache import Location, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
-from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
 from fastserve.scheduler.iteration import Drop, Iteration
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
 
-from fastserve.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
 
 
 class Gate(Protocol):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fastserve.config import require_int, require_positive
-from fastserve.errors import ConfigError
+from fastserve.core.config import require_int, require_positive
+from fastserve.core.errors import ConfigError
+from fastserve.core.request import RESIDENT, Request
 from fastserve.kvcache import Location
-from fastserve.request import RESIDENT, Request
 
 if TYPE_CHECKING:
     from fastserve.scheduler.base import Scheduler

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
 
-from fastserve.request import Request
+from fastserve.core.request import Request
 
 
 class Standing(Protocol):

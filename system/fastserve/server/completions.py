@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastserve.logprobs import TokenLogprobs
-from fastserve.request import SamplingParams
+from fastserve.core.logprobs import TokenLogprobs
+from fastserve.core.request import SamplingParams
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.errors import error_body
 from fastserve.server.json_text import json_in_pieces

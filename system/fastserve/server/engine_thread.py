@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from fastserve.engine import Engine, Observer, Observers
-from fastserve.errors import failure_reason
-from fastserve.job import Job
-from fastserve.request import Request, RequestStatus, SamplingParams
+from fastserve.core.errors import failure_reason
+from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.engine.engine import Engine, Observer, Observers
+from fastserve.engine.job import Job
 from fastserve.scheduler import Iteration
 from fastserve.server.model import ServedModel
 from fastserve.server.streams import Token, TokenStream, finish_reason, token_of

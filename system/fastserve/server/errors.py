@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
-from fastserve.errors import failure_reason
+from fastserve.core.errors import failure_reason
 from fastserve.server.log import logger
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

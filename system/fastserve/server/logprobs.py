@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fastserve.logprobs import TokenLogprobs
+from fastserve.core.logprobs import TokenLogprobs
 from fastserve.server.text import TextCodec
 
 _LEAST = -9999.0

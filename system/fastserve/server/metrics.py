@@ -18,9 +18,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fastserve.engine import Engine, Observer
-from fastserve.job import Job
-from fastserve.request import RequestStatus
+from fastserve.core.request import RequestStatus
+from fastserve.engine.engine import Engine, Observer
+from fastserve.engine.job import Job
 from fastserve.scheduler import Iteration
 from fastserve.server.state import EngineState
 

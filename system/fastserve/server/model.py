@@ -8,18 +8,18 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from fastserve.clock import WallClock
-from fastserve.config import EngineOptions
-from fastserve.countable_tokens import StandIns, countable_tokens
-from fastserve.engine import Engine
-from fastserve.errors import ConfigError
-from fastserve.generation_config import GenerationConfig
+from fastserve.core.clock import WallClock
+from fastserve.core.config import EngineOptions
+from fastserve.core.countable_tokens import StandIns, countable_tokens
+from fastserve.core.errors import ConfigError
+from fastserve.core.generation_config import GenerationConfig
+from fastserve.core.request import SamplingParams
+from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
+from fastserve.engine.engine import Engine
 from fastserve.latency import Profile, load_profile
-from fastserve.request import SamplingParams
 from fastserve.server.text import TextCodec
 from fastserve.server.version import software_version
-from fastserve.simulation import simulated_engine
-from fastserve.tokenizer import load_tokenizer, tokenizer_directory
+from fastserve.simulation.build import simulated_engine
 
 
 @dataclass(frozen=True)

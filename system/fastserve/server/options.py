@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.config import require_int, require_positive
-from fastserve.errors import ConfigError
+from fastserve.core.config import require_int, require_positive
+from fastserve.core.errors import ConfigError
 from fastserve.server.log import LOG_LEVELS
 
 _MOST_PORT = 65_535

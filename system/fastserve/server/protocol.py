@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from fastserve.logprobs import MOST_LOGPROBS
-from fastserve.request import SamplingParams
+from fastserve.core.logprobs import MOST_LOGPROBS
+from fastserve.core.request import SamplingParams
 from fastserve.server.errors import shown
 
 MAX_PROMPTS = 1024

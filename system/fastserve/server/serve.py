@@ -19,10 +19,11 @@ from functools import partial
 import uvicorn
 import uvloop
 
-from fastserve.config import CacheConfig, EngineOptions
-from fastserve.engine import Observers
-from fastserve.errors import ConfigError, FastServeError
-from fastserve.files import check_writable
+from fastserve.core.config import CacheConfig, EngineOptions
+from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.core.files import check_writable
+from fastserve.engine.engine import Observers
+from fastserve.engine.timeline import Timeline
 from fastserve.server.app import Server, ServerOptions, create_app
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.half_open import http_protocol
@@ -31,7 +32,6 @@ from fastserve.server.log import logger, say, start_log
 from fastserve.server.metrics import ServerMetrics
 from fastserve.server.model import ModelOptions, load_served_model
 from fastserve.server.state import RecentRequests
-from fastserve.timeline import Timeline
 
 _BACKLOG = 2048
 _LAST_WORDS_S = 2.0

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from fastserve.engine import NO_LOGPROBS
+from fastserve.engine.engine import NO_LOGPROBS
 from fastserve.server.body import Bodies, BodyLimits
 from fastserve.server.completions import Answer, EventStream, Prompt, answer_unless_gone
 from fastserve.server.engine_thread import EngineThread

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal, NamedTuple
 
-from fastserve.errors import FastServeError
-from fastserve.job import Job
-from fastserve.logprobs import TokenLogprobs
-from fastserve.request import RequestStatus
+from fastserve.core.errors import FastServeError
+from fastserve.core.logprobs import TokenLogprobs
+from fastserve.core.request import RequestStatus
+from fastserve.engine.job import Job
 
 FinishReason = Literal["length", "stop", "abort", "error"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from fastserve.countable_tokens import StandIns
+from fastserve.core.countable_tokens import StandIns
 from fastserve.server.errors import bad_request
 
 _PROMPT_TOKENS_SEEN = 8

@@ -1,0 +1,153 @@
+"""Configuration as plain frozen data, checked when it is made. No torch: a simulation imports this."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastserve.core.errors import ConfigError
+
+_LARGEST_INT = 10**12
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number of this type; ConfigError for a type we do not run."""
+    try:
+        return _DTYPE_BYTES[dtype]
+    except KeyError:
+        raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPE_BYTES)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture of a decoder-only model: everything needed to size its cache and to build it with dummy weights."""
+
+    name: str
+    architecture: Literal["opt", "llama"]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_model_len: int
+    """Longest prompt + output in tokens (position embeddings of OPT, `max_position_embeddings` of Llama)."""
+    tie_word_embeddings: bool = True
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    """Llama 3 frequency scaling in Hugging Face's keys, or None."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text; chat models have several."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model {self.name}: {self.num_heads} attention heads do not divide into {self.num_kv_heads} KV heads"
+            )
+
+    def kv_bytes_per_token(self, dtype: str = "float16") -> int:
+        """Bytes of key and value cache one token takes over all layers (819,200 for OPT-13B in fp16)."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes(dtype)
+
+    def num_parameters(self) -> int:
+        """Weights of the model, tied embeddings counted once; biases and norms are left out (below 0.1 %)."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        if self.architecture == "opt":
+            embeddings += self.max_model_len * self.hidden_size
+        return self.num_layers * self.layer_parameters() + embeddings
+
+    def layer_parameters(self) -> int:
+        """Weights of one layer, without biases and norms."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = (2 if self.architecture == "opt" else 3) * self.hidden_size * self.intermediate_size
+        return attention + mlp
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Size of the paged KV cache, in blocks of `block_size` tokens on the GPU and in host memory."""
+
+    num_gpu_blocks: int
+    num_host_blocks: int
+    block_size: int = 16
+    bytes_per_token: int = 0
+    """Bytes one token's keys and values take over all layers; prices a swap."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_gpu_blocks", 1), ("num_host_blocks", 0), ("block_size", 1), ("bytes_per_token", 0)):
+            require_int(name, getattr(self, name), least)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: what a transfer moves at the least."""
+        return self.block_size * self.bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits every policy obeys."""
+
+    max_batch_size: int
+    token_budget: int
+    """Prompt tokens one iteration may prefill; a longer prompt is scheduled alone."""
+    pipeline_depth: int = 1
+    """Iterations that may be in flight at a time."""
+
+    def __post_init__(self) -> None:
+        require_int("max_batch_size", self.max_batch_size, 1)
+        require_int("token_budget", self.token_budget, 1)
+        require_int("pipeline_depth", self.pipeline_depth, 1)
+
+    @property
+    def num_places(self) -> int:
+        """Requests that can be served at a time: a batch for every iteration in flight."""
+        return self.pipeline_depth * self.max_batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes of an engine, the same for every policy. Defaults are the FastServe artifact's.
+
+    None is left to whoever builds the engine: `simulated_engine` takes the profile's, `LLM` what memory allows.
+    """
+
+    max_batch_size: int = 16
+    token_budget: int = 2048
+    block_size: int = 16
+    num_gpu_blocks: int | None = None
+    num_host_blocks: int | None = None
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; a real engine is bounded by its model as well, a simulation is not."""
+    host_link_gb_per_s: float | None = None
+    """Simulations only: bandwidth between GPU and host memory in each direction, in 1e9 bytes/s over all GPUs."""
+
+    def __post_init__(self) -> None:
+        if self.host_link_gb_per_s is not None:
+            require_positive("host_link_gb_per_s", self.host_link_gb_per_s)
+        for name, least in (("max_batch_size", 1), ("token_budget", 1), ("block_size", 1)):
+            require_int(name, getattr(self, name), least)
+        for name, least in (("num_gpu_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 2)):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), least)
+
+    def scheduler_config(self, pipeline_depth: int = 1) -> SchedulerConfig:
+        """The limits the scheduler obeys."""
+        return SchedulerConfig(self.max_batch_size, self.token_budget, pipeline_depth)
+
+
+def require_int(name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless `value` is an integer of at least `least`, and one that arrays can count to."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value > _LARGEST_INT:
+        raise ConfigError(f"{name} must be an integer of at most {_LARGEST_INT:,}, got {value}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")

@@ -1,0 +1,193 @@
+"""What a request is: to its user (SamplingParams), and to a scheduler (Request: prompt and progress, no future)."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastserve.core.config import require_int
+from fastserve.core.errors import ConfigError
+from fastserve.core.logprobs import MOST_LOGPROBS
+
+Part = Literal[0, 1, 2]
+"""Where a request's cache is, as far as the order of service cares: one of the three below."""
+FRESH: Part = 0
+"""It has none: not begun, or dropped."""
+RESIDENT: Part = 1
+"""Wholly on the GPU."""
+AWAY: Part = 2
+"""In host memory, or on its way out or in."""
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands in its life."""
+
+    ACTIVE = "active"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    """What served it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn, when a request ends, and what is told of its tokens. Names and meanings are vLLM's.
+
+    Hidden from schedulers: in a replay, `max_tokens` is the future. A token depends on its request's own logits,
+    parameters, seed, position and tokens, never on the batch it ran in.
+
+    Raises ConfigError, which names the field, for a value out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    seed: int = 0
+    """With temperature > 0, the same seed draws the same tokens."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+    """Outputs for one prompt; output i draws with `seed + i`. A request is one output: `LLM` and the server make n."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one's probability are not drawn."""
+    min_tokens: int = 0
+    """So many tokens are generated before the end of sequence or a stop token can be drawn."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these can be drawn; None allows all."""
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    """Token ids and what is added to their logits, -100 to 100."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token generated already, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time a token was generated, -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in the prompt or the output and multiplies negative ones."""
+    logprobs: int | None = None
+    """Tell the log probability of each new token and of so many of the likeliest, up to 20; None: do not."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens."""
+    include_stop_str_in_output: bool = False
+    """Whether the text has what ended it: a stop text, or a stop token's."""
+    truncate_prompt_tokens: int | None = None
+    """Only so many tokens at the prompt's end are used; -1: as many as fit. `LLM` and the server cut the prompt."""
+
+    def __post_init__(self) -> None:
+        require_int("max_tokens", self.max_tokens, 1)
+        require_int("top_k", self.top_k, 0)
+        require_int("n", self.n, 1)
+        require_int("min_tokens", self.min_tokens, 0)
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be in [0, 1], got {self.min_p!r}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= (penalty := getattr(self, name)) <= 2:
+                raise ConfigError(f"{name} must be in [-2, 2], got {penalty!r}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(f"repetition_penalty must be a finite number above 0, got {self.repetition_penalty!r}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                require_int(name, count, 0)
+                if count > MOST_LOGPROBS:
+                    raise ConfigError(f"{name} must be at most {MOST_LOGPROBS}, got {count}")
+        if self.truncate_prompt_tokens not in (None, -1):
+            require_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ConfigError("allowed_token_ids is empty, so no token can be drawn; leave it out or name some")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            for token, bias in self.logit_bias.items():
+                if not -100 <= bias <= 100:
+                    raise ConfigError(f"logit_bias of token {token} must be in [-100, 100], got {bias!r}")
+
+    @property
+    def asks_logprobs(self) -> bool:
+        """Whether any log probability is to be told."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
+    def conflict(self, vocab_size: int | None, eos_token_ids: Sequence[int] = ()) -> tuple[str, str] | None:
+        """A field that no model of that vocabulary can satisfy, and why; None if there is none.
+
+        `vocab_size` None: unknown, as in a simulation, where tokens are not drawn.
+        """
+        if vocab_size is None:
+            return None
+        for name in ("allowed_token_ids", "logit_bias"):
+            for token in getattr(self, name) or ():
+                if not 0 <= token < vocab_size:
+                    return name, f"{name}: token id {token}; the model's vocabulary has ids from 0 to {vocab_size - 1}"
+        if self.min_tokens and self.allowed_token_ids is not None:
+            ends = {*self.stop_token_ids, *eos_token_ids}
+            if ends.issuperset(self.allowed_token_ids):
+                return "allowed_token_ids", (
+                    f"allowed_token_ids has only tokens that end the output, which min_tokens={self.min_tokens} keeps "
+                    "back; allow another or leave min_tokens out"
+                )
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation job as a scheduler sees it.
+
+    `num_tokens` counts the prompt and what has been generated; `num_computed_tokens` counts those whose keys and
+    values are in the cache. Whatever is between them is what the next iterations must compute: a fresh prompt, the
+    rest of a chunked one, a recomputation after a dropped cache, or the single token sampled last. There are no phases.
+    """
+
+    request_id: str
+    arrival_s: float
+    num_prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt, then generated tokens; empty in a simulation."""
+    max_output_tokens: int = 0
+    """The bound a user declared or the model sets, for policies that reserve memory for it; not the real length."""
+    num_tokens: int = field(init=False)
+    num_computed_tokens: int = field(init=False, default=0)
+    status: RequestStatus = field(init=False, default=RequestStatus.ACTIVE)
+    in_flight: bool = field(init=False, default=False)
+    """Part of an iteration that was submitted and not yet collected."""
+    level: int = field(init=False, default=0)
+    """Queue it stands in, smaller is more urgent; stays 0 in policies with one queue."""
+    position: int = field(init=False, default=0)
+    """Place in that queue, smaller is nearer the front. Kept, with `part` and `level`, by the scheduler's queue."""
+    part: Part = field(init=False, default=0)
+    num_tokens_at_swap_in: int = field(init=False, default=-1)
+    """Computed tokens when its cache last came back to the GPU: as many still, and it has not run since."""
+    cache_capacity: int = field(init=False, default=0)
+    """Tokens its cache has room for, 0 unless that is wholly on the GPU. Kept by the KVCacheManager."""
+    standing: Any = field(init=False, default=None, repr=False)
+    """Belongs to the scheduling policy: whatever it needs to know of the request to order it."""
+
+    def __post_init__(self) -> None:
+        require_int(f"request {self.request_id}: num_prompt_tokens", self.num_prompt_tokens, 1)
+        self.num_tokens = self.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the newest token is in the cache, so that one token is all there is to compute."""
+        return self.num_tokens - self.num_computed_tokens == 1 and self.num_computed_tokens > 0
+
+    @classmethod
+    def from_tokens(cls, request_id: str, arrival_s: float, token_ids: Sequence[int]) -> Request:
+        """A request for a real executor, which needs the prompt itself."""
+        return cls(request_id, arrival_s, len(token_ids), list(token_ids))

@@ -1,0 +1,1 @@
+"""The engine loop, what it records, and the interface of what executes its decisions."""

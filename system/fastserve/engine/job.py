@@ -1,0 +1,114 @@
+"""Job: what the engine knows of a request and a scheduler must not: when it ends, and what was measured of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fastserve.core.logprobs import RequestLogprobs
+from fastserve.core.request import Request, RequestStatus, SamplingParams
+
+
+@dataclass(slots=True)
+class Job:
+    """A request, its stop condition and its measurements. Times are in seconds on the engine's clock."""
+
+    request: Request
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    max_tokens: int = field(init=False)
+    """Prompt and output together, at the most."""
+    stop_token_ids: frozenset[int] = field(init=False)
+    """Tokens that end it, the end of sequence among them unless ignored."""
+    min_tokens: int = field(init=False)
+    """Prompt and output together, before which those do not end it."""
+    logprobs: RequestLogprobs | None = field(init=False, default=None)
+    """What is told of its tokens; None unless it asks."""
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
+    max_token_gap_s: float = 0.0
+    swapping_s: float = 0.0
+    """Time it was chosen to run and waited for a transfer, its own or another's."""
+    execution_s: float = 0.0
+    preemptions: int = 0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
+    recomputed_tokens: int = 0
+    error: str = ""
+    """Why it was rejected or failed; empty otherwise."""
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.request.num_prompt_tokens + self.params.max_tokens
+        self.min_tokens = self.request.num_prompt_tokens + self.params.min_tokens
+        if self.params.asks_logprobs:
+            self.logprobs = RequestLogprobs()
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        self.stop_token_ids = frozenset((*self.params.stop_token_ids, *eos))
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """The row of requests.parquet."""
+        request = self.request
+        finished_s = _or_nan(self.finished_s)
+        return RequestMetrics(
+            request_id=request.request_id,
+            status=request.status.value,
+            arrival_s=request.arrival_s,
+            first_scheduled_s=_or_nan(self.first_scheduled_s),
+            first_token_s=_or_nan(self.first_token_s),
+            finished_s=finished_s,
+            prompt_tokens=request.num_prompt_tokens,
+            output_tokens=request.num_output_tokens,
+            queueing_s=finished_s - request.arrival_s - self.swapping_s - self.execution_s,
+            swapping_s=self.swapping_s,
+            execution_s=self.execution_s,
+            max_token_gap_s=self.max_token_gap_s,
+            preemptions=self.preemptions,
+            swap_out_bytes=self.swap_out_bytes,
+            swap_in_bytes=self.swap_in_bytes,
+            recomputed_tokens=self.recomputed_tokens,
+            error=self.error,
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it left the system, for whatever reason."""
+        return self.request.status is not RequestStatus.ACTIVE
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """What was measured of one request; times in seconds from the start of the run. NaN: never happened."""
+
+    request_id: str
+    status: str
+    arrival_s: float
+    first_scheduled_s: float
+    first_token_s: float
+    finished_s: float
+    prompt_tokens: int
+    output_tokens: int
+    queueing_s: float
+    swapping_s: float
+    execution_s: float
+    """queueing_s + swapping_s + execution_s is the job completion time."""
+    max_token_gap_s: float
+    """Longest time between two consecutive output tokens."""
+    preemptions: int
+    swap_out_bytes: int
+    swap_in_bytes: int
+    recomputed_tokens: int
+    error: str
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time between output tokens; NaN for fewer than two."""
+        if self.output_tokens < 2:
+            return math.nan
+        return (self.finished_s - self.first_token_s) / (self.output_tokens - 1)
+
+
+def _or_nan(time_s: float | None) -> float:
+    return math.nan if time_s is None else time_s

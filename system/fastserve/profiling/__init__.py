@@ -1,0 +1,1 @@
+"""Measure a machine and write a profile of it: `fastserve profile`."""

@@ -1,0 +1,1 @@
+"""Everything that needs torch: kernels, models, workers, ranks and the executors that drive them."""

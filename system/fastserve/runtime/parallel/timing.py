@@ -1,0 +1,97 @@
+"""Time what ranks tell one another, by size of the message, while they compute nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastserve.core.parallel import Place
+from fastserve.runtime.parallel.groups import Ranks
+
+_BUSY_S = 5e-3
+"""Long enough for a message to have been sent before it is received."""
+
+
+def time_all_reduces(ranks: Ranks, sizes: Sequence[int], like: Tensor, repeats: int) -> list[float]:
+    """Median seconds of an all-reduce among the shards of a stage, for each of these sizes.
+
+    Args:
+        ranks: how this rank reaches the others, of which all call this.
+        sizes: bytes of one shard's message.
+        like: of the messages' dtype and device.
+        repeats: after one to warm up.
+    """
+    medians = []
+    for size in sizes:
+        x = _message(size, like)
+
+        def once(x: Tensor = x) -> None:
+            ranks.group.all_reduce(x)
+
+        medians.append(_median(once, repeats, like.device))
+    return medians
+
+
+def time_sends(place: Place, ranks: Ranks, sizes: Sequence[int], like: Tensor, repeats: int) -> list[float]:
+    """Mean seconds in which a stage receives what the stage before has sent and, meanwhile, computes on.
+
+    As in a full pipeline: where the processor is shared, what carries the message has to wait for it. One link between
+    two stages after the other, all shards at once. Arguments as for `time_all_reduces`. Empty on the first stage.
+    """
+    means: list[float] = []
+    for stage in range(max(0, place.stage - 1), min(place.stage + 1, place.num_stages - 1)):
+        sends = place.stage == stage
+        other = place.rank + (place.num_shards if sends else -place.num_shards)
+        for size in sizes:
+            x, ready = _message(size, like), _message(1, like)
+            seconds = []
+            for _ in range(1 + repeats):
+                with ranks.progress.waiting(f"stage {other // place.num_shards}"):
+                    if sends:
+                        torch.distributed.recv(ready, other)
+                        sent: Any = torch.distributed.isend(x, other)
+                        _compute(3 * _BUSY_S)
+                        sent.wait()
+                    else:
+                        torch.distributed.send(ready, other)
+                        _compute(_BUSY_S)
+                        start = time.perf_counter()
+                        torch.distributed.recv(x, other)
+                        _end(like.device)
+                        seconds.append(time.perf_counter() - start)
+            if not sends:
+                means.append(statistics.mean(seconds[1:]))
+    return means
+
+
+def _compute(seconds: float) -> None:
+    """Keep a core busy for so long."""
+    x, weight = torch.ones(16, 256), torch.ones(256, 256)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        x @ weight
+
+
+def _message(size: int, like: Tensor) -> Tensor:
+    return like.new_zeros(max(1, size // like.element_size()))
+
+
+def _median(once: Callable[[], None], repeats: int, device: torch.device) -> float:
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        once()
+        _end(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _end(device: torch.device) -> None:
+    """Wait for what a GPU has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,211 @@
+"""What the engine and its ranks say to each other on the control channel (`fastserve.runtime.parallel.channel`).
+
+rank                                  engine
+hello: who and where it is, versions  →
+                                      ←  configure: a RankConfig
+configured: digest, blocks that fit   →
+                                      ←  load: blocks of both pools
+ready                                 →
+                                      ←  run: an iteration; copy: transfers of its part of the caches
+free: the first stage has ended one   →
+tokens: the last stage has ended one  →
+copied: a transfer                    →
+                                      ←  probe: an iteration, of which each stage computes its part by itself
+probed: how long that took a stage    →
+                                      ←  exchange: sizes of messages between ranks to be timed
+exchanged: how long they took a stage →
+alive: what it does, every second     →
+failed: why, at any time              →
+                                      ←  stop
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastserve
+from fastserve.core.logprobs import Scores, TokenLogprobs
+from fastserve.core.parallel import ParallelConfig
+from fastserve.kvcache import Direction, Transfer
+from fastserve.runtime.models import SequenceInput
+from fastserve.runtime.parallel.channel import Message, frame
+from fastserve.runtime.worker.extras import Extras, LogitChanges, PromptTargets, RowExtras
+from fastserve.runtime.worker.runner import Computed
+from fastserve.runtime.worker.sampler import SamplingLike
+
+DIRECTIONS = tuple(Direction)
+"""By their number on the wire."""
+WORK = ("run", "probe", "exchange")
+"""Messages that a rank computes for, one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankConfig:
+    """What every rank is told. Defaults are those of `LLM`."""
+
+    model: str
+    load_format: str = "auto"
+    device: str = "cpu"
+    """"cpu" or "cuda"; of several GPUs a rank takes the one of its number on its machine."""
+    dtype: str = "float32"
+    seed: int = 0
+    block_size: int = 16
+    max_batch_size: int = 16
+    token_budget: int = 2048
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    torch_threads: int | None = None
+    """Threads a rank computes with; None leaves it torch's choice."""
+    timeout_s: float = 8.0
+    """Silence after which the other side is given up."""
+    ranks_on_host: int = 1
+    """Ranks that share the memory of this one's machine: told each by the group, which finds out."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The shape of the ranks."""
+        return ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size, self.stage_layers)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What must be the same in all processes: other code computes other things."""
+    source = hashlib.sha256()
+    root = Path(fastserve.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        source.update(path.relative_to(root).as_posix().encode())
+        source.update(path.read_bytes())
+    return {
+        "fastserve": f"{fastserve.__version__} (source {source.hexdigest()[:12]})",
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+class _Sampling(NamedTuple):
+    """A `SamplingLike` off the wire."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+    min_p: float
+
+
+_GREEDY = _Sampling(0.0, 1.0, None, None, 0.0)
+
+
+def run_frame(
+    index: int,
+    sequences: Sequence[SequenceInput],
+    sampling: Sequence[SamplingLike],
+    extras: Extras | None = None,
+    kind: str = "run",
+) -> bytes:
+    """The message that has every rank compute iteration number `index`, or with "probe" its part of one by itself."""
+    numbers = [index, len(sequences)]
+    for one in sequences:
+        token_ids, block_table = one.token_ids, one.block_table
+        numbers += (one.start, len(token_ids), len(block_table))
+        numbers += token_ids
+        numbers += block_table
+    fields: dict[str, Any] = {}
+    if any(params.temperature for params in sampling):
+        fields["sampling"] = [
+            (p.temperature, p.top_p, p.top_k, p.seed, p.min_p) if p.temperature else None for p in sampling
+        ]
+    if extras:
+        fields["extras"] = [(place, *_packed(one)) for place, one in extras.items()]
+    return frame(kind, numbers, **fields)
+
+
+def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[SamplingLike], Extras | None]:
+    """What `run_frame` was given."""
+    numbers = message.numbers
+    index, count = numbers[0], numbers[1]
+    at, sequences = 2, []
+    for _ in range(count):
+        tokens_end = at + 3 + numbers[at + 1]
+        end = tokens_end + numbers[at + 2]
+        sequences.append(SequenceInput(numbers[at + 3 : tokens_end], numbers[at], numbers[tokens_end:end]))
+        at = end
+    drawn = message.fields.get("sampling") or [None] * count
+    sampling: list[SamplingLike] = [_GREEDY if one is None else _Sampling(*one) for one in drawn]
+    packed = message.fields.get("extras")
+    extras = None if packed is None else {place: _unpacked(*one) for place, *one in packed}
+    return index, sequences, sampling, extras
+
+
+def _packed(extras: RowExtras) -> tuple[Any, ...]:
+    """As JSON takes it, in which the keys of an object would be text."""
+    changes = extras.changes
+    if changes is not None:
+        *others, counts = changes
+        return (*others, list(counts.items())), extras.logprobs, extras.prompt
+    return None, extras.logprobs, extras.prompt
+
+
+def _unpacked(changes: list[Any] | None, logprobs: int | None, prompt: list[Any] | None) -> RowExtras:
+    if changes is not None:
+        *others, counts = changes
+        changes = [*others, dict(counts)]
+    return RowExtras(
+        None if changes is None else LogitChanges(*changes),
+        logprobs,
+        None if prompt is None else PromptTargets(*prompt),
+    )
+
+
+def tokens_frame(index: int, computed: Computed) -> bytes:
+    """The message that says what came of iteration number `index`."""
+    numbers = (index, *computed.tokens)
+    if not computed.scores:
+        return frame("tokens", numbers)
+    return frame("tokens", numbers, scores=[(place, *one) for place, one in computed.scores.items()])
+
+
+def parse_tokens(message: Message) -> Computed:
+    """What `tokens_frame` was given."""
+    packed = message.fields.get("scores")
+    if packed is None:
+        return Computed(message.numbers[1:])
+    scores = {
+        place: Scores([_token_logprobs(each) for each in prompt], None if token is None else _token_logprobs(token))
+        for place, prompt, token in packed
+    }
+    return Computed(message.numbers[1:], scores)
+
+
+def _token_logprobs(packed: list[Any]) -> TokenLogprobs:
+    token, logprob, rank, top = packed
+    return TokenLogprobs(token, logprob, rank, [(other, likelihood) for other, likelihood in top])
+
+
+def copy_frame(transfers: Iterable[tuple[int, Transfer]]) -> bytes:
+    """The message that has every rank copy its part of these transfers, each with a number."""
+    numbers: list[int] = []
+    for index, transfer in transfers:
+        numbers += (index, DIRECTIONS.index(transfer.direction), len(transfer.source))
+        numbers += transfer.source
+        numbers += transfer.destination
+    return frame("copy", numbers)
+
+
+def parse_copies(message: Message) -> Iterator[tuple[int, Direction, list[int], list[int]]]:
+    """Number, direction, sources and destinations of each transfer that `copy_frame` was given."""
+    numbers, at = message.numbers, 0
+    while at < len(numbers):
+        index, direction, count = numbers[at : at + 3]
+        middle, end = at + 3 + count, at + 3 + 2 * count
+        yield index, DIRECTIONS[direction], numbers[at + 3 : middle], numbers[middle:end]
+        at = end

@@ -1,0 +1,66 @@
+"""A simulated engine: the real scheduler and cache manager on a simulated executor. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastserve.core.clock import Clock, VirtualClock
+from fastserve.core.config import CacheConfig, EngineOptions
+from fastserve.engine.engine import Engine
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import Profile
+from fastserve.policies.discovery import make_scheduler
+from fastserve.simulation.executor import SimulatedExecutor
+
+HOST_SWAP_BYTES = 56_000_000_000
+"""Host memory for swapped caches where `num_host_blocks` is not set: the artifact's 56 GB."""
+
+
+def simulated_engine(
+    profile: Profile,
+    policy: str = "fastserve",
+    policy_options: Mapping[str, Any] | None = None,
+    options: EngineOptions | None = None,
+    clock: Clock | None = None,
+    token_ids: Sequence[int] = (),
+) -> Engine:
+    """An engine that takes the time `profile` says, with the cache that fits the profile's hardware.
+
+    In virtual time, or with a WallClock in real time, for a server: its tokens are then numbered, or with `token_ids`
+    these in turn, over and over.
+    Raises ConfigError for an unknown policy or option. Bounded by the cache, not by the model's context: lengths are
+    the workload's, and a simulation has no position embeddings to run out of; set `max_model_len` to bound it.
+    """
+    options = options or EngineOptions()
+    block_bytes = options.block_size * profile.kv_bytes_per_token
+    cache = CacheConfig(
+        num_gpu_blocks=_or_default(options.num_gpu_blocks, profile.kv_capacity_tokens // options.block_size),
+        num_host_blocks=_or_default(options.num_host_blocks, HOST_SWAP_BYTES // block_bytes),
+        block_size=options.block_size,
+        bytes_per_token=profile.kv_bytes_per_token,
+    )
+    kv = KVCacheManager(cache)
+    real_time = clock is not None
+    clock = clock or VirtualClock()
+    host_link = profile.host_link
+    if options.host_link_gb_per_s is not None:
+        host_link = dataclasses.replace(host_link, bandwidth_bytes_per_s=options.host_link_gb_per_s * 1e9)
+    limits = options.scheduler_config(profile.pipeline_parallel_size)
+    scheduler = make_scheduler(policy, policy_options or {}, limits, kv, profile.latency)
+    executor = SimulatedExecutor(
+        profile.stages,
+        host_link,
+        clock,
+        stage_link=profile.stage_link,
+        number_tokens=real_time,
+        token_ids=token_ids,
+    )
+    engine = Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
+    engine.jumps = not real_time  # The tokens of iterations computed ahead could not be told one by one.
+    return engine
+
+
+def _or_default(value: int | None, default: int) -> int:
+    return default if value is None else value

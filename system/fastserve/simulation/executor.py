@@ -1,0 +1,167 @@
+"""SimulatedExecutor: iterations and transfers take the time a model says, under a virtual clock."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastserve.core.clock import Clock
+from fastserve.engine.executor import Executor, FinishedTransfer
+from fastserve.kvcache import Direction
+from fastserve.latency import HostLink, LatencyModel, StageLink, decode_times
+from fastserve.scheduler.iteration import Iteration, IterationResult
+
+
+class SimulatedExecutor(Executor):
+    """The stages of the pipeline, the links between them and the two directions of the host link work side by side.
+
+    Each of them does one thing at a time, in the order submitted: a stage an iteration, for the time `stage` says; a
+    stage link the activations of one iteration; a direction of the host link one transfer, at its bandwidth after its
+    latency. The first stage is free for the next iteration when it has ended its own part: nobody waits for a send but
+    who receives it. Every GPU has a host link of its own for its part of a cache, and all parts of one move alike, so
+    they are priced as one transfer over `host_link`, which is the sum of those links.
+    """
+
+    has_logits = False
+
+    def __init__(
+        self,
+        stages: Sequence[LatencyModel],
+        host_link: HostLink,
+        clock: Clock,
+        *,
+        stage_link: StageLink | None = None,
+        number_tokens: bool = False,
+        token_ids: Sequence[int] = (),
+    ) -> None:
+        """`stages` from the first to the last, each as long as its own part of an iteration takes; `stage_link` between
+        two of them, None for sends that take no time. `clock` is a virtual one, or a real one that is slept on.
+
+        A token is 0, or with `number_tokens` its place in the output, so that a client of a simulated server sees if
+        one is lost or comes twice. With `token_ids`, it is the one at that place among these, over and over.
+        """
+        self.max_in_flight = len(stages)
+        self._kinds = tuple(dict.fromkeys(stages))
+        """Stages that are equal take the same time, which is computed once."""
+        self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
+        self._host_link = host_link
+        self._stage_link = stage_link
+        self._clock = clock
+        self._number_tokens = number_tokens
+        self._token_ids = token_ids
+        self._stages_free_at = [0.0] * len(stages)
+        self._links_free_at = [0.0] * len(stages)
+        """Of the link into each stage; the first has none."""
+        self._computing: deque[IterationResult] = deque()
+        self._transfers: list[tuple[float, int, FinishedTransfer]] = []
+        self._num_transfers = 0
+        self._direction_free_at = {Direction.OUT: 0.0, Direction.IN: 0.0}
+
+    @property
+    def can_submit(self) -> bool:
+        """Whether the first stage has ended the last iteration submitted."""
+        return self._stages_free_at[0] <= self._clock.now()
+
+    @property
+    def can_collect(self) -> bool:
+        """Whether the end of the oldest iteration lies in the past."""
+        return bool(self._computing) and self._computing[0].end_s <= self._clock.now()
+
+    def submit(self, iteration: Iteration) -> None:
+        """Price the iteration and its transfers."""
+        now = self._clock.now()
+        for transfer in (*iteration.swap_out, *iteration.swap_in):
+            start = max(now, self._direction_free_at[transfer.direction])
+            end = start + self._host_link.transfer_time(transfer.num_bytes)
+            self._direction_free_at[transfer.direction] = end
+            self._num_transfers += 1
+            heapq.heappush(self._transfers, (end, self._num_transfers, FinishedTransfer(transfer, start, end)))
+        if iteration.requests:
+            prefill_lens, context_lens, prefix_lens = _shape(iteration)
+            seconds = [kind.iteration_time(prefill_lens, context_lens, prefix_lens) for kind in self._kinds]
+            end = self._stages_free_at[0] = now + seconds[0]
+            if self.max_in_flight > 1:
+                end = self._through_later_stages(end, seconds, sum(prefill_lens) + len(context_lens))
+            tokens: tuple[int, ...] = (0,) * len(iteration.requests)
+            if self._number_tokens:
+                tokens = tuple(self._token(request.num_output_tokens) for request in iteration.requests)
+            self._computing.append(IterationResult(tokens, now, end))
+
+    def _token(self, place: int) -> int:
+        return self._token_ids[place % len(self._token_ids)] if self._token_ids else place
+
+    def _through_later_stages(self, end: float, seconds: Sequence[float], num_tokens: int) -> float:
+        """When the last stage ends an iteration that the first ends at `end`; `seconds` by kind of stage."""
+        stage_link, stages_free_at, links_free_at = self._stage_link, self._stages_free_at, self._links_free_at
+        sending = stage_link.transfer_time(num_tokens) if stage_link else 0.0
+        rendezvous = stage_link is not None and stage_link.rendezvous
+        for stage in range(1, self.max_in_flight):
+            start = max(end, links_free_at[stage])
+            if rendezvous:
+                start = max(start, stages_free_at[stage])
+            arrived = links_free_at[stage] = start + sending
+            end = stages_free_at[stage] = max(arrived, stages_free_at[stage]) + seconds[self._kind_of_stage[stage]]
+        return end
+
+    def foresee(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
+        """One after the other without a gap, as `submit` would price them."""
+        if self._computing or iteration.padded or self.max_in_flight > 1:
+            return None
+        durations = decode_times(self._kinds[0], [request.num_tokens for request in iteration.requests], count)
+        if self._transfers:
+            until = min(until, self._transfers[0][0])
+        ends = np.add.accumulate(np.concatenate(([self._clock.now()], durations)))
+        # Iteration k starts at ends[k].
+        return ends[1 : 1 + int(np.searchsorted(ends[:-1], until, side="left"))]
+
+    def collect(self) -> IterationResult:
+        """Jump to the end of the oldest iteration."""
+        result = self._computing.popleft()
+        self._clock.sleep_until(result.end_s)
+        return result
+
+    def wait(self, until: float) -> None:
+        """Jump to whatever is next."""
+        if self._transfers:
+            until = min(until, self._transfers[0][0])
+        if self._computing:
+            until = min(until, self._computing[0].end_s)
+            if self._stages_free_at[0] > self._clock.now():
+                until = min(until, self._stages_free_at[0])
+        self._clock.sleep_until(until)
+
+    def finished_transfers(self) -> list[FinishedTransfer]:
+        """Transfers whose end lies in the past, in the order they ended."""
+        finished = []
+        now = self._clock.now()
+        while self._transfers and self._transfers[0][0] <= now:
+            finished.append(heapq.heappop(self._transfers)[2])
+        return finished
+
+    @property
+    def num_transfers_in_flight(self) -> int:
+        """Transfers that have not been reported as finished."""
+        return len(self._transfers)
+
+
+def _shape(iteration: Iteration) -> tuple[list[int], list[int], list[int]]:
+    """Prompt tokens, decode contexts and, if some prompts are chunks, the tokens before each; with the padding."""
+    if sum(iteration.num_scheduled_tokens) == len(iteration.requests) and not iteration.padded:
+        context_lens = [request.num_computed_tokens + 1 for request in iteration.requests]
+        if min(context_lens) > 1:  # All decode.
+            return [], context_lens, []
+    prefill_lens, prefix_lens, context_lens = [], [], []
+    for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
+        num_computed = request.num_computed_tokens
+        if num_scheduled <= 1 and num_computed:
+            context_lens.append(num_computed + num_scheduled)
+        else:
+            prefill_lens.append(num_scheduled)
+            prefix_lens.append(num_computed)
+    if iteration.padded:
+        prefill_lens = [max(prefill_lens)] * len(prefill_lens) if prefill_lens else prefill_lens
+        context_lens = [max(context_lens)] * len(context_lens) if context_lens else context_lens
+    return prefill_lens, context_lens, prefix_lens if any(prefix_lens) else []

@@ -1,5 +1,0 @@
-"""One rank: its model, its KV pools, and the copies between them."""
-
-from fastserve.worker.worker import Worker
-
-__all__ = ["Worker"]

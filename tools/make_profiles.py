@@ -1,0 +1,342 @@
+"""Write the profiles shipped under system/fastserve/latency/profiles, and say how good the predicted ones are.
+
+    python tools/make_profiles.py --fits a100_80g_fits.json   measured ones from their source, and derived
+    python tools/make_profiles.py                             derived ones, from the measured ones shipped
+    python tools/make_profiles.py --check                     the tables of docs/calibration.md; no writing
+
+A derived profile starts from the measured fit of its engine, model and tensor-parallel size where there is one: carried
+over to the GPU's memory bandwidth, and divided by the number of pipeline stages. Elsewhere it is the roofline's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fastserve.core.presets import preset
+from fastserve.latency.calibration import CHECKED_SHAPES, calibrate, relative_errors
+from fastserve.latency.communication import HostLink, StageLink
+from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.profile import Profile, list_profiles, load_profile
+from fastserve.latency.roofline import A100_40G, A100_80G, Calibration, Gpu, predict, transfer
+
+TARGET = Path(__file__).parents[1] / "system/fastserve/latency/profiles"
+ENGINES = ("swifttransformer", "vllm")
+BAD_FITS = {("vllm", "opt-66b", "tp2"): "its quadratic prefill coefficient is negative"}
+FOLDERS = {"a100-40g": A100_40G, "a100-80g": A100_80G}
+DERIVED = {
+    "a100-40g": (("opt-13b", 1, 1), ("opt-66b", 4, 1), ("opt-66b", 2, 2), ("opt-175b", 8, 2), ("llama-3-8b", 1, 1)),
+    "a100-80g": (("opt-66b", 2, 2), ("opt-175b", 8, 2), ("llama-3-8b", 1, 1)),
+}
+"""Model, tensor-parallel and pipeline-parallel size of the profiles made from the measured ones, for each engine."""
+
+PUBLISHED_CAPACITY = {
+    ("opt-13b", 1, 1): 66_144,
+    ("opt-66b", 4, 1): 78_496,
+    ("opt-66b", 2, 2): 78_512,
+    ("opt-175b", 8, 2): 192_784,
+}
+"""KV cache in tokens on A100-80GB as DistServe's table gives it, by model, tensor- and pipeline-parallel size."""
+USABLE_BYTES = {A100_80G: 79.6e9, A100_40G: 0.9 * A100_40G.memory_bytes}
+USABLE_REASON = {
+    A100_80G: "79.6 GB usable a GPU, as the published capacities imply",
+    A100_40G: "0.9 of 40 GB usable a GPU, as FastServe's artifact sets",
+}
+"""What is left of a GPU for weights and cache. Of 80 GB, both published one-stage capacities leave about as much:
+79.9e9 bytes (OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
+BLOCK = 16
+PCIE_LATENCY_S = 10e-6
+GPUS_PER_NODE = 8
+WITHIN_NODE = (8e-6, 230e9)
+BETWEEN_NODES = (24e-6, 8e9)
+"""Latency in seconds and bytes per second of a send between two A100s, from the profiles published with Vidur."""
+
+SOURCE = "Least-squares fits published with DistServe (OSDI'24; LLMServe/DistServe, Apache-2.0)"
+HOST_LINK = "PCIe 4.0 x16 for each GPU, about 25 GB/s achieved a direction; latency assumed 10 us"
+MIXED = "not measured: the larger constant plus the sum of both fits' other terms is assumed"
+
+
+def measured_profiles(data: dict) -> Iterator[Profile]:
+    """The usable fits of the source (milliseconds there), one profile each."""
+    for engine in ENGINES:
+        for model, by_parallel in data[engine].items():
+            for parallel, fits in by_parallel.items():
+                if (engine, model, parallel) in BAD_FITS:
+                    print(f"left out {engine} {model} {parallel}: {BAD_FITS[engine, model, parallel]}")
+                    continue
+                small, large = ([value / 1e3 for value in fits[key]] for key in ("decode_small", "decode_large"))
+                stage = FittedLatency(
+                    PrefillFit(*(value / 1e3 for value in fits["prefill"])),
+                    (replace(DecodeFit(*small), max_batch_size=data["threshold"] - 1), DecodeFit(*large)),
+                )
+                provenance = {
+                    "source": data["source"],
+                    "measured": "by the authors of DistServe, published 2024; not by this project",
+                    "residuals": None,
+                    "residuals_note": "the source publishes coefficients only",
+                }
+                tp = int(parallel.removeprefix("tp"))
+                yield _profile("a100-80g", engine, model, tp, 1, stage, provenance)
+
+
+def load_measured() -> dict[tuple[str, str, int], Profile]:
+    """The shipped profiles that are measured, by engine, model and tensor-parallel size."""
+    profiles = (load_profile(name) for name in list_profiles() if name.startswith("a100-80g/"))
+    return {(p.engine, p.model, p.tensor_parallel_size): p for p in profiles if "measured" in p.provenance}
+
+
+def derived_profiles(measured: dict[tuple[str, str, int], Profile]) -> Iterator[Profile]:
+    """The profiles of `DERIVED`, calibrated on every measured one."""
+    calibrations = calibrate(measured.values())
+    errors = held_out_errors(measured)
+    for folder, cases in DERIVED.items():
+        gpu = FOLDERS[folder]
+        for model, tp, pp in cases:
+            for engine in ENGINES:
+                fit = measured.get((engine, model, tp))
+                calibration = calibrations[engine]
+                if fit is None:
+                    stage = predict(preset(model), gpu, calibration, tp, pp)
+                    worst = max(abs(error) for (name, *_), row in errors.items() if name == engine for error in row)
+                    provenance = _of_roofline(engine, calibration, worst)
+                else:
+                    whole = transfer(fit.stage, preset(model), calibration, tp, A100_80G, gpu)
+                    stage = _divided(whole, pp)
+                    provenance = _of_measured(fit, gpu, pp, calibration)
+                yield _profile(folder, engine, model, tp, pp, stage, provenance)
+
+
+def held_out_errors(measured: dict[tuple[str, str, int], Profile]) -> dict[tuple[str, str, int], list[float]]:
+    """Relative errors for OPT-66B with a calibration that saw OPT-13B only, by engine, model and TP size."""
+    calibrations = calibrate(profile for (_, model, _), profile in measured.items() if model == "opt-13b")
+    return {
+        key: relative_errors(profile, calibrations[profile.engine])
+        for key, profile in measured.items()
+        if profile.model == "opt-66b"
+    }
+
+
+def _divided(whole: FittedLatency, num_stages: int) -> FittedLatency:
+    """One of several stages with an equal share of the layers: all of the time is taken to be in layers."""
+    prefill = PrefillFit(*(value / num_stages for value in asdict(whole.prefill).values()))
+    decode = tuple(
+        DecodeFit(
+            fit.constant / num_stages,
+            fit.per_context_token / num_stages,
+            fit.per_request / num_stages,
+            fit.max_batch_size,
+        )
+        for fit in whole.decode
+    )
+    return FittedLatency(prefill, decode)
+
+
+def _of_measured(fit: Profile, gpu: Gpu, num_stages: int, calibration: Calibration) -> dict:
+    provenance = {
+        "source": f"{SOURCE}: {fit.name}",
+        "method": "the measured fit",
+        "error": "not known: there is no measurement of this configuration to compare with",
+    }
+    if gpu is not A100_80G:
+        provenance["method"] += (
+            f", with its memory traffic at {gpu.bandwidth_bytes_per_s / 1e12:g} TB/s instead of "
+            f"{A100_80G.bandwidth_bytes_per_s / 1e12:g}"
+        )
+        provenance["assumptions"] = (
+            f"weights are read at {1 / calibration.weight_read:.2f} of the bandwidth (calibrated on all measured "
+            "profiles) in the constants of decode and of prefill; the KV read per context token is memory traffic "
+            "only; overheads and arithmetic are those of the 80 GB GPU"
+        )
+    if num_stages > 1:
+        provenance["method"] += f", divided by {num_stages} stages"
+        provenance["division"] = "all coefficients are taken to be in the layers, the LM head's and the host's part too"
+    return provenance
+
+
+def _of_roofline(engine: str, calibration: Calibration, worst: float) -> dict:
+    return {
+        "source": f"{SOURCE}: every usable one of {engine}, OPT-13B and OPT-66B",
+        "method": "roofline calibrated on them (fastserve/latency/roofline.py); not measured",
+        "calibration": asdict(calibration),
+        "assumptions": "docs/calibration.md",
+        "error": f"at most {worst:.1%} for OPT-66B with a calibration that saw OPT-13B only (batches up to 64)",
+    }
+
+
+def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: FittedLatency, provenance: dict) -> Profile:
+    gpu, config, num_gpus = FOLDERS[folder], preset(model), tp * pp
+    bytes_per_token = config.kv_bytes_per_token("float16")
+    capacity = PUBLISHED_CAPACITY.get((model, tp, pp)) if gpu is A100_80G else None
+    if capacity is None:
+        free = USABLE_BYTES[gpu] * num_gpus - 2 * config.num_parameters()
+        capacity = int(free / bytes_per_token) // BLOCK * BLOCK
+        capacity_source = f"estimated: {USABLE_REASON[gpu]}"
+        if gpu is not A100_80G:
+            capacity_source += f"; {num_gpus} GPUs' less 2 bytes a weight, over {bytes_per_token} bytes a token"
+    else:
+        capacity_source = "published with DistServe (OSDI'24)"
+    provenance |= {"kv_capacity": capacity_source, "host_link": HOST_LINK, "mixed_iterations": MIXED}
+    stage_link = None
+    if pp > 1:
+        latency, bandwidth = WITHIN_NODE if num_gpus <= GPUS_PER_NODE else BETWEEN_NODES
+        stage_link = StageLink(latency, bandwidth, 2 * config.hidden_size)
+        where = "within a node" if num_gpus <= GPUS_PER_NODE else "between nodes"
+        provenance["stage_link"] = (
+            f"{where}, as profiled with Vidur; every GPU of a stage sends the whole activations, hidden size times "
+            "2 bytes a token, to its peer, all at once and none slower for it"
+        )
+    suffix = "" if engine == "swifttransformer" else f"-{engine}"
+    return Profile(
+        name=f"{folder}/{model}-tp{tp}{f'-pp{pp}' if pp > 1 else ''}{suffix}",
+        model=model,
+        hardware=gpu.name,
+        engine=engine,
+        dtype="float16",
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        stage=stage,
+        kv_capacity_tokens=capacity,
+        kv_bytes_per_token=bytes_per_token,
+        host_link=HostLink(gpu.host_link_bytes_per_s * num_gpus, PCIE_LATENCY_S),
+        provenance=provenance,
+        stage_link=stage_link,
+    )
+
+
+def error_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
+    """Markdown: error of each measured profile's prediction by a calibration on OPT-13B, and by one on all."""
+    shapes = [*CHECKED_SHAPES, ((), (512,) * 128)]
+    heads = [f"prompt {prompts[0]}" if prompts else f"decode {len(contexts)}" for prompts, contexts in shapes]
+    lines = [f"| calibrated on | engine | fit | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
+    for seen in ("opt-13b", "all"):
+        calibrations = calibrate(p for p in measured.values() if seen in (p.model, "all"))
+        for (engine, model, tp), profile in measured.items():
+            if model != seen:
+                errors = relative_errors(profile, calibrations[engine], shapes)
+                cells = " | ".join(f"{100 * error:+.1f} %" for error in errors)
+                lines.append(f"| {seen} | {engine} | {model} TP{tp} | {cells} |")
+    return lines
+
+
+def calibration_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
+    """Markdown: the calibrations on OPT-13B and on all."""
+    lines = ["| calibrated on | engine | parameter | value |", "|---|---|---|---|"]
+    for seen in ("opt-13b", "all"):
+        calibrations = calibrate(p for p in measured.values() if seen in (p.model, "all"))
+        for engine, calibration in calibrations.items():
+            for name, value in asdict(calibration).items():
+                shown = f"{1e6 * value:.1f} us" if name.endswith("_s") else f"{value:.3f}"
+                lines.append(f"| {seen} | {engine} | `{name}` | {shown} |")
+    return lines
+
+
+LAYER_TIMES_US = {
+    ("llama-2-7b", 1): {1: 290, 128: 382, 512: 1042, 2048: 4171},
+    ("llama-2-7b", 4): {1: 98, 128: 128, 512: 318, 2048: 1053},
+    ("llama-2-70b", 1): {1: 1118, 128: 1356, 512: 4084, 2048: 15402},
+    ("llama-2-70b", 4): {1: 311, 128: 415, 512: 1116, 2048: 4156},
+}
+"""Kernels of a layer but attention and communication on an A100-80GB, by tokens; profiles published with Vidur."""
+ATTENTION_TIMES_US = {
+    ("llama-2-70b", 2, "prompt of 512"): 72,
+    ("llama-2-70b", 2, "prompt of 1024"): 216,
+    ("llama-2-70b", 2, "prompt of 2048"): 681,
+    ("llama-2-70b", 2, "prompt of 4096"): 2316,
+    ("llama-2-70b", 2, "decode of 32 x 1024"): 64,
+    ("llama-2-70b", 2, "decode of 128 x 1024"): 192,
+    ("llama-2-7b", 1, "decode of 32 x 928"): 294,
+    ("llama-2-7b", 1, "decode of 64 x 928"): 540,
+    ("llama-2-7b", 1, "decode of 96 x 928"): 771,
+}
+"""Attention of a layer, likewise."""
+
+
+def layer_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
+    """Markdown: time of one Llama layer as profiled kernel by kernel, and as predicted for SwiftTransformer."""
+    calibration = calibrate(measured.values())["swifttransformer"]
+    lines = ["| model | what | kernels | predicted | error |", "|---|---|---|---|---|"]
+
+    def add(model: str, tp: int, what: str, kernels_us: float, predicted_s: float) -> None:
+        predicted_us = 1e6 * predicted_s
+        error = 100 * (predicted_us / kernels_us - 1)
+        lines.append(f"| {model} TP{tp} | {what} | {kernels_us} us | {predicted_us:.0f} us | {error:+.0f} % |")
+
+    for (model, tp), times in LAYER_TIMES_US.items():
+        # No LM head and no communication: the traffic and arithmetic of one GPU that is `tp` times as fast.
+        config = replace(preset(model), vocab_size=0)
+        gpu = replace(
+            A100_80G,
+            bandwidth_bytes_per_s=tp * A100_80G.bandwidth_bytes_per_s,
+            flops_per_s=tp * A100_80G.flops_per_s,
+        )
+        fit = predict(config, gpu, calibration).prefill
+        for tokens, kernels_us in times.items():
+            seconds = (fit.constant + tokens * fit.per_token) / config.num_layers
+            add(model, tp, f"all but attention, {tokens} tokens", kernels_us, seconds)
+    for (model, tp, what), kernels_us in ATTENTION_TIMES_US.items():
+        config = preset(model)
+        stage = predict(config, A100_80G, calibration, tp)
+        *_, sizes = what.partition(" of ")
+        if what.startswith("prompt"):
+            seconds = stage.prefill.per_token_squared * int(sizes) ** 2
+        else:
+            batch, context = map(int, sizes.split(" x "))
+            seconds = stage.decode[0].per_context_token * batch * context
+        add(model, tp, f"attention, {what}", kernels_us, seconds / config.num_layers)
+    return lines
+
+
+def profile_table(profiles: list[Profile]) -> list[str]:
+    """Markdown: times of the derived profiles, a pipeline's with nothing else in flight, and their caches."""
+    lines = ["| profile | decode 16 x 500 | prompt 512 | KV cache tokens |", "|---|---|---|---|"]
+    for profile in profiles:
+        decode = profile.latency.iteration_time((), (500,) * 16)
+        prompt = profile.latency.iteration_time((512,), ())
+        lines.append(
+            f"| {profile.name} | {1e3 * decode:.1f} ms | {1e3 * prompt:.1f} ms | {profile.kv_capacity_tokens:,} |"
+        )
+    return lines
+
+
+def tables() -> dict[str, list[str]]:
+    """What docs/calibration.md shows, by title."""
+    measured = load_measured()
+    return {
+        "Errors": error_table(measured),
+        "Calibration": calibration_table(measured),
+        "Layers": layer_table(measured),
+        "Profiles": profile_table(list(derived_profiles(measured))),
+    }
+
+
+def main() -> None:
+    """Write the profiles, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fits", type=Path, help="a100_80g_fits.json: write the measured profiles from it as well")
+    parser.add_argument(
+        "--check", action="store_true", help="print the tables of docs/calibration.md and write nothing"
+    )
+    arguments = parser.parse_args()
+    if arguments.check:
+        for title, lines in tables().items():
+            print("\n".join([f"## {title}", "", *lines, ""]))
+        return
+    if arguments.fits:
+        for profile in measured_profiles(json.loads(arguments.fits.read_text(encoding="utf-8"))):
+            _write(profile)
+    for profile in derived_profiles(load_measured()):
+        _write(profile)
+
+
+def _write(profile: Profile) -> None:
+    path = TARGET / f"{profile.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
+    print(f"{profile.name}: KV cache {profile.kv_capacity_tokens} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From points to tables: capacity, intervals, claims and targets."""

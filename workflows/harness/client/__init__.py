@@ -1,0 +1,1 @@
+"""The HTTP client: a workload replayed against any OpenAI-compatible server."""

@@ -1,0 +1,250 @@
+"""A streamed answer as the client sees it: which events came when, how many tokens they hold, and what follows.
+
+An event is not a token: servers send events without a token (a role, a keep-alive, the usage) and events with several.
+An event holds as many tokens as the server says with it, by a running `usage` or by `token_ids`. Where it does not say,
+an event with text counts as one token and an event without text as none; the answer's `usage` tells whether that adds
+up, and what cannot be told then is NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastserve.core.request import RequestStatus
+from harness.client.server import message_of
+from harness.client.sse import Event
+
+TOLERANCE = 0.05
+"""How much the time per token may depend on which event the tokens came with that no event shows."""
+FASTEST_EVENT_S = 1e-4
+"""Events that follow each other faster, on average over an answer, were kept back and sent at once: no model generates
+so fast. They come in a few reads of some hundred events, between which a client takes 10 to 50 µs for each."""
+_TEXTS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
+"""Fields of a chat's delta that hold what was generated."""
+_BROKEN_OFF = ("abort", "error")
+"""Values of finish_reason that are no proper end."""
+
+
+class BrokenAnswer(Exception):
+    """An answer that cannot be completed; says why."""
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request and its answer as the client sees them, a row of requests.parquet; in seconds from the run's start.
+
+    Feed it with `take`, then call `end`, which decides once how it ended.
+    """
+
+    request_id: str
+    arrival_s: float
+    """When it is to be sent."""
+    prompt_tokens: int
+    """As the server counts them, if it says."""
+    max_tokens: int
+    due_s: float = math.nan
+    """The arrival, or when the cap on concurrency let it go if that is later."""
+    sent_s: float = math.nan
+    """When its head was written to a connection."""
+    token_s: array[float] = field(default_factory=lambda: array("d"))
+    """When each event with a token came."""
+    tokens_per_event: array[int] = field(default_factory=lambda: array("q"))
+    """How many tokens each of them held; 1 where the server does not say."""
+    shown_tokens: int = 0
+    """Their sum."""
+    counts_are_said: bool = True
+    """Whether the server said how many tokens each event held."""
+    outcome: RequestStatus = RequestStatus.ACTIVE
+    error: str = ""
+    usage_tokens: int = 0
+    """Output tokens as the server counts them, if it says: so far, and at the end of all."""
+    finish_reason: str = ""
+    _last_event_s: float = math.nan
+    """When the last event with a choice came."""
+    _last_was_empty: bool = False
+
+    # What a client cannot see.
+    first_scheduled_s = queueing_s = swapping_s = execution_s = None
+    preemptions = swap_out_bytes = swap_in_bytes = recomputed_tokens = None
+
+    # -- what comes of it --------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> str:
+        """How it ended."""
+        return self.outcome.value
+
+    @property
+    def output_tokens(self) -> int:
+        """As the server counts them; without that, the limit if it was reached; else those that events show."""
+        if self.usage_tokens:
+            return self.usage_tokens
+        if self.finish_reason == "length" and not self.counts_are_said:
+            return self.max_tokens
+        return self.shown_tokens
+
+    @property
+    def event_tokens(self) -> array[int] | None:
+        """Tokens in each event of `token_s`; None if the server does not say."""
+        return self.tokens_per_event if self.counts_are_said else None
+
+    @property
+    def first_token_s(self) -> float:
+        """When the first token came; NaN if none did, or if a finished answer's text all came at once."""
+        finished = self.outcome is RequestStatus.FINISHED
+        return math.nan if not self.token_s or (finished and not self.is_streamed) else self.token_s[0]
+
+    @property
+    def finished_s(self) -> float:
+        """When the last token came; NaN unless it finished.
+
+        That is the last event with a token, or where tokens came without showing, the last event of the answer.
+        """
+        if self.outcome is not RequestStatus.FINISHED:
+            return math.nan
+        all_show = self.shown_tokens >= self.output_tokens or self.adds_up
+        return self.token_s[-1] if self.token_s and all_show else self._last_event_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time between output tokens; NaN for fewer than two, and where it cannot be told.
+
+        The tokens of the first event were generated before it came, so the time after it is that of the others.
+        """
+        if self.output_tokens < 2 or not self.tells_time_per_token:
+            return math.nan
+        return (self.finished_s - self.first_token_s) / (self.output_tokens - self.tokens_per_event[0])
+
+    @property
+    def max_token_gap_s(self) -> float:
+        """Longest time between two consecutive events with a token; NaN where it cannot be told."""
+        if self.output_tokens < 2:
+            return 0.0
+        return float(np.diff(self.token_s).max()) if self.tells_time_per_token else math.nan
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the first text came before the last. True for a single token."""
+        if self.output_tokens < 2 and (self.counts_are_said or self.usage_tokens or self.max_tokens < 2):
+            return True
+        return len(self.token_s) > 1 and self.token_s[-1] - self.token_s[0] >= FASTEST_EVENT_S * len(self.token_s)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether events and tokens differ by so little that it does not matter which event the tokens came with."""
+        shown, tokens = self.shown_tokens, self.output_tokens
+        return abs(shown - tokens) <= TOLERANCE * (min(shown, tokens) - 1)
+
+    @property
+    def tells_time_per_token(self) -> bool:
+        """Whether a finished answer of several tokens shows how fast they came."""
+        return self.outcome is RequestStatus.FINISHED and self.is_streamed and self.adds_up
+
+    # -- what came ---------------------------------------------------------------------------------------------------
+
+    def take(self, event: Event, now_s: float) -> bool:
+        """Note an event of the answer, and return whether it was the last. Raises BrokenAnswer for one that reports an
+        error, and for one that may hold tokens and cannot be read. Events that hold nothing are skipped."""
+        if event.data.strip() == b"[DONE]":
+            return True
+        try:
+            content = json.loads(event.data)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict) or content.get("error") or content.get("object") == "error":
+            raise BrokenAnswer(message_of(event.data))
+        choices = content.get("choices")
+        if event.kind == b"error" or (choices and not isinstance(choices, list)):
+            raise BrokenAnswer(message_of(event.data))
+        usage = content.get("usage")
+        said = self._note_usage(usage) if isinstance(usage, dict) else None
+        if choices:
+            self._note_choices(choices, said, now_s)
+        return False
+
+    def end(self, outcome: RequestStatus, error: str) -> None:
+        """It is over. An answer that said by a finish_reason that it is complete has finished, whatever came after."""
+        if self.outcome is not RequestStatus.ACTIVE:
+            return
+        if self.finish_reason or outcome is RequestStatus.FINISHED:
+            outcome, error = RequestStatus.FINISHED, ""
+            self._add_ending_token()
+            if self.finish_reason in _BROKEN_OFF:
+                outcome, error = RequestStatus.FAILED, f"the server broke it off: finish_reason {self.finish_reason!r}"
+            elif not self.output_tokens:
+                outcome, error = RequestStatus.FAILED, "the stream held no token"
+        self.outcome, self.error = outcome, error
+
+    def fail(self, error: str) -> None:
+        """It has failed, whatever its answer said."""
+        if self.outcome is RequestStatus.ACTIVE:
+            self.outcome, self.error = RequestStatus.FAILED, error
+
+    def _note_usage(self, usage: Mapping[str, Any]) -> int | None:
+        """Output tokens so far, if an event says."""
+        self.prompt_tokens = _count(usage.get("prompt_tokens")) or self.prompt_tokens
+        said = _count(usage.get("completion_tokens"))
+        if said is not None:
+            self.usage_tokens = max(said, self.usage_tokens)
+        return said
+
+    def _note_choices(self, choices: Sequence[Any], said: int | None, now_s: float) -> None:
+        has_text, num_ids = False, None
+        for choice in choices:
+            if not isinstance(choice, dict):
+                continue
+            if choice.get("text") or _has_text(choice.get("delta")):
+                has_text = True
+            if isinstance(ids := choice.get("token_ids"), list):
+                num_ids = (num_ids or 0) + len(ids)
+            if reason := choice.get("finish_reason"):
+                self.finish_reason = str(reason)
+        self._last_event_s, self._last_was_empty = now_s, not has_text
+        if has_text and said is not None and said <= self.shown_tokens and not self.finish_reason:
+            said = None  # Text is tokens, so this usage does not run. What is kept back may come at the end, though.
+        if said is None and num_ids is None and has_text and self.counts_are_said:
+            # Then what was said before is worth nothing either.
+            self.counts_are_said = False
+            self.shown_tokens = len(self.token_s)
+            self.tokens_per_event = array("q", [1]) * self.shown_tokens
+        if not self.counts_are_said:
+            num_tokens = int(has_text)  # The usage at the end is of all events.
+        elif said is not None:
+            num_tokens = max(said - self.shown_tokens, 0)
+        else:
+            num_tokens = num_ids or 0
+        if num_tokens:
+            self._add(num_tokens, now_s)
+
+    def _add_ending_token(self) -> None:
+        """A token that ends an output has no text: where the usage has one token more than there was text, it came with
+        the event that says so."""
+        if (
+            not self.counts_are_said
+            and self.finish_reason == "stop"
+            and self._last_was_empty
+            and self.usage_tokens == self.shown_tokens + 1
+        ):
+            self._add(1, self._last_event_s)
+
+    def _add(self, num_tokens: int, now_s: float) -> None:
+        self.token_s.append(now_s)
+        self.tokens_per_event.append(num_tokens)
+        self.shown_tokens += num_tokens
+
+
+def _has_text(delta: Any) -> bool:
+    """Whether what a chat's event adds holds something generated."""
+    return isinstance(delta, dict) and any(delta.get(name) for name in _TEXTS)
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

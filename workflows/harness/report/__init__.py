@@ -1,0 +1,1 @@
+"""Captions, pages and figures."""

@@ -1,0 +1,117 @@
+"""meta.json: what a run or a measurement was, so that anyone can say where a figure comes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import fastserve
+from fastserve.core.request import RequestStatus
+from harness.run.outcome import Outcome
+from harness.workload.workload import Workload
+
+_PACKAGES = ("aiohttp", "numpy", "pyarrow", "torch", "transformers", "triton")
+COMMIT_VARIABLE = "FASTSERVE_COMMIT"
+"""Environment variable that says the commit where the code is a copy without a checkout; it wins."""
+
+
+def run_meta(
+    config: dict[str, Any], workload: Workload, outcome: Outcome, error: BaseException | None
+) -> dict[str, Any]:
+    """Commit, versions, hardware, resolved configuration, digest of the workload, the first reasons why requests did
+    not finish, and what ended the run before its end, if anything did."""
+    return {
+        **environment_meta(),
+        "configuration": config,
+        "trace": {"description": workload.description, "digest": workload.digest},
+        "rejected": outcome.reasons(RequestStatus.REJECTED),
+        "failed": outcome.reasons(RequestStatus.FAILED, RequestStatus.ABORTED),
+        "error": None if error is None else str(error) or "interrupted",
+    }
+
+
+def environment_meta() -> dict[str, Any]:
+    """Commit, date, versions and hardware: what any measurement on this machine rests on."""
+    return {
+        "commit": _commit(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+    }
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of this code, with `-dirty` where files differ from it; None where it is not known.
+
+    In a checkout git knows it; an installed package carries the one it was built from.
+    """
+    return os.environ.get(COMMIT_VARIABLE) or _commit_of_checkout(Path(__file__).resolve()) or _commit_of_build()
+
+
+def _commit_of_checkout(file: Path) -> str | None:
+    """The commit of the git repository that holds `file`; None where git does not track it.
+
+    An installed package may lie inside some other project's repository, whose commit says nothing of it.
+    """
+    git = ["git", "-C", str(file.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _commit_of_build() -> str | None:
+    """What setup.py wrote into the package."""
+    try:
+        return (files("harness") / "COMMIT").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"fastserve-repro": fastserve.__version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "cpu": _cpu_model()}
+    torch = sys.modules.get("torch")  # A simulation has not imported it, and its hardware does not matter.
+    if torch is not None:
+        hardware["torch_threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            hardware["gpu"] = torch.cuda.get_device_name()
+    return hardware
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,1 @@
+"""Measurements that compare: the simulator with real engines, recorded GPU runs, servers side by side."""

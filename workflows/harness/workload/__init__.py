@@ -1,0 +1,1 @@
+"""Which requests arrive, and when."""

@@ -1,0 +1,117 @@
+"""What a source of request lengths is, the artifact's filter on lengths, and the statistics that describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastserve.core.errors import TraceError
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+class LengthSource(Protocol):
+    """Prompt and output lengths, in tokens, to draw requests from."""
+
+    @property
+    def description(self) -> str:
+        """What the lengths are and how they were obtained, for meta.json."""
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` (prompt, output) lengths; more from the same seed begin with the same `n`."""
+
+
+@dataclass(frozen=True)
+class LengthFilter:
+    """Bounds, in tokens and inclusive, outside which a request is dropped."""
+
+    min_prompt: int
+    min_output: int
+    max_prompt: int
+    max_total: int
+
+    def keeps(self, prompt: IntArray, output: IntArray) -> NDArray[np.bool_]:
+        """Mark the requests within bounds."""
+        return (
+            (prompt >= self.min_prompt)
+            & (output >= self.min_output)
+            & (prompt <= self.max_prompt)
+            & (prompt + output <= self.max_total)
+        )
+
+
+ARTIFACT_FILTER = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048)
+
+
+class Columns(NamedTuple):
+    """Requests of a file, in tokens and in seconds on its own time axis."""
+
+    prompt: IntArray
+    output: IntArray
+    arrival_s: FloatArray | None
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedLengths:
+    """Requests of a file, in its order; read-only arrays, in tokens and seconds.
+
+    `arrival_s` is there if the file has timestamps, on the file's own time axis and in whatever order they are.
+    """
+
+    description: str
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    arrival_s: FloatArray | None = None
+    time_unit: str = "seconds"
+    """What the file's timestamps were read as."""
+    locate: Callable[[int], str] = "request {} (from 0)".format
+    """Says where in the file a request is, by its index: the file and the line."""
+
+    def __post_init__(self) -> None:
+        for array in (self.prompt_tokens, self.output_tokens, self.arrival_s):
+            if array is not None:
+                array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+        """Draw `n` requests with replacement."""
+        chosen = rng.integers(len(self), size=n)
+        return self.prompt_tokens[chosen], self.output_tokens[chosen]
+
+    def first(self, n: int) -> RecordedLengths:
+        """Those at the beginning of the file, `n` or all if there are fewer."""
+        arrival_s = None if self.arrival_s is None else self.arrival_s[:n]
+        return replace(
+            self, prompt_tokens=self.prompt_tokens[:n], output_tokens=self.output_tokens[:n], arrival_s=arrival_s
+        )
+
+    def check_order(self) -> None:
+        """Raise TraceError, naming the line, if a request arrives before the one above it."""
+        if self.arrival_s is None:
+            return
+        gaps = np.diff(self.arrival_s)
+        if (gaps < 0).any():
+            at = int(np.argmax(gaps < 0))
+            raise TraceError(
+                f"{self.locate(at + 1)}: it arrives {-gaps[at]:g} s before the request above it; trace arrivals need "
+                "lines in order of time"
+            )
+
+
+def length_statistics(prompt: IntArray, output: IntArray) -> dict[str, float]:
+    """Summarise lengths; the mean of 1/output matters because normalized latency divides by the output length."""
+    return {
+        "mean_prompt": float(prompt.mean()),
+        "mean_output": float(output.mean()),
+        "std_prompt": float(prompt.std()),
+        "std_output": float(output.std()),
+        "mean_inverse_output": float((1 / output).mean()),
+        "correlation": float(np.corrcoef(prompt, output)[0, 1]),
+    }
