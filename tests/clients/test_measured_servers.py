@@ -13,7 +13,8 @@ import pytest
 
 from baselines.external.process import ServerProcess, free_port
 from fastserve.core.errors import NothingFinishedError, ServerError
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from harness.studies.model_folder import write_model_folder
 from support.clients import command_of
 

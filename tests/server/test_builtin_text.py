@@ -150,7 +150,8 @@ def test_a_simulated_server_imports_no_torch() -> None:
 
 
 def test_our_client_sends_it_text(tmp_path: Path) -> None:
-    from harness.run.runner import RunConfig, run
+    from harness.run.config import RunConfig
+    from harness.run.runner import run
 
     with command(*SIMULATED) as server:
         config = RunConfig(

@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 from fastserve import LLM  # noqa: E402
 from fastserve.cli import app as fastserve_app  # noqa: E402
 from fastserve.core.errors import ConfigError, OutputError  # noqa: E402
-from harness.run.runner import RunConfig, run  # noqa: E402
+from harness.run.config import RunConfig  # noqa: E402
+from harness.run.runner import run  # noqa: E402
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 MODEL = {"model": "opt-tiny", "load_format": "dummy"}

@@ -8,7 +8,8 @@ import pytest
 from fastserve.core.options import option_names
 from fastserve.policies import discovery
 from fastserve.scheduler import registry
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,8 @@ import pytest
 
 from fastserve.core.errors import OutputError
 from fastserve.core.files import atomic_write, check_writable
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from support.processes import ENVIRONMENT
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")

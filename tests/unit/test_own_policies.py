@@ -17,7 +17,8 @@ from fastserve.policies.own_policies import blamed, is_own, source_digest
 from fastserve.scheduler import registry
 from harness.analysis.capacity_search import Objective, find_capacity
 from harness.cli import app
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from support.processes import ENVIRONMENT
 
 POLICY = """

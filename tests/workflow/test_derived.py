@@ -6,7 +6,8 @@ import pytest
 from fastserve.core.errors import NothingFinishedError
 from fastserve.latency import load_profile
 from harness.analysis.derived import NUM_DECILES, SETTLED, derived_metrics, times_alone
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 
 PROFILE = "a100-80g/opt-13b-tp1"
 

@@ -11,7 +11,7 @@ from fastserve.core.errors import ConfigError
 from harness.analysis.claims import check_claims
 from harness.experiments import experiments
 from harness.experiments.experiments import batches_of, check_experiment, linked, points_of, run_name, with_defaults
-from harness.run.runner import RunConfig
+from harness.run.config import RunConfig
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 CONFIG = WORKFLOWS / "config"

@@ -18,7 +18,8 @@ from fastserve.core.errors import ConfigError, NothingFinishedError, OutputError
 from fastserve.core.processes import worker_pool
 from harness.analysis.capacity_search import METRICS, Objective, Result, bisect, find_capacity
 from harness.cli import app
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from harness.workload.traces import RecordedLengths, reading
 from harness.workload.traces.formats import LengthFormat
 from harness.workload.traces.reading import read_lengths

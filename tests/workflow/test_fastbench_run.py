@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 from fastserve.core.errors import ConfigError, FastServeError, OutputError, TraceError
 from harness.cli import app
+from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
 from harness.run.results import COUNTED, REQUEST_COLUMNS, RunFolder, summarize
-from harness.run.runner import RunConfig, run
+from harness.run.runner import run
 from harness.workload.traces import load_trace
 from support.timelines import threads_of
 

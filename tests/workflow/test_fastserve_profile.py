@@ -10,7 +10,8 @@ from fastserve.cli import app
 from fastserve.core.errors import ConfigError, OutputError
 from fastserve.latency import AllReduce, DecodeFit, FittedLatency, PrefillCurve, PrefillFit, load_profile
 from fastserve.profiling.measure import ProfileConfig, _without_all_reduces, measure_profile
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 
 
 @pytest.mark.parametrize("shape", ["--no-dense", "--dense"])

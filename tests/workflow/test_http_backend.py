@@ -30,8 +30,9 @@ from harness.client import replay as http_replay
 from harness.client import server as http_server
 from harness.client.request import parse_extra_body
 from harness.client.server import message_of
+from harness.run.config import RunConfig
 from harness.run.results import CLIENT_COLUMNS, REQUEST_COLUMNS
-from harness.run.runner import RunConfig, run
+from harness.run.runner import run
 from harness.workload.workload import make_workload
 from support.openai_server import (
     DONE,

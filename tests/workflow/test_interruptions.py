@@ -14,7 +14,8 @@ from fastserve.core.errors import WorkerError
 from fastserve.core.processes import Leash, worker_pool
 from fastserve.engine.engine import Observer
 from fastserve.engine.job import Job
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from support.processes import ENVIRONMENT, FASTBENCH, descendants, have_ended, start, wait_until
 
 SIGNALS = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -13,8 +13,9 @@ from fastserve.core.errors import NothingFinishedError
 from fastserve.core.request import RequestStatus
 from harness.analysis.capacity_search import Objective, find_capacity
 from harness.cli import app
+from harness.run.config import RunConfig
 from harness.run.outcome import SHOWN, Outcome, Unfinished
-from harness.run.runner import RunConfig, run
+from harness.run.runner import run
 from support.openai_server import OpenAIServer, complete, refuse
 
 SIM: dict[str, Any] = {"profile": "a100-80g/opt-13b-tp1"}

@@ -17,8 +17,8 @@ from fastserve.policies.discovery import list_policies
 from fastserve.policies.settings import parse_settings
 from harness.analysis.capacity_search import Objective, find_capacity
 from harness.client.request import parse_extra_body
+from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
-from harness.run.runner import RunConfig
 from harness.run.runner import run as run_benchmark
 from harness.workload.traces import list_traces
 

@@ -11,7 +11,8 @@ from fastserve.latency import load_profile
 from harness.analysis.derived import derived_metrics
 from harness.analysis.points import write_json
 from harness.experiments.experiments import run_name
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

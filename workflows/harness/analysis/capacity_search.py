@@ -23,9 +23,10 @@ from fastserve.core.files import atomic_write, check_writable
 from fastserve.core.processes import worker_pool
 from harness.analysis.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.analysis.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
+from harness.run.config import RunConfig
 from harness.run.replaced import replacement_note
 from harness.run.results import PERCENTILES, SUMMARIZED, why_late
-from harness.run.runner import RunConfig, read_traces, run
+from harness.run.runner import read_traces, run
 from harness.workload.traces.reading import files_read, take_over
 
 METRICS = tuple(f"{statistic}_{name}" for name in SUMMARIZED for statistic in ("mean", *map("p{}".format, PERCENTILES)))

@@ -21,7 +21,7 @@ from fastserve.latency import load_profile
 from fastserve.policies.discovery import file_name, find_policy
 from fastserve.policies.own_policies import is_own, source_digest
 from fastserve.policies.settings import resolve_settings
-from harness.run.runner import SAME_TRACE, RunConfig, check_history
+from harness.run.config import SAME_TRACE, RunConfig, check_history
 from harness.workload.traces import load_trace
 
 Experiment = Mapping[str, Any]

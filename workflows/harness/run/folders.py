@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastserve.policies.discovery import file_name
-from harness.run.runner import RunConfig
+from harness.run.config import RunConfig
 from harness.workload.traces import is_file_trace
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")

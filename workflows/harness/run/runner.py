@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,9 +22,16 @@ from fastserve.engine.engine import Arrival, Engine, Observer
 from fastserve.engine.job import Job
 from fastserve.engine.timeline import Timeline
 from fastserve.latency import load_profile
-from fastserve.policies.discovery import find_policy, list_policies
 from fastserve.policies.settings import resolve_settings
 from fastserve.scheduler import Scheduler
+from harness.run.config import (
+    BACKENDS,
+    SAME_TRACE,
+    RunConfig,
+    backend_options,
+    check_backend_options,
+    check_history,
+)
 from harness.run.meta import run_meta
 from harness.run.outcome import Outcome, Unfinished
 from harness.run.results import (
@@ -45,94 +52,8 @@ if TYPE_CHECKING:
     from fastserve.runtime.executors.ranks import RankGroup
     from fastserve.runtime.worker import Worker
 
-BACKENDS = ("sim", "engine", "http")
-SAME_TRACE = "same"
-"""As a history: the run's own trace."""
 Lengths = list[tuple[int, int]]
 """Prompt and output tokens of requests."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run. `settings` are the `--set` options: of the engine or of the policy."""
-
-    backend: str = "sim"
-    policy: str = ""
-    """Empty: `fastserve`, or over HTTP what the server says of itself."""
-    trace: str = "sharegpt"
-    arrivals: str = "poisson"
-    rate: float | None = None
-    num_requests: int = 400
-    seed: int = 0
-    history: str | None = None
-    """Trace of requests that finished before the run, whose lengths a policy that learns is taught; `same` is the run's
-    own; None: it starts knowing nothing."""
-    history_requests: int = 0
-    """How many those are."""
-    profile: str | None = None
-    model: str | None = None
-    """Directory or preset; over HTTP the name it is served under, None for the first."""
-    device: str = "cpu"
-    dtype: str = "float32"
-    load_format: str = "auto"
-    tokenizer: str | None = None
-    torch_threads: int | None = None
-    """Threads torch computes with; None leaves it its own choice."""
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    stage_layers: tuple[int, ...] | None = None
-    """Layers of each stage; None: as many as give each the same weight."""
-    ranks: str | None = None
-    """HOST:PORT at which the engine waits for ranks that torchrun starts; None: it starts them itself."""
-    url: str | None = None
-    """Address of the server that is driven over HTTP."""
-    prompts: str = "ids"
-    """What is sent over HTTP as a prompt: token "ids", or the "text" that the tokenizer makes of them."""
-    vocab_size: int | None = None
-    """Token ids sent over HTTP are below it. None: what server and tokenizer say, or else 1,000."""
-    max_concurrency: int | None = None
-    """Requests under way over HTTP at a time; None: all that are due."""
-    drain_limit_s: float = 600.0
-    """How long after the last scheduled arrival requests over HTTP may take before they are aborted."""
-    warmup: int = 0
-    """Short requests over HTTP before the clock starts."""
-    endpoint: str = "completions"
-    """What requests over HTTP are: "completions", or "chat" with a message of text each."""
-    ignore_eos: bool = True
-    """Whether a server over HTTP is asked to generate as many tokens as the trace has, whatever the model does."""
-    extra_body: Mapping[str, Any] = field(default_factory=dict)
-    """Merged into every request over HTTP; null removes a field."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.policy and self.backend != "http":
-            object.__setattr__(self, "policy", "fastserve")
-
-
-_TAKEN_BY = {
-    "profile": ("sim", "engine"),
-    "settings": ("sim", "engine"),
-    "history": ("sim", "engine"),
-    "history_requests": ("sim", "engine"),
-    "model": ("engine", "http"),
-    **dict.fromkeys(
-        (
-            "device", "dtype", "load_format", "torch_threads", "tensor_parallel_size", "pipeline_parallel_size",
-            "stage_layers", "ranks",
-        ),
-        ("engine",),
-    ),
-    **dict.fromkeys(
-        (
-            "url", "prompts", "vocab_size", "max_concurrency", "drain_limit_s", "warmup", "endpoint", "ignore_eos",
-            "extra_body",
-        ),
-        ("http",),
-    ),
-}  # fmt: skip
-"""Which backends take what not all of them do."""
-_OPTION_OF = {"settings": "set", "ignore_eos": "no-ignore-eos"}
-"""Options that are not called as what they set."""
 
 
 def run(
@@ -156,7 +77,7 @@ def run(
     """
     if config.backend not in BACKENDS:
         raise ConfigError(f"unknown backend {config.backend!r}; known: {', '.join(BACKENDS)}")
-    _refuse_what_is_not_taken(config)
+    check_backend_options(config)
     if config.backend == "http":
         if any(each is not None for each in (timeline, observer, worker, ranks)):
             raise ConfigError("--backend http sees no engine: leave out --timeline, an observer, a worker and ranks")
@@ -184,7 +105,11 @@ def run(
             raise engine.error
         metrics = [job.metrics for job in jobs]
         summary = _what_ran(config) | summarize(metrics, count(metrics, len(engine.iterations)))
-        resolved = {**_taken(config), "engine": asdict(options), "policy_options": asdict(engine.scheduler.options)}
+        resolved = {
+            **backend_options(config),
+            "engine": asdict(options),
+            "policy_options": asdict(engine.scheduler.options),
+        }
         resolved["engine"] |= asdict(engine.kv.config)
         del resolved["settings"]
         outcome = Outcome(len(jobs), _unfinished(jobs), out)
@@ -197,22 +122,6 @@ def run(
         engine.error.add_note(f"wrote {out}: {summary['finished']} of {len(jobs)} finished, the others are aborted")
     _end(error, outcome.warning)
     return summary
-
-
-def check_history(config: RunConfig) -> None:
-    """Raise ConfigError for a history of no requests or of no trace, and for one that the policy would not learn of."""
-    require_int("history_requests", config.history_requests, 0)
-    if config.history is None:
-        if config.history_requests:
-            raise ConfigError(f"--history-requests {config.history_requests} needs --history: the trace they are of")
-        return
-    if not config.history_requests:
-        raise ConfigError(f"--history {config.history} needs --history-requests: how many of its requests, at least 1")
-    if not find_policy(config.policy).learns:
-        learning = ", ".join(name for name, policy in list_policies().items() if policy.learns) or "none"
-        raise ConfigError(
-            f"policy {config.policy!r} learns nothing from finished requests; --history applies to: {learning}"
-        )
 
 
 def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -264,7 +173,7 @@ def _run_over_http(config: RunConfig, out: Path) -> dict[str, Any]:
         outcome = Outcome(len(exchanges), unfinished, out)
         error = ServerError(f"{stopped_by.name} ended the run: {until_then}") if stopped_by else outcome.error
         warnings = list(filter(None, (why_late([summary]), *replayed.warnings)))
-        meta = run_meta(_taken(config), workload, outcome, error) | {"warnings": warnings} | replayed.meta
+        meta = run_meta(backend_options(config), workload, outcome, error) | {"warnings": warnings} | replayed.meta
         table = request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS)
         _warn(folder.write(table, iteration_table([]), summary, meta), *warnings)
     if stopped_by:
@@ -406,16 +315,3 @@ def _arrivals(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:
         token_ids = [] if vocab_size is None else workload.prompt_token_ids(i, vocab_size)
         request = Request(str(i), arrival_s, prompt_tokens, token_ids)
         yield Arrival(request, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
-
-
-def _taken(config: RunConfig) -> dict[str, Any]:
-    """The configuration, without what its backend does not take."""
-    return {name: value for name, value in asdict(config).items() if config.backend in _TAKEN_BY.get(name, BACKENDS)}
-
-
-def _refuse_what_is_not_taken(config: RunConfig) -> None:
-    defaults = RunConfig()
-    for name, backends in _TAKEN_BY.items():
-        if config.backend not in backends and getattr(config, name) != getattr(defaults, name):
-            option = _OPTION_OF.get(name, name.removesuffix("_s").replace("_", "-"))
-            raise ConfigError(f"--{option} applies to --backend {' or '.join(backends)} only")

@@ -42,7 +42,8 @@ from fastserve.latency.fitting import Shape, StageTimes, by_stage, fit, residual
 from fastserve.policies.settings import resolve_settings
 from fastserve.scheduler import Iteration
 from harness.analysis.points import write_csv
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from harness.workload.workload import make_workload
 
 if TYPE_CHECKING:

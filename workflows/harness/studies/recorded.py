@@ -34,7 +34,8 @@ from fastserve.engine.executor import FinishedTransfer
 from fastserve.latency import load_profile
 from fastserve.policies.settings import resolve_settings
 from harness.analysis.points import write_json
-from harness.run.runner import RunConfig, run
+from harness.run.config import RunConfig
+from harness.run.runner import run
 from harness.studies.fidelity import AT_ONCE, service_rate, simulated
 
 if TYPE_CHECKING:

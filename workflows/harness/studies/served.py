@@ -31,8 +31,9 @@ from fastserve.core.errors import ConfigError, ServerError
 from fastserve.policies.settings import resolve_settings
 from harness.analysis.points import write_csv, write_json
 from harness.client.server import contact, message_of
+from harness.run.config import RunConfig
 from harness.run.meta import environment_meta
-from harness.run.runner import RunConfig, run
+from harness.run.runner import run
 from harness.studies.fidelity import AT_ONCE
 from harness.studies.model_folder import write_model_folder
 from harness.workload.workload import make_workload
