@@ -6,7 +6,9 @@ rule draw:
             lambda wildcards: "capacity" in tables_of(wildcards.experiment), then="results/{experiment}/capacity.csv"
         ),
         reported=REPORTED_POINTS,
-        code=harness_files("report/plots", "report/captions.py", "analysis/derived.py", "analysis/intervals.py", "analysis/points.py"),
+        code=harness_files(
+            "report/plots", "report/captions.py", "analysis/derived.py", "analysis/intervals.py", "analysis/points.py"
+        ),
     output:
         png=report(
             "figures/{experiment}.png",

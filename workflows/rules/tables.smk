@@ -60,7 +60,14 @@ rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],
         reported=REPORTED_POINTS,
-        code=harness_files("analysis/points.py", "analysis/claims.py", "report/captions.py", "report/claims_page.py", "analysis/capacity.py", "analysis/intervals.py"),
+        code=harness_files(
+            "analysis/points.py",
+            "analysis/claims.py",
+            "report/captions.py",
+            "report/claims_page.py",
+            "analysis/capacity.py",
+            "analysis/intervals.py",
+        ),
     output:
         table="results/headline/claims.csv",
         page=report(
