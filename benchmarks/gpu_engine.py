@@ -27,7 +27,7 @@ from _gpu import device_seconds, engine_on, parser, run_benchmark, table, verdic
 
 from fastserve import SamplingParams
 from fastserve.core.presets import preset
-from fastserve.engine.engine import Engine, Observer
+from fastserve.engine import Engine, EngineView, Observer
 from fastserve.runtime.models import SequenceInput
 from fastserve.runtime.worker import Worker
 from fastserve.runtime.worker.runner import Computed
@@ -67,7 +67,7 @@ class Decodes(Observer):
 
         return timed
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         """Add one. What `update` takes for it counts to the next, like the decision that follows it."""
         decoding = all(request.is_decoding for request in iteration.requests)
         contexts = [request.num_computed_tokens + 1 for request in iteration.requests]

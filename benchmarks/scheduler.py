@@ -24,10 +24,10 @@ import pytest
 
 from fastserve.core.config import EngineOptions
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.latency import load_profile
 from fastserve.scheduler import Iteration
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 from harness.workload.workload import Workload, make_workload
 
 FEW, MANY = 10_000, 100_000

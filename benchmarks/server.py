@@ -30,8 +30,7 @@ import uvloop
 
 from fastserve.core.clock import WallClock
 from fastserve.core.config import EngineOptions
-from fastserve.engine.engine import Observer, Observers
-from fastserve.engine.job import Job
+from fastserve.engine import Job, Observer, Observers
 from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, Profile
 from fastserve.server.app import Server, ServerOptions
 from fastserve.server.engine_thread import EngineThread
@@ -40,7 +39,7 @@ from fastserve.server.model import ServedModel
 from fastserve.server.serve import bound_socket, run_server
 from fastserve.server.state import RecentRequests
 from fastserve.server.text import TextCodec
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 
 BATCH, ITERATION_S, PROMPT = 16, 0.032, 8
 TOKENS_PER_S = BATCH / ITERATION_S

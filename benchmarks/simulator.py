@@ -14,9 +14,9 @@ import time
 
 from fastserve.core.config import EngineOptions
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Arrival
+from fastserve.engine import Arrival
 from fastserve.latency import load_profile
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 from harness.workload.workload import make_workload
 
 AMPLE = EngineOptions(num_gpu_blocks=40_000)

@@ -22,8 +22,7 @@ from typing import NamedTuple
 import torch
 
 from fastserve import LLM, SamplingParams
-from fastserve.engine.engine import Observer
-from fastserve.engine.executor import FinishedTransfer
+from fastserve.engine import FinishedTransfer, Observer
 from fastserve.kvcache import Direction
 
 BLOCK_SIZE, AMPLE, TARGET = 16, 400, 0.9

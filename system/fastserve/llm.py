@@ -20,9 +20,7 @@ from fastserve.core.options import build_options
 from fastserve.core.parallel import ParallelConfig
 from fastserve.core.request import Request, RequestStatus, SamplingParams
 from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
-from fastserve.engine.engine import Arrival, Engine
-from fastserve.engine.executor import Executor
-from fastserve.engine.job import Job, RequestMetrics
+from fastserve.engine import Arrival, Engine, Executor, Job, RequestMetrics
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel, load_profile
 from fastserve.latency.fitting import Grid, fit, measure

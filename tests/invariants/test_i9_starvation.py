@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from fastserve.core.options import option_names
 from fastserve.core.request import Request
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.policies.discovery import find_policy
 from fastserve.scheduler import Iteration, Scheduler
 from support.engines import arrival, make_engine

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.core.options import option_names
-from fastserve.engine.job import Job
+from fastserve.engine import Job
 from fastserve.policies.discovery import find_policy, list_policies
 from support.checked_engine import CheckedEngine
 from support.engines import arrival, make_engine

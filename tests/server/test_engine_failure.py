@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn")
 
 from fastserve.core.errors import RankError, failure_reason
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.scheduler.iteration import IterationResult
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.model import ServedModel

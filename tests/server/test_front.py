@@ -120,7 +120,7 @@ def test_a_bug_is_answered_500_and_counted(caplog: pytest.LogCaptureFixture) -> 
         def fail() -> int:
             raise KeyError("a bug")
 
-        server.server.engine.model.engine.why_never = fail  # type: ignore[method-assign,assignment]
+        server.server.engine.model.engine.rejection_reason = fail  # type: ignore[method-assign,assignment]
         reply = server.post({"prompt": [1]}, headers={"X-Request-Id": "bad-day"})
         assert reply.status == 500
         assert reply.error["message"].startswith("the server has failed: TypeError: ")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.scheduler import Iteration
 from fastserve.server.app import ServerOptions
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated

@@ -4,8 +4,7 @@ import itertools
 from typing import Any
 
 from fastserve.core.request import AWAY, FRESH, Request, RequestStatus
-from fastserve.engine.engine import Engine
-from fastserve.engine.job import Job
+from fastserve.engine import Engine, Job
 from fastserve.kvcache import Location
 from fastserve.scheduler import Iteration
 

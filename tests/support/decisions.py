@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastserve.core.files import atomic_write
-from fastserve.engine.engine import Arrival, Observer
+from fastserve.engine import Arrival, Observer
 from fastserve.policies.discovery import find_policy, list_policies
 from fastserve.scheduler import Iteration
 from support.engines import arrival, make_engine

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastserve.core.clock import VirtualClock
 from fastserve.core.config import CacheConfig, SchedulerConfig
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Arrival, Engine
+from fastserve.engine import Arrival, Engine
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import (
     DecodeFit,
@@ -17,7 +17,7 @@ from fastserve.latency import (
     StageLink,
 )
 from fastserve.policies.discovery import make_scheduler
-from fastserve.simulation.executor import SimulatedExecutor
+from fastserve.simulation import SimulatedExecutor
 
 # A prompt token takes 1 ms; any iteration at least 10 ms; a decode step exactly that.
 LATENCY = FittedLatency(PrefillFit(0.010, 0.001, 0.0), (DecodeFit(0.010, 0.0, 0.0),))

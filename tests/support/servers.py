@@ -23,8 +23,7 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve.core.config import EngineOptions
-from fastserve.engine.engine import Engine, Observer, Observers
-from fastserve.engine.job import Job
+from fastserve.engine import Engine, Job, Observer, Observers
 from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, Profile
 from fastserve.scheduler import Iteration
 from fastserve.server.app import Server, ServerOptions

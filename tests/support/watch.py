@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastserve.core.request import Request
-from fastserve.engine.engine import Engine, Observer
-from fastserve.engine.executor import FinishedTransfer
-from fastserve.engine.job import Job
+from fastserve.engine import Engine, EngineView, FinishedTransfer, Job, Observer
 from fastserve.kvcache import Direction
 from fastserve.scheduler import Iteration
 
@@ -61,7 +59,7 @@ class Watch(Observer):
     def drops(self) -> list[tuple[str, int]]:
         return [(drop.request.request_id, drop.num_lost_tokens) for _, it in self.decisions for drop in it.dropped]
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         requests = iteration.requests
         self.iterations.append(
             Ran(
@@ -73,7 +71,7 @@ class Watch(Observer):
             )
         )
 
-    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
+    def on_stall(self, engine: EngineView, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
         self.stalls.append((ms(start_s), ms(end_s), names(stalled)))
 
     def on_transfer(self, finished: FinishedTransfer) -> None:

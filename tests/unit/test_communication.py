@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Arrival
+from fastserve.engine import Arrival
 from fastserve.latency import (
     AllReduce,
     DecodeFit,
@@ -29,7 +29,7 @@ from fastserve.latency import (
     fit_link,
     load_profile,
 )
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 from support.engines import LATENCY, STAGE_LINK
 from support.watch import ms
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.kvcache import Direction
 from fastserve.policies.gittins.index import gittins_index
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind

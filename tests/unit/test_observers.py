@@ -9,12 +9,10 @@ import pytest
 from fastserve.core.clock import WallClock
 from fastserve.core.config import EngineOptions
 from fastserve.core.request import Request, RequestStatus, SamplingParams
-from fastserve.engine.engine import Arrival, Engine, Observer, Observers
-from fastserve.engine.executor import FinishedTransfer
-from fastserve.engine.job import Job
+from fastserve.engine import Arrival, Engine, EngineView, FinishedTransfer, Job, Observer, Observers
 from fastserve.latency import load_profile
 from fastserve.scheduler import Iteration
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 from support.engines import arrival, make_engine
 
 POLICIES = [
@@ -44,13 +42,13 @@ class Told(Observer):
     def on_submit(self, iteration: Iteration) -> None:
         self.calls.append(("on_submit", (iteration,)))
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         self.calls.append(("on_iteration", (engine, iteration, start_s, end_s)))
 
     def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
         self.calls.append(("on_token", (job, token, at_s, previous_s, job.request.status)))
 
-    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
+    def on_stall(self, engine: EngineView, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
         self.calls.append(("on_stall", (engine, stalled, start_s, end_s)))
 
     def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
@@ -174,8 +172,8 @@ def test_the_longest_request_is_the_longest_that_is_not_refused(max_model_len: i
     engine = make_engine("fastserve", num_gpu_blocks=num_gpu_blocks, max_model_len=max_model_len)
     longest = engine.longest_request
     for prompt in range(1, longest):
-        assert engine.why_never("a", prompt, longest - prompt) == ""
-        assert engine.why_never("a", prompt, longest - prompt + 1).startswith("request a: prompt of ")
+        assert engine.rejection_reason("a", prompt, longest - prompt) == ""
+        assert engine.rejection_reason("a", prompt, longest - prompt + 1).startswith("request a: prompt of ")
     # And it can be served.
     (job,) = engine.run([arrival("a", 0, longest - 1, 1)])
     assert job.request.status is RequestStatus.FINISHED

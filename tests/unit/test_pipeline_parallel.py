@@ -8,13 +8,12 @@ import pytest
 
 from fastserve.core.clock import VirtualClock
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Arrival, Engine
-from fastserve.engine.timeline import Timeline
+from fastserve.engine import Arrival, Engine, Timeline
 from fastserve.kvcache import Direction, Transfer
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, StageLink, load_profile
 from fastserve.policies.discovery import list_policies
 from fastserve.scheduler import Iteration
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 from fastserve.simulation.executor import SimulatedExecutor, _shape
 from support.checked_engine import CheckedEngine
 from support.engines import LATENCY, LINK, STAGE_LINK, arrival, make_engine
@@ -260,7 +259,7 @@ def test_the_executor_says_what_is_free_and_what_has_ended() -> None:
     assert (ms(result.start_s), ms(result.end_s), ms(clock.now())) == (0, 63, 63)
     executor.wait(0.1)
     assert ms(clock.now()) == 100
-    assert executor.foresee(Iteration((a,), (1,)), 5, 1.0) is None
+    assert executor.predict_ends(Iteration((a,), (1,)), 5, 1.0) is None
 
 
 def test_a_profile_with_two_stages_is_simulated_with_two() -> None:

@@ -6,8 +6,7 @@ import pytest
 
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request
-from fastserve.engine.engine import Arrival, Engine
-from fastserve.engine.job import Job
+from fastserve.engine import Arrival, Engine, Job
 from fastserve.policies.discovery import find_policy, list_policies
 from support.engines import arrival, make_engine
 from support.watch import watch

@@ -10,9 +10,7 @@ import pytest
 
 from fastserve.core.config import CacheConfig
 from fastserve.core.request import AWAY, RESIDENT, Request
-from fastserve.engine.engine import Engine
-from fastserve.engine.executor import FinishedTransfer
-from fastserve.engine.job import Job
+from fastserve.engine import Engine, FinishedTransfer, Job
 from fastserve.kvcache import Direction, KVCacheManager, Location
 from fastserve.kvcache.errors import OutOfBlocksError
 from fastserve.policies.discovery import list_policies

@@ -111,7 +111,7 @@ def test_a_model_refuses_tokens_it_does_not_have(llm: Any) -> None:
 def test_a_simulation_rejects_log_probabilities() -> None:
     from fastserve.core.request import Request, RequestStatus
     from fastserve.latency import load_profile
-    from fastserve.simulation.build import simulated_engine
+    from fastserve.simulation import simulated_engine
 
     engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1"))
     job = engine.add_request(Request("a", 0.0, 4), SamplingParams(logprobs=1))

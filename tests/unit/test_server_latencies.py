@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from fastserve.core.request import Request, RequestStatus, SamplingParams
-from fastserve.engine.job import Job
+from fastserve.engine import Job
 from fastserve.server.latencies import Latencies, summarize
 
 

@@ -7,9 +7,9 @@ import pytest
 from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Arrival
+from fastserve.engine import Arrival
 from fastserve.latency import load_profile
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 
 PROFILE = load_profile("a100-80g/opt-13b-tp1")
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from fastserve.core.request import AWAY, RESIDENT, Part, Request
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.kvcache import Direction, Location
 from fastserve.scheduler import Scheduler
 from support.caches import place

@@ -12,9 +12,7 @@ from fastserve.core.config import CacheConfig
 from fastserve.core.errors import OutputError
 from fastserve.core.files import check_writable
 from fastserve.core.request import Request, RequestStatus, SamplingParams
-from fastserve.engine.executor import FinishedTransfer
-from fastserve.engine.job import Job
-from fastserve.engine.timeline import Timeline
+from fastserve.engine import FinishedTransfer, Job, Timeline
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.scheduler import Iteration
 from support.timelines import threads_of

@@ -128,7 +128,7 @@ def test_jobs_take_turns_and_none_runs_beside_another():
                 assert lock.acquire(blocking=False)
                 order.append(name)
                 lock.release()
-                turn.pass_on()
+                turn.yield_turn()
 
         return work
 
@@ -140,12 +140,12 @@ def test_jobs_take_turns_and_none_runs_beside_another():
 
 def test_a_job_that_fails_ends_all():
     def fails(turn):
-        turn.pass_on()
+        turn.yield_turn()
         raise ValueError("broken")
 
     def goes_on(turn):
         while True:
-            turn.pass_on()
+            turn.yield_turn()
 
     with pytest.raises(ValueError, match="broken"):
         take_turns([goes_on, fails], goes_on, 1.0)

@@ -24,7 +24,7 @@ import pytest
 from aiohttp import web
 
 from fastserve.core.errors import ConfigError, FastServeError, NothingFinishedError, ServerError
-from fastserve.engine.engine import IterationRecord
+from fastserve.engine import IterationRecord
 from harness.analysis.capacity_search import Objective, find_capacity
 from harness.client import replay as http_replay
 from harness.client import server as http_server

@@ -12,8 +12,7 @@ import pytest
 from fastserve.core.console import Terminated
 from fastserve.core.errors import WorkerError
 from fastserve.core.processes import Leash, worker_pool
-from fastserve.engine.engine import Observer
-from fastserve.engine.job import Job
+from fastserve.engine import Job, Observer
 from harness.run.config import RunConfig
 from harness.run.runner import run
 from support.processes import ENVIRONMENT, FASTBENCH, descendants, have_ended, start, wait_until

@@ -1,1 +1,23 @@
-"""The engine loop, what it records, and the interface of what executes its decisions."""
+"""The engine: its loop, what it records, and the interface of what executes its iterations."""
+
+from fastserve.engine.engine import NO_LOGPROBS, Engine
+from fastserve.engine.executor import Executor, FinishedTransfer
+from fastserve.engine.job import Arrival, Job
+from fastserve.engine.observer import EngineView, Observer, Observers
+from fastserve.engine.records import IterationRecord, RequestMetrics
+from fastserve.engine.timeline import Timeline
+
+__all__ = [
+    "NO_LOGPROBS",
+    "Arrival",
+    "Engine",
+    "EngineView",
+    "Executor",
+    "FinishedTransfer",
+    "IterationRecord",
+    "Job",
+    "Observer",
+    "Observers",
+    "RequestMetrics",
+    "Timeline",
+]

@@ -1,128 +1,32 @@
-"""The engine loop: arrivals, schedule, execute, record. The same for every policy and every executor."""
+"""Engine: the loop that schedules, executes and records; the same for every policy and every executor."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
-
-import numpy as np
 
 from fastserve.core.clock import Clock
 from fastserve.core.errors import failure_reason
 from fastserve.core.logprobs import Scores
 from fastserve.core.request import Request, RequestStatus, SamplingParams
-from fastserve.engine.executor import Executor, FinishedTransfer
-from fastserve.engine.job import Job
+from fastserve.engine.executor import Executor
+from fastserve.engine.job import Arrival, Job
+from fastserve.engine.lookahead import Lookahead
+from fastserve.engine.observer import Observer
+from fastserve.engine.records import IterationRecord
 from fastserve.kvcache import KVCacheManager
 from fastserve.policies.own_policies import blamed
 from fastserve.scheduler import Iteration, Scheduler
 from fastserve.scheduler.iteration import IterationResult
 
 NO_LOGPROBS = "logprobs and prompt_logprobs need a model, and a simulation has none; leave them out"
-_FEWEST_WORTH_A_JUMP, _LONGEST_JUMP = 3, 1024
-
-
-class Arrival(NamedTuple):
-    """A request that arrives at `request.arrival_s`."""
-
-    request: Request
-    params: SamplingParams
-
-
-class IterationRecord(NamedTuple):
-    """The row of iterations.parquet: one computed iteration."""
-
-    start_s: float
-    end_s: float
-    num_requests: int
-    num_scheduled_tokens: int
-    num_waiting: int
-    """Unfinished requests in the system that were in no batch in flight when this one ended."""
-    free_gpu_blocks: int
-    free_host_blocks: int
-    num_preempted: int
-    stalled_s: float
-    """Time since the previous iteration in which nothing was in flight because of transfers under way."""
-
-
-class Observer:
-    """Is told what happens, as it happens; overrides what it wants to hear. Times are seconds on the engine's clock."""
-
-    def on_arrival(self, job: Job) -> None:
-        """A request has entered the system."""
-
-    def on_submit(self, iteration: Iteration) -> None:
-        """A decision is carried out from now on; one without requests may still move or drop caches."""
-
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
-        """An iteration has ended and its requests have not advanced yet."""
-
-    def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:
-        """A request has a new token; `previous_s` is when it got the one before, None for its first.
-
-        If it was the last, the status is FINISHED already; it leaves, with `on_done`, when its policy lets it.
-        """
-
-    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
-        """No iteration was started, and these requests, if any, were due and waited for a transfer. If there are none,
-        nothing was in flight either."""
-
-    def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
-        """From one decision to the next, whether anything ran or not, these were due and waited for a transfer."""
-
-    def on_transfer(self, finished: FinishedTransfer) -> None:
-        """A transfer has ended."""
-
-    def on_done(self, job: Job) -> None:
-        """A request has left the system."""
-
-
-class Observers(Observer):
-    """Several observers as one, told in the order given."""
-
-    def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
-
-    def on_arrival(self, job: Job) -> None:  # noqa: D102 (as in Observer)
-        for observer in self._observers:
-            observer.on_arrival(job)
-
-    def on_submit(self, iteration: Iteration) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_submit(iteration)
-
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_iteration(engine, iteration, start_s, end_s)
-
-    def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_token(job, token, at_s, previous_s)
-
-    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_stall(engine, stalled, start_s, end_s)
-
-    def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_swap_wait(stalled, start_s, end_s)
-
-    def on_transfer(self, finished: FinishedTransfer) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_transfer(finished)
-
-    def on_done(self, job: Job) -> None:  # noqa: D102
-        for observer in self._observers:
-            observer.on_done(job)
 
 
 class Engine:
     """Runs requests under one scheduler on one executor, and records what happened.
 
-    Single-threaded: `add_request`, `abort` and `step` are called from one thread.
+    Not thread-safe: call `add_request`, `abort` and `step` from one thread.
     """
 
     def __init__(
@@ -145,33 +49,35 @@ class Engine:
         """Unfinished requests by id."""
         self.iterations: list[IterationRecord] = []
         self.last_run: list[Job] = []
-        """What `run` returned, or would have returned, had not an error ended it."""
+        """Jobs of the last `run`, also if an error ended it."""
         self.error: BaseException | None = None
-        """What ended the engine: it takes no more requests."""
+        """The error that ended the engine; it takes no more requests."""
         self.observer: Observer | None = None
         self.jumps = True
-        """Whether iterations that can only be alike are computed at once where the executor can tell their times."""
+        """Whether to compute identical iterations at once where the executor can predict their ends (Lookahead)."""
         if scheduler.needs_oracle:
-            scheduler.oracle = self._tokens_to_come
+            scheduler.oracle = self._remaining_tokens
         self._in_flight: deque[Iteration] = deque()
         self._num_jobs_in_flight = 0
+        self._lookahead = Lookahead(scheduler, executor, kv, clock, self.jobs)
         self._stalled: tuple[Request, ...] = ()
-        """Those that the last decision kept back for a transfer."""
+        """Requests that wait for a transfer since the last decision."""
         self._stalled_since = 0.0
         self._stalled_s = 0.0
+        """Time since the last iteration in which nothing was in flight because of transfers."""
 
     # -- requests in and out -------------------------------------------------------------------------------------
 
     def add_request(self, request: Request, params: SamplingParams) -> Job:
         """Take a request into the system.
 
-        One that could never be served is marked REJECTED, with the reason in `job.error`, and not taken.
-        Raises what ended the engine, if something has.
+        A request that no schedule can serve is REJECTED, with the reason in `job.error`, and not taken.
+        Raises the error that ended the engine, if one has.
         """
         if self.error is not None:
             raise self.error
         job = Job(request, params, self.eos_token_ids)
-        job.error = self.why_never(request.request_id, request.num_prompt_tokens, params.max_tokens)
+        job.error = self.rejection_reason(request.request_id, request.num_prompt_tokens, params.max_tokens)
         if params.asks_logprobs and not self.executor.has_logits:
             job.error = f"request {request.request_id}: {NO_LOGPROBS}"
         if job.error:
@@ -191,7 +97,7 @@ class Engine:
         return job
 
     def abort(self, request_id: str) -> bool:
-        """End an unfinished request and free what it holds; False if there is none of that id."""
+        """Abort an unfinished request and free its cache; False if there is none with that id."""
         job = self.jobs.get(request_id)
         if job is None:
             return False
@@ -200,7 +106,7 @@ class Engine:
         del self.jobs[request_id]
         job.request.status = RequestStatus.ABORTED
         job.finished_s = now
-        # The blocks of one in flight are still being written; it leaves when its iteration is collected.
+        # An iteration in flight still writes its blocks: the request leaves when that is collected.
         if job.request.in_flight:
             self._num_jobs_in_flight -= 1
         else:
@@ -210,16 +116,16 @@ class Engine:
             self.observer.on_done(job)
         return True
 
-    def why_never(self, name: str, num_prompt_tokens: int, max_tokens: int) -> str:
-        """Why no schedule could ever serve request `name` of that prompt and output; empty if one can.
+    def rejection_reason(self, name: str, num_prompt_tokens: int, max_tokens: int) -> str:
+        """Why no schedule can serve a request with that prompt and output (in tokens); empty if one can.
 
-        Rests on nothing that changes: any thread may ask.
+        `name` is for the message. Reads only constants, so any thread may call it.
         """
         total = num_prompt_tokens + max_tokens
         sizes = f"request {name}: prompt of {num_prompt_tokens} tokens + output of up to {max_tokens}"
         if self.max_model_len is not None and total > self.max_model_len:
             return f"{sizes} exceeds the model's context of {self.max_model_len} tokens"
-        # The last token generated is never fed back, so it needs no room.
+        # The last token is never fed back, so it needs no cache.
         needed, blocks = self.kv.blocks_for(total - 1), self.kv.config.num_gpu_blocks
         if needed > blocks:
             return (
@@ -230,7 +136,7 @@ class Engine:
 
     @property
     def longest_request(self) -> int:
-        """Prompt and output tokens of the longest request that `why_never` has nothing against."""
+        """Prompt and output tokens of the longest request that is not rejected."""
         room = self.kv.config.num_gpu_blocks * self.kv.block_size + 1
         return room if self.max_model_len is None else min(room, self.max_model_len)
 
@@ -240,17 +146,18 @@ class Engine:
         return bool(self.jobs) or bool(self._in_flight)
 
     def run(self, arrivals: Iterable[Arrival], on_done: Callable[[Job], None] | None = None) -> list[Job]:
-        """Serve requests that arrive at known times, in that order; returns their jobs when all are done.
+        """Serve requests that arrive at known times; returns their jobs, in order of arrival, when all are done.
 
-        `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then. A
-        KeyboardInterrupt ends the engine too: unfinished jobs are ABORTED, and `last_run` has those to come as well.
+        `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then.
+        A KeyboardInterrupt ends the engine too. Unfinished jobs are then ABORTED, and so are those of the requests that
+        have not arrived; `last_run` has both.
         """
         pending = deque(sorted(arrivals, key=lambda arrival: arrival.request.arrival_s))
         self.last_run = []
         try:
             self._run(pending, on_done)
         except KeyboardInterrupt as stop:
-            self._end_all(stop, RequestStatus.ABORTED, "the run was interrupted")
+            self._end(stop, RequestStatus.ABORTED, "the run was interrupted")
             for arrival in pending:
                 job = Job(arrival.request, arrival.params, self.eos_token_ids)
                 job.request.status, job.error = RequestStatus.ABORTED, "the run was interrupted before it arrived"
@@ -282,23 +189,24 @@ class Engine:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def step(self, until: float = math.inf) -> list[Job]:
-        """One turn: collect the oldest iteration if it has ended; else, if the first stage is free, decide on the next.
+        """Take one step; returns the jobs that finished.
 
-        With the pipeline full after that, collects the oldest iteration; otherwise waits until something ends: the work
-        of the first stage, an iteration or a transfer, at the longest until `until` (seconds on the engine's clock, the
-        next arrival). Returns the jobs that finished.
+        1. If the oldest iteration in flight has ended, collect it and return.
+        2. If the first stage is free, decide on the next iteration and submit it.
+        3. If the pipeline is now full, collect the oldest iteration. Otherwise wait until the first stage becomes free,
+           an iteration or a transfer ends, or the clock reaches `until` (seconds; the next arrival).
 
-        Raises RankError if what executes has failed. That, or any other error, ends the engine, and every request in
-        the system is FAILED, with the reason in `job.error`.
+        Raises RankError if a rank has failed. Any error ends the engine: every request in the system is FAILED, with
+        the reason in `job.error`.
         """
         try:
-            return self._turn(until)
+            return self._step(until)
         except Exception as error:
             cause = blamed(error, type(self.scheduler))
-            self._end_all(cause, RequestStatus.FAILED, failure_reason(cause))
+            self._end(cause, RequestStatus.FAILED, failure_reason(cause))
             raise cause from error.__cause__
 
-    def _turn(self, until: float) -> list[Job]:
+    def _step(self, until: float) -> list[Job]:
         self._complete_transfers()
         executor, in_flight = self.executor, self._in_flight
         if in_flight:
@@ -308,7 +216,7 @@ class Engine:
                 executor.wait(until)
                 return []
         iteration = self._decide()
-        if self.jumps and self._jump(iteration, until):
+        if self.jumps and not in_flight and not self.observer and self._jump(iteration, until):
             return []
         self._submit(iteration)
         if len(in_flight) >= executor.max_in_flight:
@@ -361,17 +269,17 @@ class Engine:
             self.observer.on_stall(self, stalled, start, end)
 
     def _charge_stall(self, now: float) -> None:
-        """Those whom the last decision kept back for a transfer have waited for it until now."""
+        """Charge the time since the last decision to the requests that wait for a transfer."""
         for request in self._stalled:
             job = self.jobs.get(request.request_id)
-            if job is not None:  # Not aborted meanwhile.
+            if job is not None:  # None if aborted since.
                 job.swapping_s += now - self._stalled_since
         if self.observer:
             self.observer.on_swap_wait(self._stalled, self._stalled_since, now)
         self._stalled_since = now
 
     def _postprocess(self, iteration: Iteration, result: IterationResult) -> list[Job]:
-        """Advance every request of the iteration, let the scheduler decide who leaves, and record."""
+        """Advance every request of the iteration, remove those that the scheduler says leave, and record."""
         start, end = result.start_s, result.end_s
         duration = end - start
         jobs = self.jobs
@@ -440,104 +348,25 @@ class Engine:
         self._stalled_s = 0.0
         return finished
 
-    def _take_scores(self, iteration: Iteration, scores: Mapping[int, Scores]) -> None:
-        for place, one in scores.items():
-            job = self.jobs.get(iteration.requests[place].request_id)
-            if job is not None and job.logprobs is not None:
-                job.logprobs.add(one)
-
     def _jump(self, iteration: Iteration, until: float) -> bool:
-        """Carry out this iteration and all after it that can only be like it at once, if there are any.
-
-        What is recorded is what one step after the other records, to the bit; only the numbers of the blocks differ.
-        """
-        requests = iteration.requests
-        batch = len(requests)
-        if (
-            not batch
-            or sum(iteration.num_scheduled_tokens) != batch
-            or iteration.preempted
-            or iteration.stalled
-            or iteration.swap_out
-            or iteration.swap_in
-            or iteration.dropped
-            or self.observer
-            or self._in_flight
-            or len(self.scheduler.running) != batch
-        ):
-            return False
+        """Compute the iteration and the identical ones that follow at once; False if there are too few."""
         last = self.iterations[-1] if self.iterations else None
-        now = self.clock.now()
-        # If the iterations to come last as long as the last one, are there enough of them?
-        if last is None or min(until, self.scheduler.steady_until(now)) - now < _FEWEST_WORTH_A_JUMP * (
-            last.end_s - last.start_s
-        ):
+        records = self._lookahead.jump(iteration, until, last, self._stalled_s)
+        if not records:
             return False
-        jobs = [self.jobs[request.request_id] for request in requests]
-        # In none of them may a request finish.
-        count = min(job.max_tokens - request.num_tokens for job, request in zip(jobs, requests, strict=True)) - 1
-        if count < _FEWEST_WORTH_A_JUMP or any(
-            job.stop_token_ids or job.last_token_s is None or not request.is_decoding
-            for job, request in zip(jobs, requests, strict=True)
-        ):
-            return False
-        ends = self.executor.foresee(iteration, min(count, _LONGEST_JUMP), until)
-        if ends is None or len(ends) < _FEWEST_WORTH_A_JUMP:
-            return False
-        kv = self.kv
-        tokens = np.array([request.num_tokens for request in requests])
-        held = np.array([request.cache_capacity // kv.block_size for request in requests])
-        blocks = np.maximum(-(-(tokens[:, None] + np.arange(len(ends))) // kv.block_size), held[:, None])
-        free_blocks = kv.num_free_gpu_blocks - (blocks - blocks[:, :1]).sum(axis=0)
-        count = int(np.searchsorted(-free_blocks, 0, side="right"))  # Free blocks never rise.
-        times = np.concatenate(([now], ends[:count]))
-        count = self.scheduler.repeats(times, free_blocks[:count])
-        if count < _FEWEST_WORTH_A_JUMP:
-            return False
-        times = times[: count + 1]
-        self._advance(iteration, jobs, times)
-        self._record_alike(iteration, times, free_blocks[:count])
+        self.iterations += records
+        self._stalled_s = 0.0
         return True
 
-    def _advance(self, iteration: Iteration, jobs: list[Job], times: np.ndarray) -> None:
-        """Iterations alike have passed, from each of `times` to the next; nobody finished."""
-        count = len(times) - 1
-        durations = np.diff(times)
-        execution = np.empty((len(jobs), count + 1))
-        execution[:, 0] = [job.execution_s for job in jobs]
-        execution[:, 1:] = durations
-        # Added up one by one, as steps would.
-        totals = np.add.accumulate(execution, axis=1)[:, -1].tolist()
-        first_end, end = float(times[1]), float(times[-1])
-        longest = float(durations[1:].max())
-        for request, job, total in zip(iteration.requests, jobs, totals, strict=True):
-            assert job.last_token_s is not None
-            job.execution_s = total
-            job.max_token_gap_s = max(job.max_token_gap_s, first_end - job.last_token_s, longest)
-            job.last_token_s = end
-            request.num_computed_tokens += count
-            request.num_tokens += count
-            # As far as the last of them needed.
-            self.kv.extend(request, request.num_computed_tokens)
-            if request.token_ids:
-                request.token_ids.extend([0] * count)
-        self.scheduler.update_repeated(iteration, times)
-        self.clock.sleep_until(end)
+    def _take_scores(self, iteration: Iteration, scores: Mapping[int, Scores]) -> None:
+        """Add the log probabilities, by the request's index in the iteration, to its job."""
+        for index, request_scores in scores.items():
+            job = self.jobs.get(iteration.requests[index].request_id)
+            if job is not None and job.logprobs is not None:
+                job.logprobs.add(request_scores)
 
-    def _record_alike(self, iteration: Iteration, times: np.ndarray, free_blocks: np.ndarray) -> None:
-        batch = len(iteration.requests)
-        num_waiting = len(self.jobs) - batch
-        free_host = self.kv.num_free_host_blocks
-        stalled_s = self._stalled_s
-        for (start, end), free in zip(itertools.pairwise(times.tolist()), free_blocks.tolist(), strict=True):
-            self.iterations.append(
-                IterationRecord(start, end, batch, batch, num_waiting, free, free_host, 0, stalled_s)
-            )
-            stalled_s = 0.0
-        self._stalled_s = 0.0
-
-    def _end_all(self, error: BaseException, status: RequestStatus, reason: str) -> None:
-        """End the engine, and every request in it with this status."""
+    def _end(self, error: BaseException, status: RequestStatus, reason: str) -> None:
+        """End the engine, and every request in the system with this status."""
         self.error = error
         now = self.clock.now()
         for job in self.jobs.values():
@@ -556,5 +385,5 @@ class Engine:
                 if self.observer:
                     self.observer.on_transfer(finished)
 
-    def _tokens_to_come(self, request: Request) -> int:
+    def _remaining_tokens(self, request: Request) -> int:
         return self.jobs[request.request_id].max_tokens - request.num_tokens

@@ -1,4 +1,4 @@
-"""The interface between the engine and whatever executes."""
+"""Executor: the interface between the engine and what computes its iterations."""
 
 from __future__ import annotations
 
@@ -22,37 +22,36 @@ class FinishedTransfer(NamedTuple):
 
 
 class Executor(ABC):
-    """Carries out iterations in the order submitted, and transfers on their own, beside the computation.
+    """Computes iterations in the order submitted, and moves caches at the same time.
 
-    A pipeline of several stages works on as many iterations at a time. Each stage is busy with one at most and takes
-    them in order; an iteration ends when the last stage ends it. Swaps are decided for the first stage, and every
-    later one repeats them with its part of the cache, as in the paper: a transfer has ended when its last part has.
+    A pipeline of N stages computes up to N iterations at a time. Each stage computes one at a time, in order; an
+    iteration ends when the last stage ends it. Swaps are decided for the first stage, and every later stage repeats
+    them with its part of the cache, as in the paper. A transfer ends when its last part ends.
     """
 
     max_in_flight: int = 1
-    """Iterations that may be submitted and not yet collected: 1, or the depth of the pipeline."""
+    """Iterations that may be submitted and not yet collected: the number of stages."""
     has_logits: bool = True
-    """Whether tokens are drawn from a model's logits, so that log probabilities can be told."""
+    """Whether tokens come from a model's logits, so that log probabilities can be reported."""
 
     @property
     def can_submit(self) -> bool:
-        """Whether the first stage is free. Asked while fewer than `max_in_flight` iterations are in flight: always so
-        where that is 1."""
+        """Whether the first stage is free, asked while fewer than `max_in_flight` iterations are in flight."""
         return True
 
     @property
     def can_collect(self) -> bool:
-        """Whether the oldest iteration in flight has ended. Where `max_in_flight` is 1, nobody needs to know: the
-        engine has nothing else to do than to collect it."""
+        """Whether the oldest iteration in flight has ended. Matters only if `max_in_flight` exceeds 1: otherwise the
+        engine collects an iteration right after submitting it."""
         return False
 
     def add_request(  # noqa: B027 (optional hook)
         self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int] = ()
     ) -> None:
-        """A request enters the system; `eos_token_ids` are the model's."""
+        """Take a request into the system; `eos_token_ids` are the model's end-of-sequence tokens."""
 
     def remove_request(self, request: Request) -> None:  # noqa: B027 (optional hook)
-        """A request has finished or was aborted."""
+        """Forget a request that has finished or was aborted."""
 
     @abstractmethod
     def submit(self, iteration: Iteration) -> None:
@@ -60,29 +59,29 @@ class Executor(ABC):
 
     @abstractmethod
     def collect(self) -> IterationResult:
-        """Wait for the oldest computation submitted and return what came of it."""
+        """Wait for the oldest iteration in flight and return its result."""
 
     @abstractmethod
     def wait(self, until: float) -> None:
         """Wait until a transfer or the oldest iteration ends, the first stage becomes free, or the clock reaches
-        `until`, whichever is first."""
+        `until` (seconds), whichever comes first."""
 
     @abstractmethod
     def finished_transfers(self) -> list[FinishedTransfer]:
-        """Transfers that have ended since last asked."""
+        """Transfers that have ended since the last call."""
 
     @property
     @abstractmethod
     def num_transfers_in_flight(self) -> int:
-        """Transfers under way."""
+        """Transfers not yet returned by `finished_transfers`."""
 
-    def foresee(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
-        """Ends of the next `count` iterations, if they are this one with a token more for each request every time.
+    def predict_ends(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
+        """Ends (seconds) of the next `count` iterations, if each is this one with a token more for every request.
 
-        Seconds, fewer than `count` if the iterations after those would start at or after `until` or the end of a
-        transfer. None where time cannot be known in advance.
+        Iterations that would start at or after `until`, or after the end of a transfer, are left out. None where times
+        cannot be predicted.
         """
         return None
 
     def close(self) -> None:  # noqa: B027 (optional hook)
-        """Give back threads, processes and memory."""
+        """Release threads, processes and memory."""

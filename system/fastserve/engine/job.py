@@ -1,12 +1,21 @@
-"""Job: what the engine knows of a request and a scheduler must not: when it ends, and what was measured of it."""
+"""Job: what the engine knows of a request and the scheduler must not, such as its stop condition."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastserve.core.logprobs import RequestLogprobs
 from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.engine.records import RequestMetrics
+
+
+class Arrival(NamedTuple):
+    """A request that arrives at `request.arrival_s`."""
+
+    request: Request
+    params: SamplingParams
 
 
 @dataclass(slots=True)
@@ -17,27 +26,27 @@ class Job:
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     max_tokens: int = field(init=False)
-    """Prompt and output together, at the most."""
+    """Most tokens of prompt and output together."""
     stop_token_ids: frozenset[int] = field(init=False)
-    """Tokens that end it, the end of sequence among them unless ignored."""
+    """Tokens that end the request; they include the end of sequence unless it is ignored."""
     min_tokens: int = field(init=False)
-    """Prompt and output together, before which those do not end it."""
+    """Tokens of prompt and output together before which a stop token does not end the request."""
     logprobs: RequestLogprobs | None = field(init=False, default=None)
-    """What is told of its tokens; None unless it asks."""
+    """Log probabilities of its tokens; None unless the request asks for them."""
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None
     max_token_gap_s: float = 0.0
     swapping_s: float = 0.0
-    """Time it was chosen to run and waited for a transfer, its own or another's."""
+    """Time in which the request was chosen to run but a transfer, its own or another's, kept it from running."""
     execution_s: float = 0.0
     preemptions: int = 0
     swap_out_bytes: int = 0
     swap_in_bytes: int = 0
     recomputed_tokens: int = 0
     error: str = ""
-    """Why it was rejected or failed; empty otherwise."""
+    """Why the request was rejected or failed; empty otherwise."""
 
     def __post_init__(self) -> None:
         self.max_tokens = self.request.num_prompt_tokens + self.params.max_tokens
@@ -74,40 +83,8 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it left the system, for whatever reason."""
+        """Whether the request has left the system: finished, aborted, failed or rejected."""
         return self.request.status is not RequestStatus.ACTIVE
-
-
-@dataclass(frozen=True, slots=True)
-class RequestMetrics:
-    """What was measured of one request; times in seconds from the start of the run. NaN: never happened."""
-
-    request_id: str
-    status: str
-    arrival_s: float
-    first_scheduled_s: float
-    first_token_s: float
-    finished_s: float
-    prompt_tokens: int
-    output_tokens: int
-    queueing_s: float
-    swapping_s: float
-    execution_s: float
-    """queueing_s + swapping_s + execution_s is the job completion time."""
-    max_token_gap_s: float
-    """Longest time between two consecutive output tokens."""
-    preemptions: int
-    swap_out_bytes: int
-    swap_in_bytes: int
-    recomputed_tokens: int
-    error: str
-
-    @property
-    def tpot_s(self) -> float:
-        """Mean time between output tokens; NaN for fewer than two."""
-        if self.output_tokens < 2:
-            return math.nan
-        return (self.finished_s - self.first_token_s) / (self.output_tokens - 1)
 
 
 def _or_nan(time_s: float | None) -> float:

@@ -11,9 +11,9 @@ from typing import Any
 
 from fastserve.core.files import atomic_write
 from fastserve.core.request import Request
-from fastserve.engine.engine import Engine, Observer
 from fastserve.engine.executor import FinishedTransfer
 from fastserve.engine.job import Job
+from fastserve.engine.observer import EngineView, Observer
 from fastserve.kvcache import Direction
 from fastserve.scheduler.iteration import Iteration
 
@@ -96,7 +96,7 @@ class Timeline(Observer):
         self._counters: list[Event] = []
         self._counted: dict[str, dict[str, int]] = {}
         """Each counter's last values."""
-        self._engine: Engine | None = None
+        self._engine: EngineView | None = None
         self._end_s = 0.0
         """The latest time heard of."""
 
@@ -107,7 +107,7 @@ class Timeline(Observer):
         self._lives[job.request.request_id] = _Life(job)
         self._end_s = max(self._end_s, job.request.arrival_s)
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         """An iteration has ended and its requests have not advanced yet."""
         num_prompt_tokens = num_tokens = num_rows = 0
         for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
@@ -126,7 +126,7 @@ class Timeline(Observer):
         self._end_s = max(self._end_s, end_s)
         self._count(engine, start_s)
 
-    def on_stall(self, engine: Engine, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
+    def on_stall(self, engine: EngineView, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
         """The engine computed nothing."""
         if end_s > start_s:
             name = "waiting for transfers" if stalled else "nothing due"
@@ -189,7 +189,7 @@ class Timeline(Observer):
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _count(self, engine: Engine, now: float) -> None:
+    def _count(self, engine: EngineView, now: float) -> None:
         self._engine, kv = engine, engine.kv
         for name, total, free in (
             ("GPU blocks", kv.config.num_gpu_blocks, kv.num_free_gpu_blocks),

@@ -22,7 +22,7 @@ from fastserve.core.config import EngineOptions, ModelConfig, dtype_bytes, requi
 from fastserve.core.errors import ConfigError
 from fastserve.core.parallel import ParallelConfig
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.engine import Arrival, Engine, Observer
+from fastserve.engine import Arrival, EngineView, Observer
 from fastserve.kvcache import Direction
 from fastserve.latency import (
     AllReduce,
@@ -325,7 +325,7 @@ class _Shapes(Observer):
     def __init__(self) -> None:
         self.rows: list[tuple[float, float, Shape]] = []
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         """Add one."""
         prompts, contexts = [], []
         for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):

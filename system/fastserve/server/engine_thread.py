@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 
 from fastserve.core.errors import failure_reason
 from fastserve.core.request import Request, RequestStatus, SamplingParams
-from fastserve.engine.engine import Engine, Observer, Observers
-from fastserve.engine.job import Job
+from fastserve.engine import EngineView, Job, Observer, Observers
 from fastserve.scheduler import Iteration
 from fastserve.server.model import ServedModel
 from fastserve.server.streams import Token, TokenStream, finish_reason, token_of
@@ -95,7 +94,7 @@ class EngineThread:
         return len(self._open)
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> TokenStream:
-        """Take a request that `Engine.why_never` has nothing against; it arrives now."""
+        """Take a request for which `Engine.rejection_reason` is empty; it arrives now."""
         stream = TokenStream(request_id, params.max_tokens)
         request = Request.from_tokens(request_id, self.clock.now(), prompt)
         request.max_output_tokens = params.max_tokens  # What its user declares.
@@ -266,7 +265,7 @@ class _Delivery(Observer):
         gathered, self._gathered = self._gathered, []
         return gathered
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         self.progress_s = time.monotonic()
 
     def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from fastserve.core.request import RequestStatus
-from fastserve.engine.job import Job
+from fastserve.engine import Job
 
 _SPAN_S = 60.0
 _MOST = 20_000

@@ -19,8 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fastserve.core.request import RequestStatus
-from fastserve.engine.engine import Engine, Observer
-from fastserve.engine.job import Job
+from fastserve.engine import EngineView, Job, Observer
 from fastserve.scheduler import Iteration
 from fastserve.server.state import EngineState
 
@@ -97,7 +96,7 @@ class ServerMetrics(Observer, Collector):
         totals["swap_in_bytes"] += sum(transfer.num_bytes for transfer in iteration.swap_in)
         totals["recomputed_tokens"] += sum(drop.num_lost_tokens for drop in iteration.dropped)
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:  # noqa: D102
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:  # noqa: D102
         self.totals["iterations"] += 1
 
     def on_token(self, job: Job, token: int, at_s: float, previous_s: float | None) -> None:  # noqa: D102

@@ -15,11 +15,11 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.generation_config import GenerationConfig
 from fastserve.core.request import SamplingParams
 from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
-from fastserve.engine.engine import Engine
+from fastserve.engine import Engine
 from fastserve.latency import Profile, load_profile
 from fastserve.server.text import TextCodec
 from fastserve.server.version import software_version
-from fastserve.simulation.build import simulated_engine
+from fastserve.simulation import simulated_engine
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ import uvloop
 from fastserve.core.config import CacheConfig, EngineOptions
 from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.files import check_writable
-from fastserve.engine.engine import Observers
-from fastserve.engine.timeline import Timeline
+from fastserve.engine import Observers, Timeline
 from fastserve.server.app import Server, ServerOptions, create_app
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.half_open import http_protocol

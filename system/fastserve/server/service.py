@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from fastserve.engine.engine import NO_LOGPROBS
+from fastserve.engine import NO_LOGPROBS
 from fastserve.server.body import Bodies, BodyLimits
 from fastserve.server.completions import Answer, EventStream, Prompt, answer_unless_gone
 from fastserve.server.engine_thread import EngineThread
@@ -144,7 +144,7 @@ class Server:
             max_tokens = min(room, model.generation_config.max_new_tokens or room)
         else:  # To echo a prompt alone it is computed, and a token after it.
             max_tokens = max(1, getattr(body, limit))
-        if why := model.engine.why_never("refused", len(token_ids), max_tokens):
+        if why := model.engine.rejection_reason("refused", len(token_ids), max_tokens):
             # Clients look for how this begins.
             raise bad_request(
                 f"This model's maximum context length is {longest} tokens: {why.removeprefix('request refused: ')}",

@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
-from fastserve.engine.engine import Engine, Observer
-from fastserve.engine.job import Job
+from fastserve.engine import Engine, Job, Observer
 from fastserve.server.engine_thread import EngineThread
 from fastserve.server.latencies import Latencies
 from fastserve.server.streams import finish_reason

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from fastserve.core.errors import FastServeError
 from fastserve.core.logprobs import TokenLogprobs
 from fastserve.core.request import RequestStatus
-from fastserve.engine.job import Job
+from fastserve.engine import Job
 
 FinishReason = Literal["length", "stop", "abort", "error"]
 

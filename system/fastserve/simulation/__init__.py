@@ -1,1 +1,6 @@
-"""An engine in virtual time, or in real time behind a server. No torch."""
+"""A simulated engine: in virtual time, or in real time behind a server. Imports no torch."""
+
+from fastserve.simulation.build import simulated_engine
+from fastserve.simulation.executor import SimulatedExecutor
+
+__all__ = ["SimulatedExecutor", "simulated_engine"]

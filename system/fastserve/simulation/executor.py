@@ -106,7 +106,7 @@ class SimulatedExecutor(Executor):
             end = stages_free_at[stage] = max(arrived, stages_free_at[stage]) + seconds[self._kind_of_stage[stage]]
         return end
 
-    def foresee(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
+    def predict_ends(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
         """One after the other without a gap, as `submit` would price them."""
         if self._computing or iteration.padded or self.max_in_flight > 1:
             return None

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 
 from fastserve.core.errors import OutputError
 from fastserve.core.files import put_in_place
-from fastserve.engine.engine import IterationRecord
-from fastserve.engine.job import RequestMetrics
+from fastserve.engine import IterationRecord, RequestMetrics
 from harness.run.replaced import replacement_note
 from harness.workload.traces.lengths import FloatArray
 

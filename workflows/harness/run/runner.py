@@ -18,9 +18,7 @@ from fastserve.core.errors import ConfigError, RankError, ServerError
 from fastserve.core.files import check_writable
 from fastserve.core.request import Request, RequestStatus, SamplingParams
 from fastserve.core.tokenizer import load_tokenizer
-from fastserve.engine.engine import Arrival, Engine, Observer
-from fastserve.engine.job import Job
-from fastserve.engine.timeline import Timeline
+from fastserve.engine import Arrival, Engine, Job, Observer, Timeline
 from fastserve.latency import load_profile
 from fastserve.policies.settings import resolve_settings
 from fastserve.scheduler import Scheduler
@@ -254,7 +252,7 @@ def _serve(
 ) -> tuple[list[Job], Engine]:
     title = f"{config.policy} on {config.backend}"
     if config.backend == "sim":
-        from fastserve.simulation.build import simulated_engine
+        from fastserve.simulation import simulated_engine
 
         assert config.profile is not None
         engine = simulated_engine(load_profile(config.profile), config.policy, policy_settings, options)

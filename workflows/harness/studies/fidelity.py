@@ -36,7 +36,7 @@ from fastserve.core.config import ModelConfig, require_positive
 from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from fastserve.core.parallel import ParallelConfig
-from fastserve.engine.engine import Engine, Observer
+from fastserve.engine import EngineView, Observer
 from fastserve.latency import HostLink, Profile, StageLink, fit_link
 from fastserve.latency.fitting import Shape, StageTimes, by_stage, fit, residuals, times_between, with_overhead
 from fastserve.policies.settings import resolve_settings
@@ -148,7 +148,7 @@ def _measure(experiment: _Experiment, out: Path) -> list[_Pair]:
                 )
 
         def measure_real(pair: _Pair, turn: Turn) -> None:
-            with bench.like_it() as ranks:
+            with bench.start_clone() as ranks:
                 if ranks is not None:
                     turn.paused = ranks.frozen
                     _warm_up(StageProbe(ranks).stage_times, experiment.longest_prompt + experiment.max_batch_size)
@@ -381,7 +381,7 @@ class Turn(Observer):
         self._is_cancelled = True
         self._begin.release()
 
-    def pass_on(self) -> None:
+    def yield_turn(self) -> None:
         """Wait for the next turn; called by the job."""
         with self.paused():
             self._end.release()
@@ -389,14 +389,14 @@ class Turn(Observer):
         if self._is_cancelled:
             raise _Cancelled
 
-    def on_iteration(self, engine: Engine, iteration: Iteration, start_s: float, end_s: float) -> None:
+    def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
         """Count the computing time; when the turn's is used up, wait for the next turn."""
         self._left_s -= end_s - start_s
         if self._left_s <= 0:
             self._left_s = self.length_s
             assert isinstance(engine.clock, WallClock)
             with engine.clock.stopped():
-                self.pass_on()
+                self.yield_turn()
 
 
 def take_turns(jobs: Sequence[Callable[[Turn], object]], companion: Callable[[Turn], object], length_s: float) -> None:
@@ -443,7 +443,7 @@ class Bench(Protocol):
         """Seconds of that policy's engine from the end of an iteration to the start of the next; `folder` is for a
         run."""
 
-    def like_it(self) -> AbstractContextManager[RankGroup | None]:
+    def start_clone(self) -> AbstractContextManager[RankGroup | None]:
         """Other ranks like those that are timed, for a run; None where a run makes a worker of its own."""
 
     def frozen(self) -> AbstractContextManager[None]:
@@ -503,7 +503,7 @@ class _WorkerBench:
         run(replace(config, rate=AT_ONCE, num_requests=_CALIBRATION_REQUESTS), folder)
         return time_between_iterations(folder)
 
-    def like_it(self) -> AbstractContextManager[None]:
+    def start_clone(self) -> AbstractContextManager[None]:
         """None."""
         return nullcontext()
 
@@ -598,7 +598,7 @@ class _RanksBench:
         return own.overhead_s + own.overhead_per_request_s * options.max_batch_size
 
     @contextmanager
-    def like_it(self) -> Iterator[RankGroup]:
+    def start_clone(self) -> Iterator[RankGroup]:
         """As many others."""
         with closing(self._start()) as ranks:
             yield ranks
@@ -650,7 +650,7 @@ class Profiler:
                 left_s -= self._sample(decode)
             if not count % SENDS_EVERY:  # At the end of a turn, when whoever was stopped has found a core again.
                 self._sample_sends(repeats=2)
-            turn.pass_on()
+            turn.yield_turn()
 
     def forget(self) -> None:
         """Start anew; of each shape the last sample stays, so that none is without."""

@@ -29,8 +29,7 @@ import pyarrow.parquet as pq
 from fastserve.core.config import CacheConfig, EngineOptions, ModelConfig, dtype_bytes, require_int, require_positive
 from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.files import check_writable
-from fastserve.engine.engine import Observer
-from fastserve.engine.executor import FinishedTransfer
+from fastserve.engine import FinishedTransfer, Observer
 from fastserve.latency import load_profile
 from fastserve.policies.settings import resolve_settings
 from harness.analysis.points import write_json

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastserve.core.clock import Clock
 from fastserve.core.errors import RankError
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.executor import Executor, FinishedTransfer
+from fastserve.engine import Executor, FinishedTransfer
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.runtime.executors.inputs import Inputs, by_request
 from fastserve.runtime.executors.ranks import RankGroup

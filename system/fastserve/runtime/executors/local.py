@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastserve.core.clock import Clock
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine.executor import Executor, FinishedTransfer
+from fastserve.engine import Executor, FinishedTransfer
 from fastserve.kvcache import KVCacheManager
 from fastserve.runtime.executors.inputs import Inputs, by_request
 from fastserve.runtime.models import SequenceInput
