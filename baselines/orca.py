@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastserve.core.config import require_int
+from fastserve.core.checks import require_int
 from fastserve.core.request import Request
 from fastserve.policies.fcfs import ArrivalOrder
 from fastserve.scheduler import register

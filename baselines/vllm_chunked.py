@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baselines.vllm import WaitingAndRunning
-from fastserve.core.config import require_int
+from fastserve.core.checks import require_int
 from fastserve.scheduler import Iteration, register
 from fastserve.scheduler.plan import IterationPlan
 

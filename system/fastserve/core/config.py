@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
 
-_LARGEST_INT = 10**12
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -137,17 +136,3 @@ class EngineOptions:
     def scheduler_config(self, pipeline_depth: int = 1) -> SchedulerConfig:
         """The limits the scheduler obeys."""
         return SchedulerConfig(self.max_batch_size, self.token_budget, pipeline_depth)
-
-
-def require_int(name: str, value: object, least: int) -> None:
-    """Raise ConfigError unless `value` is an integer of at least `least`, and one that arrays can count to."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if value > _LARGEST_INT:
-        raise ConfigError(f"{name} must be an integer of at most {_LARGEST_INT:,}, got {value}")
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise ConfigError unless `value` is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastserve.core.config import require_int
+from fastserve.core.checks import require_int
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.core.request import SamplingParams
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastserve.core.config import ModelConfig, require_int
+from fastserve.core.checks import require_int
+from fastserve.core.config import ModelConfig
 from fastserve.core.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastserve.core.config import require_int
+from fastserve.core.checks import require_int
 from fastserve.core.errors import ConfigError
 from fastserve.core.logprobs import MOST_LOGPROBS
 

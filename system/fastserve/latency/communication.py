@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastserve.core.config import require_int, require_positive
+from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
 
 _HIDDEN_RISE = 0.01

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastserve.core.config import dtype_bytes, require_int
+from fastserve.core.checks import require_int
+from fastserve.core.config import dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from fastserve.core.presets import PRESETS

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastserve.core.config import ModelConfig, dtype_bytes, require_int
+from fastserve.core.checks import require_int
+from fastserve.core.config import ModelConfig, dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastserve.core.config import require_int, require_positive
+from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import AWAY, RESIDENT, Part, Request
 from fastserve.scheduler.base import Scheduler

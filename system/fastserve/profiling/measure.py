@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastserve.core.checks import require_int
 from fastserve.core.clock import WallClock
-from fastserve.core.config import EngineOptions, ModelConfig, dtype_bytes, require_int
+from fastserve.core.config import EngineOptions, ModelConfig, dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.core.parallel import ParallelConfig
 from fastserve.core.request import Request, SamplingParams

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fastserve.core.config import require_int, require_positive
+from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import RESIDENT, Request
 from fastserve.kvcache import Location

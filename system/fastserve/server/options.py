@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.core.config import require_int, require_positive
+from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
 from fastserve.server.log import LOG_LEVELS
 

@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from fastserve.core.config import require_int
+from fastserve.core.checks import require_int
 from fastserve.core.errors import ConfigError, ServerError
 from fastserve.core.request import RequestStatus
 from harness.client.answer import TOLERANCE, BrokenAnswer, Exchange

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastserve.core.config import require_int
+from fastserve.core.checks import require_int
 from fastserve.core.errors import ConfigError
 from fastserve.policies.discovery import find_policy, list_policies
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from fastserve.core.config import EngineOptions, require_int
+from fastserve.core.checks import require_int
+from fastserve.core.config import EngineOptions
 from fastserve.core.console import Progress
 from fastserve.core.errors import ConfigError, RankError, ServerError
 from fastserve.core.files import check_writable

@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 
+from fastserve.core.checks import require_positive
 from fastserve.core.clock import WallClock
-from fastserve.core.config import ModelConfig, require_positive
+from fastserve.core.config import ModelConfig
 from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from fastserve.core.parallel import ParallelConfig

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastserve.core.config import CacheConfig, EngineOptions, ModelConfig, dtype_bytes, require_int, require_positive
+from fastserve.core.checks import require_int, require_positive
+from fastserve.core.config import CacheConfig, EngineOptions, ModelConfig, dtype_bytes
 from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.files import check_writable
 from fastserve.engine import FinishedTransfer, Observer

@@ -26,7 +26,8 @@ import psutil
 from baselines.external.environment import python_of, versions_in
 from baselines.external.process import ServerProcess, free_port
 from baselines.external.vllm import VllmServer
-from fastserve.core.config import ModelConfig, require_positive
+from fastserve.core.checks import require_positive
+from fastserve.core.config import ModelConfig
 from fastserve.core.errors import ConfigError, ServerError
 from fastserve.policies.settings import resolve_settings
 from harness.analysis.points import write_csv, write_json

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastserve.core.config import require_int, require_positive
+from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import AWAY, FRESH, Request, RequestStatus
 from fastserve.kvcache import Transfer

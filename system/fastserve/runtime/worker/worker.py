@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastserve.core.config import CacheConfig, ModelConfig, require_int
+from fastserve.core.checks import require_int
+from fastserve.core.config import CacheConfig, ModelConfig
 from fastserve.core.parallel import Place
 from fastserve.runtime.kernels import kernels_for
 from fastserve.runtime.models import ForwardBatch, SequenceInput, build_model
