@@ -102,7 +102,7 @@ class FastServeArtifact(SkipJoinMLFQ):
     def promote_starved(self, now: float) -> None:
         """Whoever has waited long, and whoever has never run."""
         for request in list(self._waiting):
-            if request.standing.deadline <= now or not request.num_output_tokens:
+            if request.policy_state.deadline <= now or not request.num_output_tokens:
                 self.promote(request)
 
     def uploads(self, now: float) -> Iterator[Request]:

@@ -27,7 +27,7 @@ class RunToCompletion(ReservingOrder):
 
     def on_remove(self, request: Request) -> None:
         """Leave its batch, which ends with its last member."""
-        batch: list[Request] | None = request.standing
+        batch: list[Request] | None = request.policy_state
         if batch is not None:
             batch.remove(request)
             if not batch:
@@ -49,12 +49,12 @@ class RunToCompletion(ReservingOrder):
                 batch = list(plan.batch)
                 self._batches.append(batch)
                 for request in batch:
-                    request.standing = batch
+                    request.policy_state = batch
         return plan.close(padded=True)
 
     def update(self, iteration: Iteration, result: IterationResult) -> list[Request]:
         """Members leave together when all have ended; nobody can use their places earlier."""
-        batch: list[Request] = iteration.requests[0].standing
+        batch: list[Request] = iteration.requests[0].policy_state
         leaving = [request for request in iteration.requests if request.status is RequestStatus.ABORTED]
         for request in leaving:
             self._remove(request)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastserve.core.request import AWAY, Request
+from fastserve.core.request import SWAPPED_OUT, Request
 from fastserve.policies.fcfs import ArrivalOrder
 from fastserve.scheduler import Iteration, register
 from fastserve.scheduler.plan import IterationPlan
@@ -98,7 +98,7 @@ class VLLM(WaitingAndRunning):
     def _admit(self, plan: IterationPlan, *, swapped: bool) -> None:
         """Take requests from the front of the waiting ones: those that were swapped, or those with a whole prompt."""
         for request in self._waiting.values():
-            if (request.part == AWAY or request.is_decoding) is not swapped:
+            if (request.cache_state == SWAPPED_OUT or request.is_decoding) is not swapped:
                 break
             # With nobody running, whatever a later request holds must not keep the first from starting.
             alone = not plan.batch and not self.running

@@ -1,12 +1,12 @@
 """Putting requests and their caches where a test wants them."""
 
-from fastserve.core.request import AWAY, FRESH, Part, Request
+from fastserve.core.request import NO_CACHE, SWAPPED_OUT, CacheState, Request
 from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ
 from fastserve.scheduler import Scheduler
 
 
 def place(
-    scheduler: Scheduler, name: str, at: float, prompt: int, part: Part = FRESH, level: int | None = None
+    scheduler: Scheduler, name: str, at: float, prompt: int, part: CacheState = NO_CACHE, level: int | None = None
 ) -> Request:
     """A request that has its cache there: all its prompt computed and one token generated, unless it has none.
 
@@ -24,12 +24,12 @@ def place(
         scheduler.add(request)
         scheduler.queue.move(request, level)
     kv = scheduler.kv
-    if part != FRESH:
+    if part != NO_CACHE:
         kv.extend(request, prompt)
         request.num_computed_tokens = prompt
         request.num_tokens += 1
-    if part == AWAY:
+    if part == SWAPPED_OUT:
         kv.complete(kv.begin_swap_out(request))
-    if part != FRESH:
+    if part != NO_CACHE:
         scheduler.queue.put(request, part)
     return request

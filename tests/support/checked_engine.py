@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from fastserve.core.request import AWAY, FRESH, Request, RequestStatus
+from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
 from fastserve.engine import Engine, Job
 from fastserve.kvcache import Location
 from fastserve.scheduler import Iteration
@@ -107,10 +107,10 @@ class CheckedEngine(Engine):
         for request in left_out:
             if request.in_flight:
                 continue
-            if request.part == AWAY:
+            if request.cache_state == SWAPPED_OUT:
                 admitting = admitting and scheduler.swap == "proactive"
                 continue
-            if request.part == FRESH and (not admitting or request in dropped):
+            if request.cache_state == NO_CACHE and (not admitting or request in dropped):
                 admitting = False
                 continue
             num_tokens = request.num_tokens - request.num_computed_tokens
@@ -123,6 +123,6 @@ class CheckedEngine(Engine):
             spare = getattr(scheduler, "watermark_blocks", 0)
             if self.kv.blocks_to_hold(request, reserved) + spare <= self.kv.num_free_gpu_blocks:
                 raise AssertionError(f"I8: {request.request_id} is ready, fits, and idles")
-            admitting = admitting and request.part != FRESH
+            admitting = admitting and request.cache_state != NO_CACHE
             if scheduler.name.startswith("vllm"):
                 break  # In order of arrival, whoever has a cache already not excepted.

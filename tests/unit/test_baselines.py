@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fastserve.core.request import AWAY, RESIDENT, Request
+from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
 from fastserve.kvcache import Location
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit
 from fastserve.policies.discovery import list_policies
@@ -91,8 +91,8 @@ def test_srpt_alone_is_told_the_future() -> None:
     # What every scheduler sees has no place for it.
     assert {field.name for field in dataclasses.fields(Request)} == {
         *("request_id", "arrival_s", "num_prompt_tokens", "token_ids", "max_output_tokens", "num_tokens"),
-        *("num_computed_tokens", "status", "in_flight", "level", "position", "part", "num_tokens_at_swap_in"),
-        *("cache_capacity", "standing"),
+        *("num_computed_tokens", "status", "in_flight", "level", "position", "cache_state", "num_tokens_at_swap_in"),
+        *("cache_capacity", "policy_state"),
     }
     assert not hasattr(Request("a", 0, 1), "__dict__")
 
@@ -344,7 +344,7 @@ def test_artifact_reserves_a_block_for_each_place(blocks: int, batch: int, reser
 def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:
     scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
     kv = scheduler.kv
-    away = place(scheduler, "away", 0, 3, AWAY, level=0)
+    away = place(scheduler, "away", 0, 3, SWAPPED_OUT, level=0)
     for name, level, prompt in (("a", 0, 7), ("b", 0, 7), ("x", 1, 15), ("y", 2, 15), ("z", 2, 15)):
         place(scheduler, name, 0, prompt, RESIDENT, level)
     # 16 of 16 blocks are taken, 2 are to be kept: z, 4 blocks, goes. Nobody comes in.
@@ -367,7 +367,7 @@ def test_artifact_swaps_in_in_queue_order() -> None:
     scheduler = artifact(num_gpu_blocks=32, max_batch_size=3)
     # Last in level 2 first to be placed: the order is by queue, not by who went first. 1 block each; 3 are kept.
     for name, level in (("e", 2), ("d", 1), ("c", 1), ("b", 0), ("a", 3)):
-        place(scheduler, name, 0, 3, AWAY, level)
+        place(scheduler, name, 0, 3, SWAPPED_OUT, level)
     # No more than a batch at once.
     iteration = scheduler.schedule(0.0)
     assert names(transfer.request for transfer in iteration.swap_in) == ("b", "d", "c")
@@ -375,8 +375,8 @@ def test_artifact_swaps_in_in_queue_order() -> None:
 
 def test_artifact_brings_nobody_in_who_would_take_the_reserve_or_overtake() -> None:
     scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
-    big = place(scheduler, "big", 0, 11, AWAY, level=1)  # 3 blocks
-    place(scheduler, "small", 0, 3, AWAY, level=2)  # 1 block
+    big = place(scheduler, "big", 0, 11, SWAPPED_OUT, level=1)  # 3 blocks
+    place(scheduler, "small", 0, 3, SWAPPED_OUT, level=2)  # 1 block
     place(scheduler, "runs", 0, 47, RESIDENT, level=0)  # 12 blocks of 16
     iteration = scheduler.schedule(0.0)
     # 4 are free, 2 of them kept. big does not fit, and small, behind it, is not looked at.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.core.errors import ConfigError
-from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.engine import Engine
 from fastserve.kvcache import Direction
 from fastserve.policies.gittins.index import gittins_index
@@ -195,7 +195,7 @@ def test_the_index_is_the_best_of_all_stopping_stages(
     )
     hazards = np.minimum(hazards, [*[1 - 1e-12] * (len(stages) - 1), 1.0])
     for stage in range(len(stages)):
-        for part in (FRESH, RESIDENT, AWAY):
+        for part in (NO_CACHE, RESIDENT, SWAPPED_OUT):
             best, lead = -math.inf, math.nan
             reaches, relief, later, cost = 1.0, 0.0, 0.0, setup[part]
             for last in range(stage, len(stages)):
@@ -271,7 +271,7 @@ def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
             if action == "move":
                 queue.move(request, data.draw(st.integers(0, num_levels - 1)))
             elif action == "put":
-                part: Part = data.draw(st.sampled_from([FRESH, RESIDENT, AWAY]))
+                part: CacheState = data.draw(st.sampled_from([NO_CACHE, RESIDENT, SWAPPED_OUT]))
                 queue.put(request, part)
             else:
                 requests.remove(request)
@@ -279,9 +279,9 @@ def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
         in_order = sorted(requests, key=queue.key)
         assert list(queue.in_order()) == in_order
         assert list(queue.candidates(Open())) == in_order
-        assert list(queue.residents_last_first()) == [r for r in reversed(in_order) if r.part == RESIDENT]
-        assert list(queue.away_first_first()) == [r for r in in_order if r.part == AWAY]
-        assert queue.num_away == sum(r.part == AWAY for r in requests)
+        assert list(queue.victims()) == [r for r in reversed(in_order) if r.cache_state == RESIDENT]
+        assert list(queue.swapped_out()) == [r for r in in_order if r.cache_state == SWAPPED_OUT]
+        assert queue.num_swapped_out == sum(r.cache_state == SWAPPED_OUT for r in requests)
         assert sum(sum(counts) for _, *counts in queue.sizes()) == len(requests)
         first = [r.level == FIRST_OF_ALL for r in in_order]
         assert first == sorted(first, reverse=True)
@@ -297,7 +297,7 @@ def test_a_closed_gate_lets_only_those_on_the_gpu_through() -> None:
         engine.add_request(*arrival(f"{i}", 0, 8, 5))
     queue = scheduler.queue
     for i, request in enumerate(list(queue.in_order())[:4]):
-        queue.put(request, RESIDENT if i % 2 else AWAY)
+        queue.put(request, RESIDENT if i % 2 else SWAPPED_OUT)
 
     class Closing:
         admitting = counting_away = True
@@ -305,7 +305,7 @@ def test_a_closed_gate_lets_only_those_on_the_gpu_through() -> None:
     gate = Closing()
     seen = []
     for request in queue.candidates(gate):
-        seen.append(request.part)
+        seen.append(request.cache_state)
         gate.admitting = gate.counting_away = False
     assert seen.count(RESIDENT) == 2
     assert len(seen) <= 3
@@ -362,7 +362,7 @@ def test_an_aborted_request_counts_as_far_as_it_came() -> None:
     for _ in range(60):
         engine.step()
     scheduler = engine.scheduler
-    stage = engine.jobs["a"].request.standing.stage
+    stage = engine.jobs["a"].request.policy_state.stage
     engine.abort("a")
     assert scheduler.history.num_finished == 0
     assert scheduler.history._all_passed[:stage].tolist() == [1.0] * stage
@@ -377,7 +377,7 @@ def test_the_price_of_a_swap_is_measured() -> None:
     # A block of 4 tokens takes 1 ms each way.
     assert engine.scheduler._token_transfer_s == pytest.approx(0.00025)
     weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
-    assert (weights[:, RESIDENT] > weights[:, AWAY]).all()
+    assert (weights[:, RESIDENT] > weights[:, SWAPPED_OUT]).all()
     assert any(transfer.direction is Direction.IN for transfer in log.transfers)
 
 
@@ -385,7 +385,7 @@ def test_free_swapping_weighs_nothing() -> None:
     engine = make_engine("gittins", {"switching_cost": 0}, num_gpu_blocks=30, max_batch_size=2)
     engine.run([arrival(f"{i}", 0.02 * i, 30, 40) for i in range(10)])
     weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
-    assert (weights[:, RESIDENT] == weights[:, AWAY]).all()
+    assert (weights[:, RESIDENT] == weights[:, SWAPPED_OUT]).all()
 
 
 def test_those_who_waited_too_long_come_first_only_if_they_fit_a_batch() -> None:

@@ -145,7 +145,7 @@ def test_the_sizes_of_the_queues_are_of_those_in_them(policy: str, options: dict
     class Counting(Observer):
         def on_submit(self, iteration: Iteration) -> None:
             queue = engine.scheduler.queue
-            expected = Counter((request.level, int(request.part)) for request in queue.in_order())
+            expected = Counter((request.level, int(request.cache_state)) for request in queue.in_order())
             found = {
                 (level, part): count
                 for level, *counts in queue.sizes()

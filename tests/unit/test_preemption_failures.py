@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from fastserve.core.config import CacheConfig
-from fastserve.core.request import AWAY, RESIDENT, Request
+from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
 from fastserve.engine import Engine, FinishedTransfer, Job
 from fastserve.kvcache import Direction, KVCacheManager, Location
 from fastserve.kvcache.errors import OutOfBlocksError
@@ -98,7 +98,7 @@ def test_a_cache_that_just_came_in_is_not_exchanged_ahead_of_time(policy: str, h
     # 14 blocks: 2 are in use, 8 hold two caches that came in just now, 4 are free, and the next to be needed wants 5.
     engine = make_engine(policy, {"swap": "proactive", "reserve": "none"}, num_gpu_blocks=14, max_batch_size=1)
     scheduler = oracle(engine)
-    place(scheduler, "next", 0, 16, AWAY, level=1)
+    place(scheduler, "next", 0, 16, SWAPPED_OUT, level=1)
     place(scheduler, "runs", 0, 7, RESIDENT, level=0)
     for name in "xy":
         request = place(scheduler, name, 0, 15, RESIDENT, level=2)
@@ -349,7 +349,7 @@ def test_a_promoted_job_does_not_evict_more_than_it_needs(swap: str) -> None:
 def test_a_promoted_job_that_is_away_does_not_evict_more_than_it_needs(swap: str) -> None:
     engine = make_engine("fastserve", {"swap": swap, "reserve": "none"}, num_gpu_blocks=16, max_batch_size=2)
     scheduler = engine.scheduler
-    starved = place(scheduler, "starved", 0.0, 19, AWAY, level=5)  # 5 blocks, its next token the 20th
+    starved = place(scheduler, "starved", 0.0, 19, SWAPPED_OUT, level=5)  # 5 blocks, its next token the 20th
     for i in range(7):
         place(scheduler, str(i), 0.29, 7, RESIDENT, level=2)
     iteration = scheduler.schedule(0.31)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fastserve.core.request import AWAY, RESIDENT, Part, Request
+from fastserve.core.request import RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.engine import Engine
 from fastserve.kvcache import Direction, Location
 from fastserve.scheduler import Scheduler
@@ -87,7 +87,7 @@ def test_without_promotion_enst_is_execution_alone() -> None:
 
 
 def test_largest_enst_goes_out_first_and_smallest_comes_in_first() -> None:
-    for part in (RESIDENT, AWAY):
+    for part in (RESIDENT, SWAPPED_OUT):
         scheduler = two_places()
         # As in test_enst...: at 290 ms ENST is a 0, b 0, c 20, d 10, e 80 ms. d's promotion puts it before c.
         for name, at, prompt in (("a", 0.1, 10), ("b", 0.2, 10), ("c", 0.05, 30), ("d", 0.0, 60), ("e", 0.24, 60)):
@@ -102,15 +102,15 @@ def test_largest_enst_goes_out_first_and_smallest_comes_in_first() -> None:
 def test_ties_in_a_queue_are_broken_by_its_order() -> None:
     scheduler = two_places()
     for name in "abc":
-        place(scheduler, name, 0.0, 10, AWAY)
+        place(scheduler, name, 0.0, 10, SWAPPED_OUT)
     for name in "xyz":
         place(scheduler, name, 0.0, 10, RESIDENT)
     assert names(scheduler.uploads(0.0)) == ("a", "b", "c")
     assert names(scheduler.offloads(0.0)) == ("z", "y", "x")
 
 
-@pytest.mark.parametrize("part", [AWAY, RESIDENT])
-def test_in_a_queue_too_an_early_promotion_counts(part: Part) -> None:
+@pytest.mark.parametrize("part", [SWAPPED_OUT, RESIDENT])
+def test_in_a_queue_too_an_early_promotion_counts(part: CacheState) -> None:
     scheduler = two_places()
     place(scheduler, "top", 0.0, 10)
     place(scheduler, "second", 0.0, 30)
@@ -121,7 +121,7 @@ def test_in_a_queue_too_an_early_promotion_counts(part: Part) -> None:
     scheduler.on_progress(front, 0.28, 0.29)
     scheduler.on_preempt(front, 0.29)
     assert [scheduler.urgency(r, 0.29)[0] for r in (front, behind)] == pytest.approx([0.050, 0.010])
-    if part == AWAY:
+    if part == SWAPPED_OUT:
         assert names(scheduler.uploads(0.29)) == ("behind", "front")
     else:
         assert names(scheduler.offloads(0.29)) == ("front", "behind")
@@ -136,7 +136,7 @@ def test_uploads_and_offloads_agree_with_urgency(policy: str) -> None:
     if scheduler.needs_oracle:
         scheduler.oracle = lambda request: 10
     for i, (name, prompt) in enumerate(zip("abcdef", (10, 30, 60, 10, 30, 60), strict=True)):
-        place(scheduler, name, 0.04 * i, prompt, AWAY if i % 2 else RESIDENT)
+        place(scheduler, name, 0.04 * i, prompt, SWAPPED_OUT if i % 2 else RESIDENT)
     for now in (0.2, 0.25, 0.29, 0.35, 0.45):
         ups, downs = list(scheduler.uploads(now)), list(scheduler.offloads(now))
         assert sorted(names(ups)) == ["b", "d", "f"]

@@ -12,14 +12,14 @@ from fastserve.core.checks import require_int
 from fastserve.core.errors import ConfigError
 from fastserve.core.logprobs import MOST_LOGPROBS
 
-Part = Literal[0, 1, 2]
-"""Where a request's cache is, as far as the order of service cares: one of the three below."""
-FRESH: Part = 0
-"""It has none: not begun, or dropped."""
-RESIDENT: Part = 1
+CacheState = Literal[0, 1, 2]
+"""Where a request's cache is: one of the three below."""
+NO_CACHE: CacheState = 0
+"""The request has none: it has not begun, or its cache was dropped."""
+RESIDENT: CacheState = 1
 """Wholly on the GPU."""
-AWAY: Part = 2
-"""In host memory, or on its way out or in."""
+SWAPPED_OUT: CacheState = 2
+"""In host memory, or in transfer out or in."""
 
 
 class RequestStatus(enum.Enum):
@@ -164,13 +164,13 @@ class Request:
     level: int = field(init=False, default=0)
     """Queue it stands in, smaller is more urgent; stays 0 in policies with one queue."""
     position: int = field(init=False, default=0)
-    """Place in that queue, smaller is nearer the front. Kept, with `part` and `level`, by the scheduler's queue."""
-    part: Part = field(init=False, default=0)
+    """Place in that queue, smaller is nearer the front. Kept, as `level` is, by the queue."""
+    cache_state: CacheState = field(init=False, default=0)
     num_tokens_at_swap_in: int = field(init=False, default=-1)
     """Computed tokens when its cache last came back to the GPU: as many still, and it has not run since."""
     cache_capacity: int = field(init=False, default=0)
     """Tokens its cache has room for, 0 unless that is wholly on the GPU. Kept by the KVCacheManager."""
-    standing: Any = field(init=False, default=None, repr=False)
+    policy_state: Any = field(init=False, default=None, repr=False)
     """Belongs to the scheduling policy: whatever it needs to know of the request to order it."""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
-from fastserve.core.request import AWAY, RESIDENT, Part, Request
+from fastserve.core.request import RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.scheduler.base import Scheduler
 from fastserve.scheduler.iteration import Iteration
 from fastserve.scheduler.registry import register
@@ -62,7 +62,7 @@ class SkipJoinMLFQOptions(PreemptiveOptions):
 
 
 @dataclass(slots=True)
-class _Standing:
+class _PolicyState:
     """What a request has had and is owed."""
 
     service_s: float = 0.0
@@ -141,7 +141,7 @@ class SkipJoinMLFQ(Scheduler):
 
     def on_add(self, request: Request) -> None:
         """Join a queue and start to wait."""
-        request.standing = _Standing()
+        request.policy_state = _PolicyState()
         self.queue.join(request, self.entry_level(request))
         # Promotion would do nothing for one that is in the highest queue already.
         if request.level:
@@ -157,22 +157,22 @@ class SkipJoinMLFQ(Scheduler):
 
     def on_preempt(self, request: Request, now: float) -> None:
         """Start to wait, in the same place of the same queue."""
-        standing = request.standing
+        policy_state = request.policy_state
         if request.level:
             self._waiting.start_preempted(request, now)
-        if standing.deadline < math.inf and (standing.service_s or self._to_front):
-            standing.is_displaced = True
+        if policy_state.deadline < math.inf and (policy_state.service_s or self._to_front):
+            policy_state.is_displaced = True
             self._displaced[request.level][request.request_id] = request
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote when that is used up."""
-        standing = request.standing
-        standing.ended_s = end
-        service_s = standing.service_s + (end - start)
+        policy_state = request.policy_state
+        policy_state.ended_s = end
+        service_s = policy_state.service_s + (end - start)
         if service_s < self._used_up[request.level]:
-            standing.service_s = service_s
+            policy_state.service_s = service_s
         else:
-            standing.service_s = 0.0
+            policy_state.service_s = 0.0
             self.queue.move(request, self.demotion_level(request), front=self._to_front)
 
     def prepare(self, now: float) -> None:
@@ -192,13 +192,13 @@ class SkipJoinMLFQ(Scheduler):
         """Move a waiting request to the back of the highest queue, where its wait has no deadline."""
         self._end_wait(request)
         if self._promotion_resets_quantum:
-            request.standing.service_s = 0.0
+            request.policy_state.service_s = 0.0
         self.queue.move(request, 0)
 
     def _end_wait(self, request: Request) -> None:
-        standing = request.standing
-        if self._waiting.end(request) and standing.is_displaced:
-            standing.is_displaced = False
+        policy_state = request.policy_state
+        if self._waiting.end(request) and policy_state.is_displaced:
+            policy_state.is_displaced = False
             del self._displaced[request.level][request.request_id]
 
     # -- estimated next scheduled time -------------------------------------------------------------------------
@@ -226,18 +226,18 @@ class SkipJoinMLFQ(Scheduler):
 
     def _key(self, request: Request, now: float, waits: list[float], sign: int) -> tuple[float, int, int]:
         # One that runs still has no deadline; if it stops now, it will wait alpha.
-        enst = min(request.standing.deadline - now, self._longest_wait_s, waits[request.level])
+        enst = min(request.policy_state.deadline - now, self._longest_wait_s, waits[request.level])
         return sign * enst, sign * request.level, sign * self._tie_sign * request.position
 
     def uploads(self, now: float) -> Iterator[Request]:
         """By smallest ENST; those with the same by their queue, and then by their place in it."""
-        return self._by_enst(AWAY, now, 1)
+        return self._by_enst(SWAPPED_OUT, now, 1)
 
     def offloads(self, now: float) -> Iterator[Request]:
         """By largest ENST, in the reverse order of `uploads`."""
         return self._by_enst(RESIDENT, now, -1)
 
-    def _by_enst(self, part: Part, now: float, sign: int) -> Iterator[Request]:
+    def _by_enst(self, part: CacheState, now: float, sign: int) -> Iterator[Request]:
         """By smallest ENST (1) or largest (-1).
 
         Within a queue T_execute is the same and the deadlines of promotion are in the order of the places, but for the
@@ -246,14 +246,14 @@ class SkipJoinMLFQ(Scheduler):
         waits = self.expected_waits()
         heads = []
         for level, displaced in zip(self.queue.fixed_levels[: self.queue.deepest + 1], self._displaced, strict=False):
-            line = level.parts[part]
+            line = level.lines[part]
             if not (line.main or line.put_back):
                 continue
             rests = [iter(line) if sign == self._tie_sign else reversed(line)]
             if displaced:
-                others = [request for request in displaced.values() if request.part == part]
+                others = [request for request in displaced.values() if request.cache_state == part]
                 others.sort(key=lambda request: self._key(request, now, waits, sign))
-                rests = [(request for request in rests[0] if not request.standing.is_displaced), iter(others)]
+                rests = [(request for request in rests[0] if not request.policy_state.is_displaced), iter(others)]
             for rest in rests:
                 for request in rest:
                     heads.append((self._key(request, now, waits, sign), request, rest))
@@ -275,7 +275,7 @@ class SkipJoinMLFQ(Scheduler):
         if not self.is_clear:
             return now
         used_up = self._used_up
-        left = min([used_up[request.level] - request.standing.service_s for request in self.running.values()])
+        left = min([used_up[request.level] - request.policy_state.service_s for request in self.running.values()])
         if self.options.starvation_check_every > 1 or not self._waiting:
             return now + left
         return min(now + left, self._waiting.first_deadline)
@@ -300,7 +300,7 @@ class SkipJoinMLFQ(Scheduler):
         durations = np.diff(times[: count + 1])
         running = list(self.running.values())
         service = np.empty((len(running), count + 1))
-        service[:, 0] = [request.standing.service_s for request in running]
+        service[:, 0] = [request.policy_state.service_s for request in running]
         service[:, 1:] = durations
         used_up = np.array([self._used_up[request.level] for request in running])
         reached = (np.add.accumulate(service, axis=1)[:, 1:] >= used_up[:, None]).any(axis=0)

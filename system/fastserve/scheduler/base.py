@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastserve.core.config import SchedulerConfig
-from fastserve.core.request import AWAY, RESIDENT, Request, RequestStatus
+from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.latency import LatencyModel
 from fastserve.scheduler.iteration import Iteration, IterationResult
@@ -184,11 +184,11 @@ class Scheduler(ABC):
 
     def uploads(self, now: float) -> Iterator[Request]:
         """Requests whose cache is away, the one needed first before the others. Here: in order."""
-        return self.queue.away_first_first()
+        return self.queue.swapped_out()
 
     def offloads(self, now: float) -> Iterator[Request]:
         """Requests whose cache is on the GPU, the one needed last before the others. Here: last in order first."""
-        return self.queue.residents_last_first()
+        return self.queue.victims()
 
     def urgency(self, request: Request, now: float) -> tuple[float, ...]:
         """A key that agrees with `uploads` and `offloads`: smaller is needed sooner."""
@@ -236,7 +236,7 @@ class Scheduler(ABC):
 
     def _force(self, plan: IterationPlan) -> None:
         """Nothing can run and nothing moves: the first in order gets the room it needs, whoever must give up theirs."""
-        first = next((request for request in self.queue.in_order() if request.part != AWAY), None)
+        first = next((request for request in self.queue.in_order() if request.cache_state != SWAPPED_OUT), None)
         if first is not None:
             plan.force(first)
             self._fill_up(plan, admitting=True)

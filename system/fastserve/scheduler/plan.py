@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.kvcache import Location, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
 from fastserve.scheduler.iteration import Drop, Iteration
@@ -73,7 +73,7 @@ class IterationPlan:
         self._tokens_left = scheduler.config.token_budget
         self._num_prefills = 0
         self._num_passed_over = 0
-        self._part_changes: list[tuple[Request, Part]] = []
+        self._part_changes: list[tuple[Request, CacheState]] = []
         self._leaving: list[Request] = []
         self._victims: list[Request] = []
         self._more_victims: Iterator[Request] | None = None
@@ -149,7 +149,7 @@ class IterationPlan:
             return False
         hold = max(request.num_computed_tokens + num_tokens, hold_tokens)
         if hold > request.cache_capacity and not self._make_resident(request, hold, may_evict, keep_free):
-            if request.part != RESIDENT or request in self._leaving:
+            if request.cache_state != RESIDENT or request in self._leaving:
                 # Whoever comes later must not take the room that this one waits for.
                 self.admitting = self.counting_away = False
             return False
@@ -232,7 +232,7 @@ class IterationPlan:
                 if not or_drop:
                     return False
             else:
-                self._leave(victim, AWAY)
+                self._leave(victim, SWAPPED_OUT)
                 return True
         self._drop(victim)
         return True
@@ -241,7 +241,7 @@ class IterationPlan:
         """Make room for one request by dropping others, last in order first: nothing else can run or move."""
         self.claimed_blocks = 0
         needed = self._kv.blocks_to_hold(request, request.num_tokens)
-        for victim in self._scheduler.queue.residents_last_first():
+        for victim in self._scheduler.queue.victims():
             if needed <= self._kv.num_free_gpu_blocks:
                 break
             if victim is not request and not victim.in_flight:
@@ -251,9 +251,9 @@ class IterationPlan:
     def _drop(self, victim: Request) -> None:
         """Give up a cache. That makes room at once and needs none elsewhere, so it always works."""
         self._dropped.append(Drop(victim, self._kv.drop(victim)))
-        self._leave(victim, FRESH)
+        self._leave(victim, NO_CACHE)
 
-    def _leave(self, victim: Request, part: Part) -> None:
+    def _leave(self, victim: Request, part: CacheState) -> None:
         if victim in self.batch:
             index = self.batch.index(victim)
             del self.batch[index], self._num_tokens[index]
@@ -265,10 +265,10 @@ class IterationPlan:
         kv = self._kv
         if request in self._leaving:
             return False
-        if request.part == AWAY and kv.location(request) is not Location.HOST:
+        if request.cache_state == SWAPPED_OUT and kv.location(request) is not Location.HOST:
             self._must_wait = True
             return True
-        needed = kv.blocks_for(hold) if request.part == FRESH else kv.blocks_to_hold(request, hold)
+        needed = kv.blocks_for(hold) if request.cache_state == NO_CACHE else kv.blocks_to_hold(request, hold)
         if not self._scheduler.moves_on_demand:
             return self._take_free(request, hold, needed, keep_free)
         if not self._find_room(request, needed, may_evict, keep_free):
@@ -276,7 +276,7 @@ class IterationPlan:
         if needed > kv.num_free_gpu_blocks - self.claimed_blocks:
             self.claimed_blocks += needed
             self._must_wait = True
-        elif request.part == AWAY:
+        elif request.cache_state == SWAPPED_OUT:
             self.swap_in(request)
             self._must_wait = True
         else:
@@ -286,7 +286,7 @@ class IterationPlan:
     def _take_free(self, request: Request, hold: int, needed: int, keep_free: int) -> bool:
         """Give a request free blocks. Those already resident may take what is meant for others: they need few."""
         kv = self._kv
-        meant_for_others = keep_free + (self.claimed_blocks if request.part == FRESH else 0)
+        meant_for_others = keep_free + (self.claimed_blocks if request.cache_state == NO_CACHE else 0)
         if needed + meant_for_others > kv.num_free_gpu_blocks:
             self._scheduler.on_no_room(self, request, needed)
             if needed + meant_for_others > kv.num_free_gpu_blocks:
@@ -296,7 +296,7 @@ class IterationPlan:
 
     def _extend(self, request: Request, hold: int) -> None:
         self._kv.extend(request, hold)
-        if request.part == FRESH:
+        if request.cache_state == NO_CACHE:
             self._part_changes.append((request, RESIDENT))
 
     def _find_room(self, request: Request, needed: int, may_evict: bool, keep_free: int) -> bool:
@@ -322,7 +322,7 @@ class IterationPlan:
     def _victims_behind(self, request: Request) -> Iterator[Request]:
         """Resident requests that rank behind this one and are not in the plan, last in order first."""
         if self._more_victims is None:
-            self._more_victims = self._scheduler.queue.residents_last_first()
+            self._more_victims = self._scheduler.queue.victims()
         index = 0
         while True:
             if index == len(self._victims):

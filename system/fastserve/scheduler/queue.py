@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
 
-from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 
 
 class Gate(Protocol):
@@ -29,7 +29,7 @@ class Gate(Protocol):
 class ServiceOrder(ABC):
     """What filling a batch and moving caches need of a policy's queue. A walk must be over before it is changed."""
 
-    num_away: int
+    num_swapped_out: int
     """Requests whose cache is away."""
     version: int
     """Changes whenever the queue does."""
@@ -47,7 +47,7 @@ class ServiceOrder(ABC):
         """Whether those no less urgent than this request, itself among them, are no more than so many."""
 
     @abstractmethod
-    def put(self, request: Request, part: Part) -> None:
+    def put(self, request: Request, part: CacheState) -> None:
         """Its cache has gone elsewhere."""
 
     @abstractmethod
@@ -63,11 +63,11 @@ class ServiceOrder(ABC):
         """Everyone whom the gate lets through, most urgent first."""
 
     @abstractmethod
-    def residents_last_first(self) -> Iterator[Request]:
+    def victims(self) -> Iterator[Request]:
         """Those on the GPU, least urgent first."""
 
     @abstractmethod
-    def away_first_first(self) -> Iterator[Request]:
+    def swapped_out(self) -> Iterator[Request]:
         """Those whose cache is away, most urgent first."""
 
     @abstractmethod
@@ -124,10 +124,10 @@ class _Line:
 class Level:
     """One queue: a line for each part, and the number of requests in all."""
 
-    __slots__ = ("parts", "size")
+    __slots__ = ("lines", "size")
 
     def __init__(self) -> None:
-        self.parts = (_Line(), _Line(), _Line())
+        self.lines = (_Line(), _Line(), _Line())
         self.size = 0
 
 
@@ -148,7 +148,7 @@ class MultiLevelQueue(ServiceOrder):
         """Those of `fix_levels`."""
         self.deepest = 0
         """The least urgent level anyone has been in."""
-        self.num_away = 0
+        self.num_swapped_out = 0
         self.version = 0
 
     def fix_levels(self, count: int) -> None:
@@ -163,12 +163,12 @@ class MultiLevelQueue(ServiceOrder):
     def join(self, request: Request, level: int, *, front: bool = False) -> None:
         """Take a new request in at the back of a level (or its front)."""
         self.version += 1
-        self.num_away += request.part == AWAY
+        self.num_swapped_out += request.cache_state == SWAPPED_OUT
         self._enter(request, level, front)
 
     def remove(self, request: Request) -> None:  # noqa: D102 (as in ServiceOrder; so below)
         self.version += 1
-        self.num_away -= request.part == AWAY
+        self.num_swapped_out -= request.cache_state == SWAPPED_OUT
         self._leave(request)
 
     def move(self, request: Request, level: int, *, front: bool = False) -> None:
@@ -180,8 +180,8 @@ class MultiLevelQueue(ServiceOrder):
             self._enter(request, level, front)
             return
         # The same without the calls: at a burst, this is what a simulation spends most of its time on.
-        part = request.part
-        line = old.parts[part]
+        part = request.cache_state
+        line = old.lines[part]
         if line.main.pop(request.position, None) is None:
             line.remove(request)
         old.size -= 1
@@ -190,15 +190,15 @@ class MultiLevelQueue(ServiceOrder):
         if level > self.deepest:
             self.deepest = level
         self._last = request.position = position = self._last + 1
-        new.parts[part].main[position] = request
+        new.lines[part].main[position] = request
 
-    def put(self, request: Request, part: Part) -> None:
+    def put(self, request: Request, part: CacheState) -> None:
         """Its cache has gone elsewhere; its place in the order stays."""
         self.version += 1
-        self.num_away += (part == AWAY) - (request.part == AWAY)
-        parts = self._levels[request.level].parts
-        parts[request.part].remove(request)
-        request.part = part
+        self.num_swapped_out += (part == SWAPPED_OUT) - (request.cache_state == SWAPPED_OUT)
+        parts = self._levels[request.level].lines
+        parts[request.cache_state].remove(request)
+        request.cache_state = part
         parts[part].insert(request)
 
     def _enter(self, request: Request, level: int, front: bool) -> None:
@@ -211,15 +211,15 @@ class MultiLevelQueue(ServiceOrder):
             self.deepest = level
         if front:
             self._first = request.position = self._first - 1
-            queue.parts[request.part].insert(request)
+            queue.lines[request.cache_state].insert(request)
         else:
             self._last = request.position = position = self._last + 1
-            queue.parts[request.part].main[position] = request
+            queue.lines[request.cache_state].main[position] = request
 
     def _leave(self, request: Request) -> None:
         level = request.level
         queue = self._levels[level]
-        line = queue.parts[request.part]
+        line = queue.lines[request.cache_state]
         if line.main.pop(request.position, None) is None:
             line.remove(request)
         queue.size -= 1
@@ -244,20 +244,20 @@ class MultiLevelQueue(ServiceOrder):
 
     def sizes(self) -> list[tuple[int, int, int, int]]:  # noqa: D102
         levels = ((number, self._levels[number]) for number in self._in_order)
-        return [(number, *map(len, level.parts)) for number, level in levels if level.size]  # type: ignore[misc]
+        return [(number, *map(len, level.lines)) for number, level in levels if level.size]  # type: ignore[misc]
 
     # -- walks -------------------------------------------------------------------------------------------------
 
     def in_order(self) -> Iterator[Request]:  # noqa: D102
         for level in self._in_order:
-            yield from _merged([iter(line) for line in self._levels[level].parts])
+            yield from _merged([iter(line) for line in self._levels[level].lines])
 
     def candidates(self, gate: Gate) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
             level = self._levels[number]
             if not level.size:
                 continue
-            fresh, resident, away = level.parts
+            fresh, resident, away = level.lines
             lines = []
             if gate.admitting and fresh:
                 lines.append(iter(fresh))
@@ -270,15 +270,15 @@ class MultiLevelQueue(ServiceOrder):
                 lines.append(iter(resident))
             yield from _merged(lines, gate)
 
-    def residents_last_first(self) -> Iterator[Request]:  # noqa: D102
+    def victims(self) -> Iterator[Request]:  # noqa: D102
         for number in reversed(self._in_order):
-            resident = self._levels[number].parts[RESIDENT]
+            resident = self._levels[number].lines[RESIDENT]
             if resident:
                 yield from reversed(resident)
 
-    def away_first_first(self) -> Iterator[Request]:  # noqa: D102
+    def swapped_out(self) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
-            away = self._levels[number].parts[AWAY]
+            away = self._levels[number].lines[SWAPPED_OUT]
             if away:
                 yield from away
 
@@ -312,7 +312,7 @@ def _merged(lines: list[Iterator[Request]], gate: Gate | None = None, *, last_fi
         # As long as nobody of the others comes before.
         next_of_others = min(heads)[0] if heads else math.inf
         while gate is None or (
-            gate.admitting if request.part == FRESH else request.part == RESIDENT or gate.counting_away
+            gate.admitting if request.cache_state == NO_CACHE else request.cache_state == RESIDENT or gate.counting_away
         ):
             yield request
             following = next(line, None)

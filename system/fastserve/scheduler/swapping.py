@@ -138,7 +138,7 @@ class ProactiveSwapping:
     def move(self, plan: IterationPlan) -> None:
         """Start what moves beside the iteration that has been planned."""
         all_served = not plan.short
-        if self._queue.num_away:
+        if self._queue.num_swapped_out:
             all_served = self._bring_in_due(plan) and all_served
         elif all_served and self._kv.num_free_gpu_blocks >= self.most_reserved:
             return
@@ -155,7 +155,7 @@ class ProactiveSwapping:
         num_before = 0
         self._victims = None
         starts = kv.num_arriving_blocks < self._budget or kv.num_vacating_blocks < self._budget
-        for request in self._queue.away_first_first():
+        for request in self._queue.swapped_out():
             key_of_request = key(request)
             while num_before < len(keys_of_batch) and keys_of_batch[num_before] < key_of_request:
                 num_before += 1
@@ -198,7 +198,7 @@ class ProactiveSwapping:
             return False
         # Whoever runs needs little to go on, and gets it. A whole cache is worth another's only if they take no turns.
         may_drop = is_first and (
-            request.part == RESIDENT or self._queue.fits(request, self._scheduler.config.num_places)
+            request.cache_state == RESIDENT or self._queue.fits(request, self._scheduler.config.num_places)
         )
         # Nothing may leave. (By ENST, those found are passed over by whoever asks next: there the search is made.)
         if self._scheduler.moves_in_order and not (may_drop or kv.num_free_host_blocks):
@@ -252,7 +252,7 @@ class ProactiveSwapping:
         if exchange and version != self._version_seen:
             self._version_seen = version
             # Whoever is away and not on the way.
-            if self._queue.num_away > kv.num_transfers and kv.num_arriving_blocks < self._budget:
+            if self._queue.num_swapped_out > kv.num_transfers and kv.num_arriving_blocks < self._budget:
                 self._exchange(plan, reserve)
         short = reserve + plan.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
         may_leave = kv.num_vacating_blocks < self._budget and kv.num_free_host_blocks

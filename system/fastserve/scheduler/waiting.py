@@ -11,8 +11,8 @@ from typing import Protocol
 from fastserve.core.request import Request
 
 
-class Standing(Protocol):
-    """What a `WaitList` keeps in `request.standing`."""
+class PolicyState(Protocol):
+    """What a `WaitList` keeps in `request.policy_state`."""
 
     deadline: float
     """When its current wait has lasted as long as one may (s); infinite while it does not wait."""
@@ -46,14 +46,14 @@ class WaitList:
         """The request has waited since then (s)."""
         if self._longest_wait_s is None:
             return
-        deadline = request.standing.deadline = since + self._longest_wait_s
+        deadline = request.policy_state.deadline = since + self._longest_wait_s
         requests = self._requests
         requests[request.request_id] = request
         if since >= self._last_since:
             self._last_since = since
             return
         others = itertools.islice(reversed(requests.values()), 1, None)
-        for other in reversed(list(itertools.takewhile(lambda r: r.standing.deadline > deadline, others))):
+        for other in reversed(list(itertools.takewhile(lambda r: r.policy_state.deadline > deadline, others))):
             requests.move_to_end(other.request_id)
 
     def start_preempted(self, request: Request, now: float) -> None:
@@ -61,14 +61,14 @@ class WaitList:
 
         Its iteration ended just now, or, in a pipeline, while the first stage was busy, and it has waited since.
         """
-        ended_s = request.standing.ended_s
+        ended_s = request.policy_state.ended_s
         self.start(request, ended_s if ended_s > self._decided_before_s else now)
 
     def end(self, request: Request) -> bool:
         """The request waits no longer; whether it did."""
         if self._requests.pop(request.request_id, None) is None:
             return False
-        request.standing.deadline = math.inf
+        request.policy_state.deadline = math.inf
         return True
 
     def decide(self, now: float) -> None:
@@ -77,9 +77,9 @@ class WaitList:
 
     def due(self, now: float) -> list[Request]:
         """Those whose deadlines have passed, the longest over first."""
-        return list(itertools.takewhile(lambda request: request.standing.deadline <= now, self._requests.values()))
+        return list(itertools.takewhile(lambda request: request.policy_state.deadline <= now, self._requests.values()))
 
     @property
     def first_deadline(self) -> float:
         """The next deadline (s), infinite if nobody waits."""
-        return next(iter(self._requests.values())).standing.deadline if self._requests else math.inf
+        return next(iter(self._requests.values())).policy_state.deadline if self._requests else math.inf

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
-from fastserve.core.request import AWAY, FRESH, Request, RequestStatus
+from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import Transfer
 from fastserve.policies.gittins.index import gittins_index
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
@@ -62,7 +62,7 @@ class GittinsOptions(PreemptiveOptions):
 
 
 @dataclass(slots=True)
-class _Standing:
+class _PolicyState:
     """Where a request stands in its life, and in its wait."""
 
     kind: int
@@ -121,7 +121,7 @@ class Gittins(Scheduler):
 
     def make_queue(self) -> IndexQueue:
         """By index."""
-        return IndexQueue(1 + len(STAGES), self.exponent - 1, lambda request: request.standing.kind)
+        return IndexQueue(1 + len(STAGES), self.exponent - 1, lambda request: request.policy_state.kind)
 
     # -- what is learned ---------------------------------------------------------------------------------------
 
@@ -173,11 +173,11 @@ class Gittins(Scheduler):
             self._costs[kind] = self._price(prompt_of_kind(kind))
         token_costs, prompt_costs = self._costs[kind]
         setup_costs = np.zeros((len(STAGES), 3))
-        setup_costs[:, FRESH] = prompt_costs
+        setup_costs[:, NO_CACHE] = prompt_costs
         # While a cache moves out and back, its place in the batch stands empty at the worst.
         contexts = prompt_of_kind(kind) + np.array(STAGES.starts)
         moving_s = 2 * self._token_transfer_s * contexts
-        setup_costs[:, AWAY] = self.options.switching_cost * moving_s / self.config.max_batch_size
+        setup_costs[:, SWAPPED_OUT] = self.options.switching_cost * moving_s / self.config.max_batch_size
         index = gittins_index(
             STAGES,
             self.history.hazards(kind),
@@ -194,7 +194,7 @@ class Gittins(Scheduler):
         """Join, and start to wait."""
         kind = self._kind(request.num_prompt_tokens)
         self._refresh_if_stale(kind)
-        request.standing = _Standing(kind)
+        request.policy_state = _PolicyState(kind)
         self.queue.join(request, 1)
         self._waiting.start(request, request.arrival_s)
 
@@ -208,24 +208,24 @@ class Gittins(Scheduler):
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Move on when a stage of its life is over."""
-        standing: _Standing = request.standing
-        standing.ended_s = end
+        policy_state: _PolicyState = request.policy_state
+        policy_state.ended_s = end
         num_output_tokens = request.num_output_tokens
-        if num_output_tokens < standing.stage_ends and request.level:
+        if num_output_tokens < policy_state.stage_ends and request.level:
             return
-        while num_output_tokens >= standing.stage_ends and standing.stage < len(STAGES) - 1:
-            self.history.passed(standing.kind, standing.stage)
-            standing.stage += 1
-            standing.stage_ends = STAGES.ends[standing.stage]
-        self.queue.move(request, 1 + standing.stage)
+        while num_output_tokens >= policy_state.stage_ends and policy_state.stage < len(STAGES) - 1:
+            self.history.passed(policy_state.kind, policy_state.stage)
+            policy_state.stage += 1
+            policy_state.stage_ends = STAGES.ends[policy_state.stage]
+        self.queue.move(request, 1 + policy_state.stage)
 
     def on_remove(self, request: Request) -> None:
         """Learn from one that has finished. One that was aborted counts as far as it came."""
         self._end_wait(request)
         if request.status is RequestStatus.FINISHED:
-            standing: _Standing = request.standing
-            self.history.finished(standing.kind, standing.stage)
-            self._refresh_if_stale(standing.kind)
+            policy_state: _PolicyState = request.policy_state
+            self.history.finished(policy_state.kind, policy_state.stage)
+            self._refresh_if_stale(policy_state.kind)
 
     # -- starvation --------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class Gittins(Scheduler):
             return
         self._are_first = first
         for request in self._starved.values():
-            level = FIRST_OF_ALL if first else 1 + request.standing.stage
+            level = FIRST_OF_ALL if first else 1 + request.policy_state.stage
             if request.level != level:
                 self.queue.move(request, level)
 

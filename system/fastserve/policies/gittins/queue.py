@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastserve.core.request import AWAY, FRESH, RESIDENT, Part, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.scheduler.queue import Gate, ServiceOrder
 
 FIRST_OF_ALL = 0
@@ -46,7 +46,7 @@ class IndexQueue(ServiceOrder):
     """
 
     def __init__(self, num_levels: int, growth: float, kind_of: Callable[[Request], int]) -> None:
-        self.num_away = 0
+        self.num_swapped_out = 0
         self.version = 0
         self.now = 0.0
         self._num_levels = num_levels
@@ -98,7 +98,7 @@ class IndexQueue(ServiceOrder):
     def join(self, request: Request, level: int) -> None:
         """Take a new request in."""
         self.version += 1
-        self.num_away += request.part == AWAY
+        self.num_swapped_out += request.cache_state == SWAPPED_OUT
         self.now = max(self.now, request.arrival_s)
         self._last_position += 1
         self._entries[request] = 3 * self._num_levels * self._kind_of(request), self._last_position
@@ -113,20 +113,20 @@ class IndexQueue(ServiceOrder):
 
     def remove(self, request: Request) -> None:  # noqa: D102 (as in ServiceOrder; so below)
         self.version += 1
-        self.num_away -= request.part == AWAY
+        self.num_swapped_out -= request.cache_state == SWAPPED_OUT
         self._leave(request)
         del self._entries[request]
 
-    def put(self, request: Request, part: Part) -> None:
+    def put(self, request: Request, part: CacheState) -> None:
         """Its cache has gone elsewhere, and its weight with it."""
         self.version += 1
-        self.num_away += (part == AWAY) - (request.part == AWAY)
+        self.num_swapped_out += (part == SWAPPED_OUT) - (request.cache_state == SWAPPED_OUT)
         self._leave(request)
-        request.part = part
+        request.cache_state = part
         self._enter(request, request.level)
 
     def _line_of(self, request: Request) -> int:
-        return self._entries[request][0] + 3 * request.level + request.part
+        return self._entries[request][0] + 3 * request.level + request.cache_state
 
     def _enter(self, request: Request, level: int) -> None:
         if level != FIRST_OF_ALL:
@@ -138,7 +138,7 @@ class IndexQueue(ServiceOrder):
         number = self._line_of(request)
         line = self._lines[number]
         if not line:
-            self._occupied[request.part].add(number)
+            self._occupied[request.cache_state].add(number)
         insort(line, (request.position, request))
         self._note_ends(number, line)
 
@@ -149,7 +149,7 @@ class IndexQueue(ServiceOrder):
         if line:
             self._note_ends(number, line)
         else:
-            self._occupied[request.part].remove(number)
+            self._occupied[request.cache_state].remove(number)
 
     def _note_ends(self, number: int, line: list[tuple[int, Request]]) -> None:
         self._heads[number] = line[0][1].arrival_s
@@ -189,20 +189,20 @@ class IndexQueue(ServiceOrder):
     def candidates(self, gate: Gate) -> Iterator[Request]:  # noqa: D102
         return self._walk(self._lines_in_order(), gate)
 
-    def away_first_first(self) -> Iterator[Request]:  # noqa: D102
-        return self._walk([line for line in self._lines_in_order() if line[1] % 3 == AWAY])
+    def swapped_out(self) -> Iterator[Request]:  # noqa: D102
+        return self._walk([line for line in self._lines_in_order() if line[1] % 3 == SWAPPED_OUT])
 
-    def residents_last_first(self) -> Iterator[Request]:  # noqa: D102
+    def victims(self) -> Iterator[Request]:  # noqa: D102
         if self._backward[0] != (self.version, self.now):
             self._backward = (self.version, self.now), self._sorted((RESIDENT,), self._tails, -1)
         return self._walk(self._backward[1], sign=-1)
 
     def _lines_in_order(self) -> list[tuple[float, int]]:
         if self._forward[0] != (self.version, self.now):
-            self._forward = (self.version, self.now), self._sorted((FRESH, RESIDENT, AWAY), self._heads, 1)
+            self._forward = (self.version, self.now), self._sorted((NO_CACHE, RESIDENT, SWAPPED_OUT), self._heads, 1)
         return self._forward[1]
 
-    def _sorted(self, parts: tuple[Part, ...], arrivals: np.ndarray, sign: int) -> list[tuple[float, int]]:
+    def _sorted(self, parts: tuple[CacheState, ...], arrivals: np.ndarray, sign: int) -> list[tuple[float, int]]:
         """The lines of these parts by the key of the one who arrived then, and that key or a little less."""
         occupied = [number for part in parts for number in self._occupied[part]]
         if len(occupied) <= _FEW:
@@ -235,7 +235,7 @@ class IndexQueue(ServiceOrder):
             if not heads:
                 return
             _, _, request, rest, number = heads[0]
-            if gate is None or _is_open(gate, request.part):
+            if gate is None or _is_open(gate, request.cache_state):
                 yield request
                 for position, following in rest:
                     key = -sign * self._log_index(following, number)
@@ -248,4 +248,4 @@ class IndexQueue(ServiceOrder):
 
 
 def _is_open(gate: Gate, part: int) -> bool:
-    return part == RESIDENT or (gate.admitting if part == FRESH else gate.counting_away)
+    return part == RESIDENT or (gate.admitting if part == NO_CACHE else gate.counting_away)
