@@ -26,8 +26,9 @@ from aiohttp import web
 from fastserve.core.errors import ConfigError, FastServeError, NothingFinishedError, ServerError
 from fastserve.engine import IterationRecord
 from harness.analysis.capacity_search import Objective, find_capacity
-from harness.client import replay as http_replay
+from harness.client import sender as http_sender
 from harness.client import server as http_server
+from harness.client.replay import DEFAULT_VOCABULARY
 from harness.client.request import parse_extra_body
 from harness.client.server import message_of
 from harness.run.config import RunConfig
@@ -99,7 +100,7 @@ def test_the_four_files_are_those_of_the_other_backends(tmp_path: Path) -> None:
     iterations = pq.read_table(tmp_path / "iterations.parquet")
     assert (iterations.num_rows, tuple(iterations.column_names)) == (0, IterationRecord._fields)
     meta = meta_of(tmp_path)
-    assert meta["configuration"]["vocab_size"] == http_replay.DEFAULT_VOCABULARY
+    assert meta["configuration"]["vocab_size"] == DEFAULT_VOCABULARY
     assert meta["configuration"]["model"] == "tiny"
     assert "device" not in meta["configuration"]
     assert meta["trace"]["digest"] == workload.digest
@@ -201,7 +202,7 @@ def test_a_late_client_counts_as_latency_and_says_so(
         slept.extend([seconds] if is_client else [])
         await sleep(seconds + 0.05 * is_client)
 
-    monkeypatch.setattr(http_replay.asyncio, "sleep", overslept)
+    monkeypatch.setattr(http_sender.asyncio, "sleep", overslept)
     summary, rows = replayed(OpenAIServer(), tmp_path, arrivals="constant", rate=1000.0)
     assert [row["arrival_s"] for row in rows] == [0.001, 0.002, 0.003, 0.004]
     assert min(row["sent_s"] for row in rows) >= 0.05
@@ -229,9 +230,9 @@ def test_a_cap_on_concurrency_counts_as_latency_and_not_as_lateness(tmp_path: Pa
 def test_too_few_open_files_are_a_cap_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(http_replay.resource, "getrlimit", lambda _: (101, 102))
+    monkeypatch.setattr(http_sender.resource, "getrlimit", lambda _: (101, 102))
     limits = []
-    monkeypatch.setattr(http_replay.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    monkeypatch.setattr(http_sender.resource, "setrlimit", lambda _, limit: limits.append(limit))
     server = OpenAIServer()
     replayed(server, tmp_path, rate=1e6, num_requests=10)
     assert limits == [(102, 102)]
@@ -388,7 +389,7 @@ def test_an_answer_with_a_finish_reason_has_ended_though_its_connection_stays_op
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A usage may follow in the meantime, and nothing that is not part of the answer puts the end off."""
-    monkeypatch.setattr(http_replay, "_AFTER_FINISH_S", 1.0)
+    monkeypatch.setattr(http_sender, "_AFTER_FINISH_S", 1.0)
 
     async def script(call: Call) -> web.StreamResponse:
         last = chunk(choices=[{"text": " w", "finish_reason": "length"}])
