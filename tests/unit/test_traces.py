@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from fastserve.core.errors import ConfigError, TraceError
 from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, length_statistics, list_traces, load_trace
-from harness.workload.traces.builtin import BUILTIN, TABLES, HistogramLengths
+from harness.workload.traces.builtin import BUILTIN
 from harness.workload.traces.formats import FORMATS
+from harness.workload.traces.histogram import TABLES, HistogramLengths
 from harness.workload.traces.text import token_counter
 
-TRACES_FOLDER = Path(__file__).parents[2] / "traces"
+ROOT = Path(__file__).parents[2]
+TRACES_FOLDER = ROOT / "traces"
 FIXTURES = TRACES_FOLDER / "fixtures"
 
 
@@ -92,7 +94,7 @@ class TestTables:
         raw.write_text(f"prompt_tokens,output_tokens\n{rows}\n")
         command = [
             sys.executable,
-            str(TRACES_FOLDER / "build_tables.py"),
+            str(ROOT / "tools/build_trace_tables.py"),
             "--sharegpt",
             str(raw),
             "--out",
@@ -444,7 +446,7 @@ def test_unknown_trace_names_the_valid_ones(spec):
 
 
 def test_missing_table_is_a_trace_error(monkeypatch):
-    monkeypatch.setattr("harness.workload.traces.builtin.TABLES", Path("/nowhere"))
+    monkeypatch.setattr("harness.workload.traces.histogram.TABLES", Path("/nowhere"))
     with pytest.raises(TraceError, match=r"/nowhere/sharegpt\.json"):
         load_trace("sharegpt")
 

@@ -1,4 +1,4 @@
-"""The `name:key=value,key=value` options of trace and arrival specifications."""
+"""Options of trace and arrival specifications: `name:key=value,key=value`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fastserve.core.errors import ConfigError
 
 
 def parse_options(owner: str, text: str, defaults: Mapping[str, float]) -> dict[str, float]:
-    """Read `key=value,…` over `defaults`; a default that is an int demands an integer, a float a finite number.
+    """Read `key=value,…` over `defaults`. If the default is an int, the value must be one; else it is a finite number.
 
-    `owner` names the specification in errors. Raises ConfigError for an unknown or repeated key and for a bad value.
+    `owner` names the specification in errors. Raises ConfigError for an unknown or repeated key, and for a bad value.
     """
     given: dict[str, float] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):

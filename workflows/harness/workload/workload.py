@@ -1,4 +1,4 @@
-"""A workload: which requests arrive, and when. The same specification and seed give the same bytes."""
+"""A workload: the requests and their arrival times. The same specification and seed give the same bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from harness.workload.traces import LengthSource, RecordedLengths, load_trace
 from harness.workload.traces.lengths import FloatArray, IntArray
 from harness.workload.traces.plausible import questions
 
-# One independent random stream for each use of the seed: more draws of one never shift another.
+# One independent random stream for each use of the seed: further draws from one never shift another.
 _LENGTHS, _GAPS, _TOKEN_IDS = range(3)
 _MOST_REQUESTS = 10**9
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Requests in order of arrival; read-only arrays, in seconds and tokens. Compare workloads by `digest`."""
+    """Requests in order of arrival; read-only arrays [n], in seconds and tokens. Compare workloads by `digest`."""
 
     arrival_s: FloatArray
     prompt_tokens: IntArray
@@ -29,7 +29,7 @@ class Workload:
     description: str
     seed: int
     questions: tuple[str, ...] = ()
-    """About numbers of the trace that are orders of magnitude off."""
+    """Questions about numbers of the trace that are orders of magnitude off."""
 
     def __post_init__(self) -> None:
         for array in (self.arrival_s, self.prompt_tokens, self.output_tokens):
@@ -47,9 +47,9 @@ class Workload:
         return sha256.hexdigest()
 
     def prompt_token_ids(self, i: int, vocab_size: int) -> list[int]:
-        """Make the prompt of request `i`: uniform token ids below `vocab_size`, the same whenever asked.
+        """Make the prompt of request `i`: uniform token ids below `vocab_size`, the same at every call.
 
-        Raises ConfigError for a vocabulary below 1, IndexError for a request that is not there.
+        Raises ConfigError for a vocabulary below 1, IndexError if there is no such request.
         """
         if vocab_size < 1:
             raise ConfigError(f"the vocabulary must hold at least 1 token, not {vocab_size}")
@@ -68,10 +68,10 @@ def make_workload(
 ) -> Workload:
     """Draw `num_requests` requests from a trace and give them arrival times at `rate` requests/s.
 
-    Lengths and gaps come from streams of their own: a seed gives the same lengths at every rate, and the same gaps up
-    to scale. With `trace` arrivals the trace's first requests are taken in its order, at its own times, scaled if a
-    rate is given. A trace already loaded may be passed in place of its specification.
-    Raises ConfigError for options out of range, TraceError for a trace that cannot serve.
+    Lengths and gaps have separate random streams: a seed gives the same lengths at every rate, and the same gaps up to
+    scale. With `trace` arrivals, the trace's first requests are taken in its order and at its own times, scaled if a
+    rate is given. A loaded trace may be passed in place of its specification.
+    Raises ConfigError for options out of range, TraceError for a trace that does not fit them.
     """
     if num_requests < 1:
         raise ConfigError(f"num_requests must be at least 1, not {num_requests}")

@@ -33,11 +33,10 @@ _TOKENIZER_OPTION = ",tokenizer="
 def load_trace(spec: str, tokenizer: str | None = None, first: int | None = None) -> LengthSource:
     """Open a trace: a built-in name with its options, or `kind:path` for a file, which a process reads once.
 
-    Text (`sharegpt:x.json`, `alpaca:x.json`) is counted with the tokenizer in directory `tokenizer`, or in the
-    specification's own `,tokenizer=DIR`, which wins; without either, lengths are approximated and described so.
-    Other traces carry lengths and leave `tokenizer` unused. With `first`, that many requests of a file with timestamps
-    are enough, those at its beginning.
-    Raises ConfigError for a specification that is not understood, TraceError for a bad file.
+    Text (`sharegpt:x.json`, `alpaca:x.json`) is counted with the tokenizer of the specification's `,tokenizer=DIR` or
+    of directory `tokenizer`; without either, lengths are approximated and described so. Other traces hold lengths and
+    need no tokenizer. With `first`, only that many requests of a file with timestamps are read, from its beginning.
+    Raises ConfigError for an unknown specification, TraceError for a malformed file.
     """
     name, colon, rest = spec.strip().partition(":")
     if colon and name in TEXT_FORMATS:
@@ -58,13 +57,13 @@ def load_trace(spec: str, tokenizer: str | None = None, first: int | None = None
 
 
 def is_file_trace(spec: str) -> bool:
-    """Whether it is `kind:path`."""
+    """Whether the specification is `kind:path`."""
     name, colon, _ = spec.strip().partition(":")
     return bool(colon) and (name in TEXT_FORMATS or name in FORMATS)
 
 
 def list_traces() -> list[tuple[str, str]]:
-    """Give (name, description) of every built-in trace and every kind of file."""
+    """List (name, description) of every built-in trace and every kind of file."""
     formats: dict[str, TextFormat | LengthFormat] = {**TEXT_FORMATS, **FORMATS}
     return [(builtin.usage, builtin.description) for builtin in BUILTIN.values()] + [
         (f"{kind}:PATH", each.description) for kind, each in formats.items()

@@ -1,7 +1,7 @@
-"""Files with token counts read at once, column by column: some ten times as fast as row by row.
+"""Read files with token counts column by column, about ten times as fast as row by row.
 
-Only what is surely well-formed is read here. Anything else is left to `LengthFormat.rows`, which takes what is unusual
-and says which line is malformed, so that what a format means is written down once.
+Only regular files are read here. All others are left to `LengthFormat.rows`, which accepts unusual ones and names the
+line of an error. So the meaning of a format is written down once.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from harness.workload.traces.lengths import Columns, FloatArray
 from harness.workload.traces.rows import LONGEST, csv_header
 
 _BLOCK_BYTES = 1 << 24
-"""A line must fit into a block: Mooncake's have thousands of block ids."""
+"""Size of a block; a line must fit into one, and Mooncake's lines have thousands of block ids."""
 _TOKENS = r"^[0-9]{1,10}$"
 _NUMBER = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 _DATE = r"^(?P<moment>[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.(?P<fraction>[0-9]+))?(?:\+00:00)?$"
 
 
 class _IrregularError(Exception):
-    """Something is not as it usually is."""
+    """The file is not regular."""
 
 
 def read_columns(format_: LengthFormat, path: str, first: int | None) -> Columns | None:
-    """Read a regular file, or its first requests only; None if it must be read row by row.
+    """Read a regular file, or only its first requests; None if it must be read row by row.
 
     Raises TraceError for a CSV file that lacks a column.
     """
@@ -82,7 +82,7 @@ def _json_columns(format_: LengthFormat, path: str, first: int | None) -> Column
         pyarrow.json.ParseOptions(explicit_schema=pa.schema(types | marks), unexpected_field_behavior="ignore"),
     )
     _check_number(table.num_rows, first, is_whole)
-    _require(table.num_rows == _num_filled_lines(path, first))  # Arrow takes objects as they come, on any lines.
+    _require(table.num_rows == _num_filled_lines(path, first))  # Arrow also takes several objects on a line.
     for name in format_.foreign:
         _require(table[name].null_count == table.num_rows)
     required = [*types, *([format_.mark] if format_.mark else [])]
@@ -92,7 +92,7 @@ def _json_columns(format_: LengthFormat, path: str, first: int | None) -> Column
 
 
 def _source(path: str, lines: int | None) -> tuple[Any, bool]:
-    """What is read: the file, or its first lines; and whether that is all of it."""
+    """The source to read, which is the file or its first lines, and whether it is the whole file."""
     if lines is None:
         return path, True
     with open(path, "rb") as file:
@@ -101,7 +101,7 @@ def _source(path: str, lines: int | None) -> tuple[Any, bool]:
 
 
 def _check_number(rows: int, first: int | None, is_whole: bool) -> None:
-    """Blank lines, and lines that end otherwise, make fewer or more requests of the lines that were read."""
+    """Require a request for each line read: blank lines and other line ends give fewer or more."""
     _require(rows > 0 and (first is None or rows == first or (is_whole and rows < first)))
 
 
@@ -122,7 +122,7 @@ def _numbers(texts: pa.Array) -> FloatArray:
 
 
 def _dates(texts: pa.Array) -> FloatArray:
-    """Seconds since the first, in whole ones and the fraction: together they have more digits than a timestamp."""
+    """Seconds since the first date; whole seconds and fractions apart keep more digits than a timestamp."""
     parts = pc.extract_regex(texts, _DATE)
     _require(not parts.null_count)
     moment, digits = (pc.struct_field(parts, name) for name in ("moment", "fraction"))

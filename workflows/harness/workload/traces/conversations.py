@@ -1,4 +1,4 @@
-"""Formats whose files carry text: the prompt and the answer of each record, to be counted in tokens."""
+"""Formats whose files hold text: the prompt and the answer of each record, whose tokens are counted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from harness.workload.traces.rows import member, opened, shown
 from harness.workload.traces.text import TokenCounter
 
 _SYSTEM, _USERS, _ASSISTANTS = "system", ("human", "user"), ("gpt", "assistant", "chatgpt")
-"""Who speaks in a turn, by the names that files have for them."""
+"""Speakers of a turn, by the names that files use."""
 
 
 def read_sharegpt(path: str, counter: TokenCounter) -> RecordedLengths:
-    """Read ShareGPT: the first question of each conversation and its answer; a system prompt before is part of it.
+    """Read ShareGPT: the first question of each conversation and its answer. A system prompt is part of the question.
 
     Turns are `from` and `value`, or `role` and `content`, in a list `conversations` or `messages`.
     """
@@ -42,7 +42,7 @@ def read_sharegpt(path: str, counter: TokenCounter) -> RecordedLengths:
 
 
 def read_alpaca(path: str, counter: TokenCounter) -> RecordedLengths:
-    """Read Alpaca: the prompt is the instruction and, on a line of its own, the input if there is one."""
+    """Read Alpaca: the prompt is the instruction and, on the next line, the input if there is one."""
     prompts, outputs = [], []
     records = _json_records(path)
     for where, record in records:
@@ -83,7 +83,7 @@ def _json_records(path: str) -> list[tuple[str, Any]]:
 
 
 def _turn(where: str, turn: object) -> tuple[str, str]:
-    """Who speaks, and what."""
+    """The speaker and the text of a turn."""
     names = (
         ("role", "content") if isinstance(turn, dict) and "from" not in turn and "role" in turn else ("from", "value")
     )
@@ -100,7 +100,7 @@ def _text(where: str, record: object, field: str) -> str:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """A format whose files carry text."""
+    """A format whose files hold text."""
 
     description: str
     read: Callable[[str, TokenCounter], RecordedLengths]

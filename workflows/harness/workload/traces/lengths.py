@@ -1,4 +1,4 @@
-"""What a source of request lengths is, the artifact's filter on lengths, and the statistics that describe them."""
+"""Sources of request lengths, the artifact's filter on lengths, and statistics of lengths."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FloatArray = NDArray[np.float64]
 
 
 class LengthSource(Protocol):
-    """Prompt and output lengths, in tokens, to draw requests from."""
+    """A distribution of prompt and output lengths, in tokens."""
 
     @property
     def description(self) -> str:
-        """What the lengths are and how they were obtained, for meta.json."""
+        """The lengths and their origin in words, for meta.json."""
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-        """Draw `n` (prompt, output) lengths; more from the same seed begin with the same `n`."""
+        """Draw `n` prompt and output lengths, [n] each. A longer draw from the same seed begins with the same `n`."""
 
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Bounds, in tokens and inclusive, outside which a request is dropped."""
+    """Inclusive bounds in tokens; a request outside them is dropped."""
 
     min_prompt: int
     min_output: int
@@ -36,7 +36,7 @@ class LengthFilter:
     max_total: int
 
     def keeps(self, prompt: IntArray, output: IntArray) -> NDArray[np.bool_]:
-        """Mark the requests within bounds."""
+        """Mark the requests within the bounds, [n]."""
         return (
             (prompt >= self.min_prompt)
             & (output >= self.min_output)
@@ -49,7 +49,7 @@ ARTIFACT_FILTER = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_
 
 
 class Columns(NamedTuple):
-    """Requests of a file, in tokens and in seconds on its own time axis."""
+    """Requests of a file, [n] each: lengths in tokens, arrivals in seconds on the file's own time axis."""
 
     prompt: IntArray
     output: IntArray
@@ -58,9 +58,9 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RecordedLengths:
-    """Requests of a file, in its order; read-only arrays, in tokens and seconds.
+    """Requests of a file, in the file's order; read-only arrays, in tokens and seconds.
 
-    `arrival_s` is there if the file has timestamps, on the file's own time axis and in whatever order they are.
+    `arrival_s`, if the file has timestamps, is on the file's own time axis and in any order.
     """
 
     description: str
@@ -68,9 +68,9 @@ class RecordedLengths:
     output_tokens: IntArray
     arrival_s: FloatArray | None = None
     time_unit: str = "seconds"
-    """What the file's timestamps were read as."""
+    """The unit in which the file's timestamps were read."""
     locate: Callable[[int], str] = "request {} (from 0)".format
-    """Says where in the file a request is, by its index: the file and the line."""
+    """Gives the file and line of a request by its index."""
 
     def __post_init__(self) -> None:
         for array in (self.prompt_tokens, self.output_tokens, self.arrival_s):
@@ -86,14 +86,14 @@ class RecordedLengths:
         return self.prompt_tokens[chosen], self.output_tokens[chosen]
 
     def first(self, n: int) -> RecordedLengths:
-        """Those at the beginning of the file, `n` or all if there are fewer."""
+        """The first `n` requests of the file, or all if there are fewer."""
         arrival_s = None if self.arrival_s is None else self.arrival_s[:n]
         return replace(
             self, prompt_tokens=self.prompt_tokens[:n], output_tokens=self.output_tokens[:n], arrival_s=arrival_s
         )
 
     def check_order(self) -> None:
-        """Raise TraceError, naming the line, if a request arrives before the one above it."""
+        """Raise TraceError, naming the line, if a request arrives before the request above it."""
         if self.arrival_s is None:
             return
         gaps = np.diff(self.arrival_s)
@@ -106,7 +106,7 @@ class RecordedLengths:
 
 
 def length_statistics(prompt: IntArray, output: IntArray) -> dict[str, float]:
-    """Summarise lengths; the mean of 1/output matters because normalized latency divides by the output length."""
+    """Summarise lengths. The mean of 1/output matters because normalized latency divides by the output length."""
     return {
         "mean_prompt": float(prompt.mean()),
         "mean_output": float(output.mean()),

@@ -1,4 +1,4 @@
-"""Questions about a trace whose numbers are orders of magnitude off: most likely a unit was mistaken."""
+"""Questions about a trace whose numbers are orders of magnitude off, most likely by a mistaken unit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SLOWEST, FASTEST = 0.01, 200.0
 LONGEST_PROMPT, LONGEST_OUTPUT = 1_000_000, 100_000
 """Mean tokens. Published traces have up to 30,000 in and 2,000 out."""
 _FEWEST = 10
-"""Requests of which a rate says something."""
+"""Fewer requests than this give no meaningful rate."""
 _UNITS = ("microseconds", "milliseconds", "seconds", "minutes")
 
 
 def questions(trace: str, lengths: RecordedLengths, *, is_replay: bool) -> Iterator[str]:
-    """Questions about lengths, and about the rate where the trace is replayed at its own pace."""
+    """Yield questions about lengths, and about the rate if the trace is replayed at its own pace."""
     yield from _question_of_length(trace, "prompt", lengths.prompt_tokens, LONGEST_PROMPT)
     yield from _question_of_length(trace, "output", lengths.output_tokens, LONGEST_OUTPUT)
     if not is_replay or lengths.arrival_s is None or len(lengths) < _FEWEST:

@@ -1,4 +1,4 @@
-"""Files read once a process: at once where they are as usual, else row by row."""
+"""Read a file with token counts once in a process: by columns if all of it is regular, else row by row."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _read: dict[Hashable, RecordedLengths] = {}
 
 
 def read_lengths(format_: LengthFormat, path: str, first: int | None = None) -> RecordedLengths:
-    """Read a file of a format with token counts, or its first requests only.
+    """Read a file of a format with token counts, or only its first requests.
 
-    Raises TraceError, naming the line, for one that is malformed.
+    Raises TraceError, naming the line, if the file is malformed.
     """
-    from harness.workload.traces.columns import read_columns  # Which loads what a built-in trace does not need.
+    from harness.workload.traces.columns import read_columns  # Imports pyarrow, which built-in traces do not need.
 
-    is_regular = os.path.isfile(path)  # What is not, such as a pipe, can be read only once.
+    is_regular = os.path.isfile(path)  # A pipe, for one, can be read only once.
     columns = (read_columns(format_, path, first) if is_regular else None) or read_rows(format_, path, first)
     if not len(columns.prompt):
         raise TraceError(f"{path}: no requests in it; expected at least one")
@@ -34,7 +34,7 @@ def read_lengths(format_: LengthFormat, path: str, first: int | None = None) -> 
 
 
 def read_rows(format_: LengthFormat, path: str, first: int | None = None) -> Columns:
-    """Read a file row by row: what `read_columns` gives, if slowly, or the TraceError that says why it cannot."""
+    """Read a file row by row: slower than `read_columns`, with the same result, or the TraceError that says why not."""
     rows = list(islice(format_.rows(path), first))
     arrivals = [row.arrival_s for row in rows if row.arrival_s is not None]
     return Columns(
@@ -45,11 +45,11 @@ def read_rows(format_: LengthFormat, path: str, first: int | None = None) -> Col
 
 
 def read_once(path: str, *how: Hashable, read: Callable[[], RecordedLengths]) -> RecordedLengths:
-    """What `read` gives, or gave earlier in this process for the same file, unchanged since, read in the same way."""
+    """Call `read`, or return its earlier result in this process for the same unchanged file, read in the same way."""
     try:
         stat = os.stat(path)
     except OSError:
-        return read()  # It has an error of its own.
+        return read()  # Which raises the error.
     if not os.path.isfile(path):
         return read()
     key = (os.path.realpath(path), stat.st_mtime_ns, stat.st_size, stat.st_ino, *how)
@@ -62,12 +62,12 @@ def read_once(path: str, *how: Hashable, read: Callable[[], RecordedLengths]) ->
 
 
 def files_read() -> Mapping[Hashable, RecordedLengths]:
-    """What this process has read, for another to take over."""
+    """The files that this process has read, for another process to take over."""
     return dict(_read)
 
 
 def take_over(files: Mapping[Hashable, RecordedLengths]) -> None:
-    """Have what another process has read."""
+    """Use the files that another process has read."""
     _read.update(files)
 
 

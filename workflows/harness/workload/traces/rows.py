@@ -1,4 +1,4 @@
-"""Files read row by row, strictly: what a value must look like, and where in the file it is if it does not."""
+"""Read files row by row, strictly: an error names the file, the line, the field and the value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import IO, Any
 from fastserve.core.errors import TraceError
 
 LONGEST = 2**31 - 1
-"""Tokens a request may have on each side."""
+"""Upper bound on the tokens of a prompt, and of an output."""
 
 
 @contextmanager
 def opened(path: str) -> Iterator[IO[str]]:
-    """Open a text file in UTF-8, with or without a byte order mark. TraceError where that fails, then or later."""
+    """Open a text file in UTF-8, with or without a byte order mark. Raises TraceError if opening or reading fails."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield file
@@ -32,13 +32,13 @@ def opened(path: str) -> Iterator[IO[str]]:
 
 
 def csv_header(path: str) -> list[str]:
-    """Read the names of the columns; none of an empty file."""
+    """Read the names of the columns; an empty file has none."""
     with _csv_reader(path) as reader:
         return list(reader.fieldnames or [])
 
 
 def csv_rows(path: str, check_header: Callable[[list[str]], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each row is, and its fields as texts; None for one that is missing at the end."""
+    """Yield the place of each row and its fields as texts; a field missing at the end of the row is None."""
     with _csv_reader(path) as reader:
         names = list(reader.fieldnames or [])
         check_header(names)
@@ -50,7 +50,7 @@ def csv_rows(path: str, check_header: Callable[[list[str]], None]) -> Iterator[t
 
 
 def json_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield where each line is that is not blank, and its JSON value."""
+    """Yield the place and the JSON value of each line that is not blank."""
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -63,7 +63,7 @@ def json_rows(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def member(where: str, record: object, field: str) -> object:
-    """A field of a JSON object."""
+    """Get a field of a JSON object."""
     if not isinstance(record, dict):
         raise TraceError(f"{where}: expected an object with {field!r}, found {shown(record)}")
     if field not in record:
@@ -71,8 +71,8 @@ def member(where: str, record: object, field: str) -> object:
     return record[field]
 
 
-def tokens(where: str, field: str, value: object) -> int:
-    """A number of tokens, at least 1."""
+def read_tokens(where: str, field: str, value: object) -> int:
+    """Read a number of tokens, at least 1."""
     number = value if type(value) is int else 0
     if isinstance(value, str):
         digits = value.strip()
@@ -83,16 +83,16 @@ def tokens(where: str, field: str, value: object) -> int:
     return number
 
 
-def time(where: str, field: str, value: object, unit: str) -> float:
-    """A finite number of seconds, or of the unit named."""
+def read_time(where: str, field: str, value: object, unit: str) -> float:
+    """Read a finite number of this unit."""
     number = _number(value)
     if not math.isfinite(number):
         raise TraceError(f"{where}: {field} must be a number of {unit}, not {shown(value)}")
     return number
 
 
-def whole_time(where: str, field: str, value: object, unit: str, remedy: str) -> float:
-    """A whole number of the unit named, 3 or 3.0; a fraction tells of another unit, for which there is a remedy."""
+def read_whole_time(where: str, field: str, value: object, unit: str, remedy: str) -> float:
+    """Read a whole number of this unit, 3 or 3.0. A fraction means another unit; the error then gives the remedy."""
     number = _number(value)
     if not number.is_integer():
         remedy = f"; {remedy}" if math.isfinite(number) else ""
@@ -100,8 +100,8 @@ def whole_time(where: str, field: str, value: object, unit: str, remedy: str) ->
     return number
 
 
-def moment(where: str, field: str, value: object) -> tuple[datetime, float]:
-    """A date and time, in whole seconds, and the fraction of a second, of which a datetime loses digits."""
+def read_date(where: str, field: str, value: object) -> tuple[datetime, float]:
+    """Read a date and time: whole seconds, and the fraction apart, since a datetime would lose its last digits."""
     # The 2024 edition of the Azure trace adds the time zone, always UTC.
     whole, _, fraction = str(value or "").strip().removesuffix("+00:00").partition(".")
     try:
@@ -111,13 +111,13 @@ def moment(where: str, field: str, value: object) -> tuple[datetime, float]:
 
 
 def listed(names: Collection[object], limit: int = 12) -> str:
-    """Names as an error shows them: those of a file of another kind may be thousands."""
+    """Format names for an error; at most `limit`, since a file of another kind may have thousands."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(text if len(text) <= 60 else f"{text[:60]}…" for text in map(str, islice(names, limit))) + more
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value as an error shows it."""
+    """Format a value for an error."""
     if value is None:
         return "nothing"
     text = repr(value)
@@ -135,7 +135,7 @@ def _csv_reader(path: str) -> Iterator[csv.DictReader[str]]:
 
 
 def _number(value: object) -> float:
-    """NaN for what is none."""
+    """The number, or NaN if the value is not a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""How many tokens a text has: by a real tokenizer, or by an approximation that says it is one."""
+"""Numbers of tokens of texts: by a real tokenizer, or by an approximation that says it is one."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class TokenCounter:
-    """A way to count tokens, and its description for meta.json."""
+    """A function that counts the tokens of texts, and its description for meta.json."""
 
     description: str
     count: Callable[[Sequence[str]], IntArray]
 
 
 def token_counter(tokenizer: str | None) -> TokenCounter:
-    """Count with the Hugging Face tokenizer in directory `tokenizer`, its special tokens included, or approximate.
+    """Count with the Hugging Face tokenizer in directory `tokenizer`, special tokens included, or approximate.
 
-    The approximation is one token per 4 bytes of UTF-8, rounded up: near the usual subword vocabularies on English
-    prose, and less wrong than a count of characters on other scripts. Raises ConfigError if the tokenizer cannot load.
+    The approximation is one token per 4 bytes of UTF-8, rounded up. It is close to the usual subword vocabularies on
+    English prose, and better than counting characters on other scripts. Raises ConfigError if the tokenizer cannot be
+    loaded.
     """
     if tokenizer is None:
         return TokenCounter(

@@ -1,9 +1,9 @@
 """Rebuild the shipped length tables from the raw data sets, which are not shipped.
 
-    python traces/build_tables.py --sharegpt sharegpt_first_turn.csv --azure azure_llm_2023_conv.csv
+    python tools/build_trace_tables.py --sharegpt sharegpt_first_turn.csv --azure azure_llm_2023_conv.csv
 
-A table is a histogram over prompt x output with edges spaced evenly in the logarithm. The number of bins on each axis
-is chosen, between 24 and 48, so that the table's statistics come closest to the data's.
+A table is a histogram over prompt × output whose edges are spaced evenly in the logarithm. Each axis has 24 to 48 bins:
+the numbers whose statistics come closest to the data's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby, product
@@ -20,16 +19,14 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-WORKFLOWS = HERE.parent / "workflows"
-sys.path[:0] = [str(WORKFLOWS), str(HERE.parent / "system")]
+from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace
+from harness.workload.traces.histogram import TABLES
+from harness.workload.traces.lengths import FloatArray, IntArray
 
-from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace  # noqa: E402
-from harness.workload.traces.lengths import FloatArray, IntArray  # noqa: E402
-
-TABLES = WORKFLOWS / "harness/traces/tables"
-"""Where the tables are: in the package that reads them, so that they are installed with it."""
+MANIFEST = Path(__file__).resolve().parents[1] / "traces/manifest.json"
+"""Says where each data set is published, under what licence, and how to cite it."""
 BIN_COUNTS = range(24, 49)
+"""Numbers of bins tried on each axis."""
 
 
 def log_edges(lengths: IntArray, bins: int) -> IntArray:
@@ -43,7 +40,7 @@ def count(prompt: IntArray, output: IntArray, prompt_edges: IntArray, output_edg
 
 
 def table_statistics(counts: IntArray, prompt_edges: IntArray, output_edges: IntArray) -> dict[str, float]:
-    """Compute exactly what `length_statistics` tends to for samples that are uniform inside each cell."""
+    """Compute the exact limit of `length_statistics` for samples that are uniform inside each cell."""
     weights = counts / counts.sum()
     prompt_weights, output_weights = weights.sum(axis=1), weights.sum(axis=0)
     prompt_mean, prompt_square, _ = _bin_moments(prompt_edges)
@@ -63,7 +60,7 @@ def table_statistics(counts: IntArray, prompt_edges: IntArray, output_edges: Int
 
 
 def _bin_moments(edges: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Give E[x], E[x^2] and E[1/x] of a uniform integer in each bin."""
+    """Compute E[x], E[x^2] and E[1/x] of a uniform integer in each bin."""
     low, high = edges[:-1], edges[1:] - 1
     size, mean = edges[1:] - edges[:-1], (low + high) / 2
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, edges[-1]))])
@@ -71,7 +68,7 @@ def _bin_moments(edges: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
 
 
 def worst_error(table: dict[str, float], data: dict[str, float]) -> float:
-    """Give the largest relative difference of any statistic."""
+    """Compute the largest relative difference of any statistic."""
     return max(abs(table[name] / data[name] - 1) for name in data)
 
 
@@ -93,7 +90,7 @@ def build(name: str, path: Path, kind: str, data_set: str, limits: LengthFilter 
             yield worst_error(achieved, statistics), *edges, counts, achieved
 
     error, prompt_edges, output_edges, counts, achieved = min(grids(), key=lambda grid: grid[0])
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
     source = next(entry for entry in manifest["data_sets"] if entry["name"] == data_set)
     filtered = " after the artifact's filter" if limits else ""
     return {
@@ -131,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sharegpt", type=Path, help="CSV with prompt_tokens,output_tokens of ShareGPT first turns")
     parser.add_argument("--azure", type=Path, help="Azure LLM inference trace 2023, conversation, as published")
-    parser.add_argument("--out", type=Path, default=TABLES, help="folder to write to (default: the package's)")
+    parser.add_argument("--out", type=Path, default=Path(str(TABLES)), help="folder (default: the package's)")
     options = parser.parse_args()
     if not (options.sharegpt or options.azure):
         parser.error("give --sharegpt, --azure or both")
