@@ -36,7 +36,7 @@ from fastserve.core.presets import preset
 from fastserve.runtime.models import Part, empty_model
 from fastserve.runtime.models.loader import dummy_weights
 from fastserve.runtime.worker import Worker
-from harness.studies.fidelity import AT_ONCE
+from harness.workload.arrivals import AT_ONCE
 from harness.workload.workload import make_workload
 
 POLICIES = ("fastserve-fcfs", "fastserve")

@@ -37,7 +37,8 @@ from fastserve.core.files import atomic_write, check_writable
 from fastserve.core.processes import Leash
 from harness.analysis.points import read_json, write_json
 from harness.run.meta import COMMIT_VARIABLE
-from harness.studies.recorded import MORE_TO_DO, Design, add_design_options, design_arguments, design_of
+from harness.studies.recorded.design import Design, add_design_options, design_arguments, design_of
+from harness.studies.recorded.recording import MORE_TO_DO
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILED, BAD_INPUT = 1, 2

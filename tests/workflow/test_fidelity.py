@@ -13,7 +13,8 @@ from fastserve.core.errors import ConfigError
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, load_profile
 from fastserve.latency.fitting import fit, measure, with_overhead
 from fastserve.runtime.models import build_model, shared_models
-from harness.studies.fidelity import METRICS, measure_fidelity, take_turns, verdict
+from harness.studies.fidelity import METRICS, measure_fidelity, verdict
+from harness.studies.fidelity.turns import take_turns
 
 POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
 

@@ -18,9 +18,12 @@ from fastserve.core.errors import ConfigError
 from harness.analysis.points import provenance
 from harness.report.captions import recorded_caption
 from harness.report.plots import RECORDED_VIEWS, draw_recorded, recorded_of
-from harness.studies import agreement, recorded
+from harness.studies import agreement
 from harness.studies.agreement import compare, recorded_folders
-from harness.studies.recorded import MORE_TO_DO, Design, make_plan, read_plan, record
+from harness.studies.recorded import plan as plan_module
+from harness.studies.recorded.design import Design
+from harness.studies.recorded.plan import make_plan, read_plan
+from harness.studies.recorded.recording import MORE_TO_DO, record
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ("fastserve", "fastserve-fcfs", "vllm")
@@ -169,7 +172,7 @@ def test_recording_stops_before_a_run_that_would_not_end_in_time(dry_run, tmp_pa
     assert first.name in capsys.readouterr().out
     assert record(design_of(out), tmp_path / "copy") is True
     assert first.is_there(tmp_path / "copy")
-    assert "5 of 6 runs are there" in capsys.readouterr().out
+    assert "5 of 6 runs are recorded" in capsys.readouterr().out
 
 
 def test_recording_goes_on_only_with_the_same_design_and_profile(dry_run, tmp_path):
@@ -179,7 +182,7 @@ def test_recording_goes_on_only_with_the_same_design_and_profile(dry_run, tmp_pa
         record(Design(**{**vars(design_of(out)), "seconds": 6.0}), tmp_path / "copy")
     profile = tmp_path / "copy/profile.json"
     profile.write_text(profile.read_text() + "\n")
-    with pytest.raises(ConfigError, match="not the one that the plan rests on"):
+    with pytest.raises(ConfigError, match="not the profile that the plan rests on"):
         record(design_of(out), tmp_path / "copy")
 
 
@@ -200,7 +203,7 @@ def test_a_design_says_what_is_wrong_with_it(change, message):
 
 def test_the_cache_of_a_smaller_gpu_is_that_of_its_profile(dry_run, monkeypatch):
     _, out, _ = dry_run
-    monkeypatch.setattr(recorded, "_pools", lambda *_: CacheConfig(6000, 4000, 16, 819_200))
+    monkeypatch.setattr(plan_module, "_pools", lambda *_: CacheConfig(6000, 4000, 16, 819_200))
     design = Design(device="cpu", traces=("alpaca",), max_batch_sizes=(4,), loads=(0.5, 2.0), policies=("vllm",))
     plan = make_plan(design, out / "profile.json")
     assert [(each.memory, each.config.settings["num_gpu_blocks"]) for each in plan.runs] == [

@@ -13,7 +13,7 @@ import yaml
 from harness.experiments.experiments import Experiment, linked, points_of, with_defaults
 from harness.run.config import RunConfig
 from harness.run.runner import run
-from harness.studies.fidelity import service_rate
+from harness.studies.simulations import service_rate
 
 EXPERIMENTS = Path(__file__).parents[2] / "workflows/config/experiments"
 

@@ -128,7 +128,10 @@ def test_a_server_that_cannot_serve_ends_all_with_its_last_words(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"points": [{"load": 0.5, "num_requests": 4}]}, "the first point's requests are all there at once"),
+        (
+            {"points": [{"load": 0.5, "num_requests": 4}]},
+            "the first point has no load, since its requests",
+        ),
         ({"points": [{"num_requests": 4}, {"load": 0, "num_requests": 4}]}, "load must be a finite number above 0"),
         ({"series": [{"name": "a", "label": "A", "policy": "fcsf"}]}, "fcsf"),
         (

@@ -2,7 +2,7 @@
 rule compare_recorded:
     input:
         recorded=files_of_recorded,
-        code=harness_files("studies/agreement.py", "studies/recorded.py", "studies/fidelity.py"),
+        code=harness_files("studies/agreement.py", "studies/recorded", "studies/simulations.py"),
     output:
         points="results/recorded-{gpu}/points.csv",
         captions="results/recorded-{gpu}/captions.json",

@@ -15,8 +15,8 @@ import pandas as pd
 from fastserve.core.errors import ConfigError, FastServeError
 from harness.analysis.points import read_json, write_csv
 from harness.run.runner import run
-from harness.studies.fidelity import compared, simulated
-from harness.studies.recorded import RecordedRun, read_plan
+from harness.studies.recorded.plan import RecordedRun, read_plan
+from harness.studies.simulations import compared, simulated
 
 METRICS = tuple(
     f"{statistic}_{quantity}"

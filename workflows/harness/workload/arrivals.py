@@ -1,4 +1,4 @@
-"""When requests arrive: `--arrivals poisson | gamma:cv=4 | constant | trace`."""
+"""Arrival processes: `--arrivals poisson | gamma:cv=4 | constant | trace`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from fastserve.core.errors import ConfigError, TraceError
 from harness.workload.options import parse_options
 
 Kind = Literal["poisson", "gamma", "constant", "trace"]
+AT_ONCE = 1e6
+"""A rate, in requests/s, at which all requests of a workload arrive together."""
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """An arrival process; `cv`, the coefficient of variation of the gaps, belongs to `gamma` alone."""
+    """An arrival process; `cv`, the coefficient of variation of the gaps, applies to `gamma` only."""
 
     kind: Kind
     cv: float | None = None
@@ -33,12 +35,12 @@ class Arrivals:
         timestamps: NDArray[np.float64] | None = None,
         trace: str = "the trace",
     ) -> NDArray[np.float64]:
-        """Give `n` absolute arrival times in seconds, never decreasing, at `rate` requests/s on average.
+        """Draw `n` absolute arrival times in seconds, never decreasing, at `rate` requests/s on average.
 
         Random gaps are drawn at rate 1 and then scaled, so one seed gives one pattern at every rate, and a longer
-        workload begins with the shorter one. The first arrival comes after the first gap; with `trace` it comes at 0,
+        workload begins with the shorter one. The first arrival comes after the first gap. With `trace`, it comes at 0,
         `timestamps` (seconds) are the trace's own, and a rate of None keeps their pace.
-        Raises ConfigError for a rate that is not finite and positive, TraceError if `trace` finds too few timestamps.
+        Raises ConfigError for a rate that is not finite and positive, TraceError if `trace` has too few timestamps.
         """
         if n < 1:
             raise ConfigError(f"the number of requests must be at least 1, not {n}")
@@ -58,7 +60,7 @@ class Arrivals:
 
 
 def parse_arrivals(spec: str) -> Arrivals:
-    """Read an `--arrivals` value. Raises ConfigError, naming the valid ones, if it is not understood."""
+    """Read an `--arrivals` value. Raises ConfigError, naming the valid values, if it is unknown."""
     kind, _, options = spec.strip().partition(":")
     if kind not in get_args(Kind):
         raise ConfigError(f"unknown arrivals {spec!r}; valid: poisson, gamma:cv=4, constant, trace")
@@ -66,7 +68,7 @@ def parse_arrivals(spec: str) -> Arrivals:
         parse_options(f"arrivals {spec!r}", options, {})
         return Arrivals(cast(Kind, kind))
     cv = parse_options(f"arrivals {spec!r}", options, {"cv": 0.0})["cv"]
-    # Beyond this range the gamma's shape, cv^-2, leaves what floating point can sample.
+    # Outside this range, floating point cannot sample the gamma's shape, cv^-2.
     if not 1e-3 <= cv <= 100:
         raise ConfigError(f"arrivals {spec!r}: give cv between 0.001 and 100, as in gamma:cv=4")
     return Arrivals("gamma", cv)
