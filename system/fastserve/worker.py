@@ -1,4 +1,4 @@
-"""`python -m fastserve.worker`: a rank. Started by `LLM` on its own machine, by torchrun on several."""
+"""`python -m fastserve.worker`: run a rank. `LLM` starts it on its own machine, torchrun on several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastserve.core.console import exit_on_error
-from fastserve.runtime.worker.rank import run_rank
+from fastserve.runtime.worker.connect import run_rank
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,7 +22,7 @@ def rank(
         str | None, typer.Option(help="HOST:PORT of the process group's store.  [default: torchrun's]")
     ] = None,
 ) -> None:
-    """Serve an engine with one part of a model. RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets, say which."""
+    """Compute one part of a model for an engine. RANK, WORLD_SIZE and LOCAL_RANK say which; torchrun sets them."""
     run_rank(engine, store, model)
 
 

@@ -28,7 +28,8 @@ SAYS = [
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are not made, nor ranks started."""
-    for name in ("fastserve.runtime.worker.worker.build_model", "fastserve.runtime.executors.ranks.subprocess.Popen"):
+    runtime = "fastserve.runtime"
+    for name in (f"{runtime}.worker.worker.build_model", f"{runtime}.executors.ranks.processes.subprocess.Popen"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work was begun"))
 
 

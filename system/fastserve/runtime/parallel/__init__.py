@@ -1,1 +1,1 @@
-"""A model on several ranks: who holds what (`layout`, no torch), and how ranks talk to each other (`groups`)."""
+"""Communication: between the engine and its ranks (`channel`), and among the ranks (`groups`)."""

@@ -1,7 +1,7 @@
 """The control channel: messages between the engine and a rank over one TCP connection.
 
-A frame is two lengths, a JSON object and an array of 64-bit integers: iterations are mostly block tables, and as an
-array they cost little. Nothing that is received is executed.
+A frame is two lengths, a JSON object and an array of 64-bit integers: an iteration is mostly block tables, which are
+cheap as an array. Nothing received is ever executed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _LENGTHS = struct.Struct("<II")
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 _NUMBER_BYTES = 8
 _MOST_BYTES = 1 << 28
-"""Of a frame: longer is no message of ours."""
+"""Most bytes of a frame; a longer one is not from this program."""
 _CHUNK_BYTES = 1 << 18
 
 
 class ChannelClosed(ConnectionError):
-    """The other side has gone, or what it sends is no message."""
+    """The connection has ended, or the other side sends something that is no message."""
 
 
 class Message(NamedTuple):
-    """What one side tells the other."""
+    """One message: its kind, and what it carries."""
 
     kind: str
     fields: dict[str, Any]
@@ -38,10 +38,10 @@ class Message(NamedTuple):
 
 
 class Channel:
-    """One end of a connection. Any thread may send; one at a time receives.
+    """One end of a connection. Any thread may send; one thread at a time may receive.
 
-    A peer of which nothing is heard, not even by the kernel, for `silence_s` seconds is gone: the connection then
-    fails here, whether or not either process does anything.
+    If the kernel hears nothing from the other machine for `silence_s` seconds, the connection fails, whether or not
+    either process uses it.
     """
 
     def __init__(self, connection: socket.socket, silence_s: float) -> None:
@@ -58,19 +58,19 @@ class Channel:
             ("TCP_KEEPCNT", 3),
             ("TCP_USER_TIMEOUT", int(silence_s * 1000)),
         ):
-            if hasattr(socket, option):  # Not on every system.
+            if hasattr(socket, option):  # Some systems lack them.
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def fileno(self) -> int:
-        """For `select`."""
+        """The socket's file descriptor, for `select`."""
         return self._socket.fileno()
 
     def send(self, kind: str, numbers: Iterable[int] = (), **fields: Any) -> None:
-        """Send a message; ChannelClosed if the other side has gone or takes nothing."""
+        """Send a message; ChannelClosed if the connection has ended or the other side does not read."""
         self.send_frame(frame(kind, numbers, **fields))
 
     def send_frame(self, data: bytes) -> None:
-        """Send what `frame` made."""
+        """Send a message that `frame` made."""
         try:
             with self._sending:
                 self._socket.sendall(data)
@@ -78,14 +78,14 @@ class Channel:
             raise ChannelClosed(f"{type(error).__name__}: {error}") from None
 
     def receive(self) -> list[Message]:
-        """What is there, after waiting for some of it: perhaps a part of a message only, and then nothing.
+        """Wait for data; returns the messages that are complete, none if only a part has arrived.
 
-        ChannelClosed if the other side has gone; messages that came whole before that are returned first.
+        ChannelClosed if the connection has ended; complete messages are returned first.
         """
         try:
             data = self._socket.recv(_CHUNK_BYTES)
         except OSError as error:
-            if isinstance(error, TimeoutError) and error.errno is None:  # Ours, and not the connection's.
+            if isinstance(error, TimeoutError) and error.errno is None:  # Our own timeout, not the connection's.
                 return []
             raise ChannelClosed(f"{type(error).__name__}: {error}") from None
         if not data:
@@ -97,11 +97,11 @@ class Channel:
         return messages
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._socket.close()
 
     def _take(self) -> Message | None:
-        """The first whole message of the buffer."""
+        """Remove and return the first complete message of the buffer; None if there is none."""
         buffer = self._buffer
         if len(buffer) < _LENGTHS.size:
             return None
@@ -125,7 +125,7 @@ class Channel:
 
 
 def frame(kind: str, numbers: Iterable[int] = (), **fields: Any) -> bytes:
-    """The bytes of a message: made once, they can be sent to many."""
+    """The bytes of a message: made once, they can be sent to many ranks."""
     header = _to_json({"kind": kind, **fields}).encode()
     values = array("q", numbers)
     if sys.byteorder == "big":

@@ -1,4 +1,4 @@
-"""What ranks tell one another while they compute: sums over the shards of a stage, activations from stage to stage."""
+"""What ranks exchange while they compute: sums over the shards of a stage, activations from stage to stage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from fastserve.core.parallel import Place
 
 DEVICE = "its device"
-"""What a rank on a GPU waits for, also where that waits for other ranks."""
+"""What a rank on a GPU waits for, even if the device in turn waits for other ranks."""
 
 
 class Progress:
-    """How far a rank has come, for another thread: one that hangs looks different from one that waits for it.
+    """How far a rank has come, read by another thread: tells a rank that hangs from one that waits for another rank.
 
-    On a GPU what follows only queues exchanges, and those in a CUDA graph count once, when it is captured: there a rank
-    waits, in the end, for its device.
+    On a GPU the host only queues exchanges, and those in a CUDA graph count once, at its capture. So a rank on a GPU
+    always waits for its device.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Progress:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Within, the rank waits for `what`, as "stage 0"; after an error it is still said to, which then was why."""
+        """Within, the rank waits for `what`, such as "stage 0". After an error `waiting_for` keeps it, as the cause."""
         self.waiting_for = what
         self.count += 1
         yield
@@ -40,7 +40,7 @@ class Progress:
 
 
 class Group(Protocol):
-    """The shards of one stage. All of them make the same calls in the same order."""
+    """The shards of one stage. All shards make the same calls in the same order."""
 
     index: int
     size: int
@@ -53,21 +53,21 @@ class Group(Protocol):
 
 
 class Neighbours(Protocol):
-    """The stages before and after, of the same shard. What one sends, the next receives in the same order."""
+    """The same shard of the stages before and after. A stage receives in the order in which the one before sends."""
 
     connected: bool
-    """Set to False, nothing is sent, and made-up numbers are received at once: each stage then computes by itself."""
+    """If False, `send` does nothing and `receive` returns random numbers: each stage computes by itself."""
 
     def receive(self, into: Tensor) -> None:
-        """Fill `[rows, hidden_size]` with what the stage before has sent, and wait for that. Needs a stage before."""
+        """Wait for what the stage before sends, into `[rows, hidden_size]`. Not on the first stage."""
 
     def send(self, x: Tensor) -> None:
-        """Send `[rows, hidden_size]` to the stage after, without waiting until it is taken. `x` is kept until then,
-        and must not be written to. Needs a stage after."""
+        """Send `[rows, hidden_size]` to the stage after, without waiting for it. Do not write to `x` afterwards: it is
+        kept until the stage after has received it. Not on the last stage."""
 
 
 class _Alone:
-    """A stage of a single shard."""
+    """The group of a stage with a single shard."""
 
     index = 0
     size = 1
@@ -84,12 +84,24 @@ ALONE: Group = _Alone()
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a rank needs of the others."""
+    """How a rank reaches the others."""
 
     group: Group = ALONE
     neighbours: Neighbours | None = None
     """None where there is a single stage."""
     progress: Progress = field(default_factory=Progress)
+
+    @contextmanager
+    def disconnected(self) -> Iterator[None]:
+        """Within, no activations are sent from stage to stage: each stage computes by itself."""
+        if self.neighbours is None:
+            yield
+            return
+        self.neighbours.connected = False
+        try:
+            yield
+        finally:
+            self.neighbours.connected = True
 
 
 class _Shards:
@@ -116,10 +128,10 @@ class _Shards:
 
 
 class _Stages:
-    """The stages before and after over torch.distributed. With NCCL it is the current stream that waits, not the host.
+    """The stages before and after over torch.distributed. With NCCL the current stream waits, not the host.
 
-    As many sends may be on their way as there are stages, which is as many iterations as may be in flight; one more
-    waits for the first. (gloo notices that a send has ended only by waiting for it.)
+    As many sends may be pending as there are stages, and so iterations in flight; the next one waits for the first.
+    (gloo notices that a send has ended only by waiting for it.)
     """
 
     def __init__(self, place: Place, progress: Progress) -> None:
@@ -127,13 +139,13 @@ class _Stages:
         self._place = place
         self._progress = progress
         self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._made_up: Tensor | None = None
+        self._random: Tensor | None = None
 
     def receive(self, into: Tensor) -> None:
         if not self.connected:
-            if self._made_up is None or len(self._made_up) < len(into):
-                self._made_up = torch.randn_like(into)
-            into.copy_(self._made_up[: len(into)])
+            if self._random is None or len(self._random) < len(into):
+                self._random = torch.randn_like(into)
+            into.copy_(self._random[: len(into)])
             return
         with self._progress.waiting(f"stage {self._place.stage - 1}"):
             torch.distributed.recv(into, self._place.rank - self._place.num_shards)
@@ -157,14 +169,18 @@ def join(
     store: torch.distributed.Store | None,
     timeout_s: float,
 ) -> Ranks:
-    """Meet the other ranks, and wait until all are there; gloo carries data between CPUs, NCCL between GPUs.
+    """Join the process group, and wait for all ranks: gloo between CPUs, NCCL between GPUs.
 
     Args:
         place: of this rank.
-        world_size: ranks in all.
+        world_size: number of ranks.
         device: where this rank computes.
-        store: where they meet; None: as torchrun says in the environment (MASTER_ADDR and MASTER_PORT).
-        timeout_s: how long to wait for others, here and in every exchange, before a RuntimeError.
+        store: of the process group; None: torchrun's, at MASTER_ADDR and MASTER_PORT.
+        timeout_s: most time to wait for other ranks, here and in every exchange.
+
+    Raises:
+        ValueError: `place` belongs to a group of another size.
+        RuntimeError: the other ranks did not join in time.
     """
     if world_size != place.num_stages * place.num_shards:
         raise ValueError(f"{place} is not one of {world_size} ranks")
@@ -196,10 +212,10 @@ def join(
 
 
 def leave() -> None:
-    """Part from the other ranks; does nothing where none were met.
+    """Leave the process group; does nothing without one.
 
-    To be called when what was sent has been received, since gloo loses it otherwise, and when no CUDA graph is left
-    with exchanges in it, since NCCL waits for those to go.
+    Call it after all that was sent has been received, or gloo loses it, and after CUDA graphs with exchanges are freed,
+    or NCCL waits for them.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

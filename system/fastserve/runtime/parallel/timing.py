@@ -1,4 +1,4 @@
-"""Time what ranks tell one another, by size of the message, while they compute nothing."""
+"""Time messages between ranks, by size."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastserve.core.parallel import Place
 from fastserve.runtime.parallel.groups import Ranks
 
 _BUSY_S = 5e-3
-"""Long enough for a message to have been sent before it is received."""
+"""Long enough for a message to be sent before it is received."""
 
 
 def time_all_reduces(ranks: Ranks, sizes: Sequence[int], like: Tensor, repeats: int) -> list[float]:
-    """Median seconds of an all-reduce among the shards of a stage, for each of these sizes.
+    """Median seconds of an all-reduce among the shards of a stage, for each size. Every rank calls it.
 
     Args:
-        ranks: how this rank reaches the others, of which all call this.
+        ranks: how this rank reaches the others.
         sizes: bytes of one shard's message.
-        like: of the messages' dtype and device.
-        repeats: after one to warm up.
+        like: a tensor with the messages' dtype and device.
+        repeats: measurements of each size, after one to warm up.
     """
     medians = []
     for size in sizes:
@@ -38,10 +38,11 @@ def time_all_reduces(ranks: Ranks, sizes: Sequence[int], like: Tensor, repeats: 
 
 
 def time_sends(place: Place, ranks: Ranks, sizes: Sequence[int], like: Tensor, repeats: int) -> list[float]:
-    """Mean seconds in which a stage receives what the stage before has sent and, meanwhile, computes on.
+    """Mean seconds in which a stage receives a message, for each size; empty on the first stage. Every rank calls it.
 
-    As in a full pipeline: where the processor is shared, what carries the message has to wait for it. One link between
-    two stages after the other, all shards at once. Arguments as for `time_all_reduces`. Empty on the first stage.
+    The stage before has sent the message and computes meanwhile, as in a full pipeline: where stages share cores, the
+    transport has to wait for one. Links between stages are timed one after the other, all shards of a stage at once.
+    Arguments as for `time_all_reduces`.
     """
     means: list[float] = []
     for stage in range(max(0, place.stage - 1), min(place.stage + 1, place.num_stages - 1)):
@@ -70,7 +71,7 @@ def time_sends(place: Place, ranks: Ranks, sizes: Sequence[int], like: Tensor, r
 
 
 def _compute(seconds: float) -> None:
-    """Keep a core busy for so long."""
+    """Keep a core busy for so many seconds."""
     x, weight = torch.ones(16, 256), torch.ones(256, 256)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -92,6 +93,6 @@ def _median(once: Callable[[], None], repeats: int, device: torch.device) -> flo
 
 
 def _end(device: torch.device) -> None:
-    """Wait for what a GPU has been given."""
+    """Wait until a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""One rank of an engine on several: a process that computes and copies as the engine says, with its part of the model.
+"""Rank: a process that holds one part of the model, and computes and copies as the engine says.
 
-One thread computes, and waits within for other ranks. Between iterations it attends to the control channel; while it
-computes, another thread does so every millisecond: it starts copies, reports those that have ended, and says that the
-process is alive and how far it is. An iteration needs no change of threads, which costs more than the channel does.
+One thread computes, and waits for other ranks inside that. Between iterations it serves the control channel; while it
+computes, a second thread serves the channel every millisecond: it starts copies, reports those that have ended, and
+reports progress. An iteration needs no switch of threads, which would cost more than the channel does.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store
 
 from fastserve.core.clock import WallClock
 from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError, FastServeError, RankError
 from fastserve.runtime.models.source import model_digest, resolve_model
-from fastserve.runtime.parallel.channel import Channel, ChannelClosed, Message, parse_address
+from fastserve.runtime.parallel.channel import Channel, ChannelClosed, Message
 from fastserve.runtime.parallel.groups import Progress, Ranks, join, leave
 from fastserve.runtime.parallel.timing import time_all_reduces, time_sends
 from fastserve.runtime.worker.copier import BlockCopier, make_copier
@@ -36,27 +35,26 @@ from fastserve.runtime.worker.sizing import default_num_blocks, default_num_host
 from fastserve.runtime.worker.worker import Worker
 
 _TICK_S, _COPY_TICK_S, _IDLE_TICK_S = 1e-3, 200e-6, 20e-3
-"""How often the channel is attended to while the process computes, copies, or has done nothing for a second."""
+"""How often the second thread serves the channel: while computing, while copying, after a second without work."""
 _STOP_S = 5.0
-"""Most time between being told to stop and having stopped."""
+"""Most time from a stop message to the end of the process."""
 _JOIN_TIMEOUT_S = 600.0
-_CONNECT_S = 60.0
-_SILENCE_S = 8.0
+"""Most time to wait for the other ranks, in the rendezvous and in every exchange."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which rank this is, as torchrun says it."""
+    """Which rank this process is, as torchrun sets it."""
 
     rank: int
     world_size: int
     local_rank: int
     token: str
-    """A secret that the engine asks for, or nothing."""
+    """The secret that the engine asks for; empty if it asks for none."""
 
     @classmethod
     def from_environment(cls) -> Identity:
-        """Of RANK, WORLD_SIZE and LOCAL_RANK, and FASTSERVE_TOKEN; ConfigError if they are not set."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and FASTSERVE_TOKEN; ConfigError if a number is missing."""
         try:
             rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         except (KeyError, ValueError) as error:
@@ -68,12 +66,12 @@ class Identity:
 
 
 class Rank:
-    """The process's side of the control channel. `serve` returns when the engine says stop.
+    """The rank's side of the control channel. `serve` returns when the engine says stop.
 
     Args:
         channel: to the engine.
         identity: which rank this is.
-        model: where this machine keeps the model, if elsewhere than the engine says.
+        model: where this machine keeps the model; None: where the engine says.
         store: of the process group; None: torchrun's.
     """
 
@@ -83,33 +81,33 @@ class Rank:
         self._model = model
         self._store = store
         self._timeout_s = _JOIN_TIMEOUT_S
-        self._ear = threading.Lock()
-        """Held by the thread that attends to the channel."""
+        self._channel_lock = threading.Lock()
+        """Held by the thread that serves the channel."""
         self._messages: deque[Message] = deque()
-        """For the thread that computes."""
+        """Work for the computing thread."""
         self._stop_by = float("inf")
-        """When the process ends, having been told to stop; others it waits for may be gone already."""
+        """When the process ends after a stop message, even if it still waits for ranks that have ended."""
         self._worker: Worker | None = None
         self._ranks = Ranks()
         self._copier: BlockCopier | None = None
         self._progress = Progress()
         self._num_submitted = self._num_ended = 0
         self._last_busy = -float("inf")
-        self._last_said = 0.0
+        self._last_alive_sent = 0.0
 
     def serve(self) -> None:
-        """Say hello, load what the engine says, and work until it says stop.
+        """Say hello, load the part of the model, and work until the engine says stop.
 
-        Raises what went wrong, after it has been reported; if the engine goes away, the process ends at once.
+        Reports an error to the engine before raising it. If the connection to the engine ends, so does the process.
         """
-        threading.Thread(target=self._attend_while_computing, name="control", daemon=True).start()
-        who = self._identity
+        threading.Thread(target=self._serve_channel_while_computing, name="control", daemon=True).start()
+        identity = self._identity
         self._channel.send(
             "hello",
-            rank=who.rank,
-            world_size=who.world_size,
-            local_rank=who.local_rank,
-            token=who.token,
+            rank=identity.rank,
+            world_size=identity.world_size,
+            local_rank=identity.local_rank,
+            token=identity.token,
             host=socket.gethostname(),
             pid=os.getpid(),
             versions=versions(),
@@ -120,12 +118,12 @@ class Rank:
         except Exception as error:
             self._report_failure(error)
             if waiting_for := self._progress.waiting_for:
-                raise RankError(f"rank {who.rank} has lost {waiting_for}: {error}") from None
+                raise RankError(f"rank {identity.rank} has lost {waiting_for}: {error}") from None
             raise
         finally:
             if self._copier is not None:
                 self._copier.close()
-        self._worker = self._copier = None  # NCCL parts only once the graphs that use it have gone.
+        self._worker = self._copier = None  # NCCL closes only after the CUDA graphs that use it are freed.
         leave()
 
     def _report_failure(self, error: Exception) -> None:
@@ -133,7 +131,7 @@ class Rank:
         with contextlib.suppress(ChannelClosed):
             self._channel.send("failed", error=what, waiting_for=self._progress.waiting_for)
 
-    # -- the thread that computes --------------------------------------------------------------------------------
+    # -- the computing thread ------------------------------------------------------------------------------------
 
     def _load(self) -> None:
         message = self._next_message()
@@ -149,7 +147,7 @@ class Rank:
         place = config.parallel.place(self._identity.rank, model)
         own = config.device if config.device == "cpu" else f"{config.device}:{self._identity.local_rank}"
         device = str(find_device(own))
-        # A pipeline has as many batches in flight as stages, so wants room for as many.
+        # A pipeline has as many batches in flight as stages, so it needs room for as many.
         options = EngineOptions(
             config.max_batch_size * place.num_stages,
             config.token_budget,
@@ -182,8 +180,8 @@ class Rank:
             place=place,
             ranks=ranks,
         )
-        for layer in worker.model.layers:  # However long an iteration takes, it can be seen to move on.
-            layer.register_forward_pre_hook(self._tick)
+        for layer in worker.model.layers:  # Every layer counts as progress: a long iteration is no hang.
+            layer.register_forward_pre_hook(self._count_progress)
         self._copier = make_copier(worker.gpu_cache, worker.host_cache, WallClock())
         self._worker = worker
         self._channel.send("ready")
@@ -208,11 +206,11 @@ class Rank:
                 self._channel.send("free", (index,))
 
     def _measure(self, message: Message, worker: Worker) -> None:
-        """Time an iteration of this stage by itself, or messages between ranks; the first shard tells."""
+        """Time an iteration of this stage alone, or messages between ranks; the first shard answers."""
         ranks, place = self._ranks, worker.place
         if message.kind == "probe":
             _, sequences, sampling, _ = parse_run(message)
-            with _disconnected(ranks):
+            with ranks.disconnected():
                 start = time.perf_counter()
                 worker.launch(sequences, sampling)()
                 seconds = [time.perf_counter() - start]
@@ -227,37 +225,37 @@ class Rank:
             answer = "probed" if message.kind == "probe" else "exchanged"
             self._channel.send(answer, (place.stage, *(int(each * 1e9) for each in seconds)))
 
-    def _tick(self, *_: object) -> None:
+    def _count_progress(self, *_: object) -> None:
         self._progress.count += 1
 
     def _next_message(self) -> Message | None:
-        """What is to be done next; None if nothing ever."""
+        """Wait for the next work; None once the engine has said stop."""
         while not self._messages and self._stop_by == float("inf"):
-            with self._ear:
+            with self._channel_lock:
                 if not self._messages:
-                    self._attend(_COPY_TICK_S if self._is_copying else self._timeout_s / 8)
+                    self._serve_channel(_COPY_TICK_S if self._is_copying else self._timeout_s / 8)
         return self._messages.popleft() if self._messages else None
 
-    # -- either thread, with the ear -----------------------------------------------------------------------------
+    # -- either thread, with the channel lock held ---------------------------------------------------------------
 
-    def _attend(self, wait_s: float) -> None:
-        """Hear what the engine says, after waiting at most so long for it, and tell what there is to tell."""
+    def _serve_channel(self, wait_s: float) -> None:
+        """Read messages, after waiting for up to `wait_s` seconds; report ended copies and progress."""
         try:
             if select.select([self._channel], [], [], wait_s)[0]:
                 for message in self._channel.receive():
-                    self._take(message)
+                    self._dispatch(message)
             if self._is_copying:
                 self._report_copies()
-            self._say_alive()
+            self._send_alive()
         except ChannelClosed as error:
-            self._end(f"the engine has gone ({error})")
+            self._end(f"the connection to the engine has ended ({error})")
 
     @property
     def _is_copying(self) -> bool:
         return self._copier is not None and self._copier.num_in_flight > 0
 
-    def _take(self, message: Message) -> None:
-        """Act on a message, or keep it for the thread that computes."""
+    def _dispatch(self, message: Message) -> None:
+        """Act on a message, or queue it for the computing thread."""
         if message.kind == "copy":
             self._start_copies(message)
         elif message.kind == "stop":
@@ -271,7 +269,7 @@ class Rank:
         assert worker is not None
         assert copier is not None
         if worker.device.type == "cuda":
-            torch.cuda.set_device(worker.device)  # Of this thread.
+            torch.cuda.set_device(worker.device)  # Per thread.
         for index, direction, source, destination in parse_copies(message):
             copier.start(direction, source, destination, index)
 
@@ -281,28 +279,28 @@ class Rank:
             self._progress.count += 1
             self._channel.send("copied", (copy.tag, int((copy.end_s - copy.start_s) * 1e9)))
 
-    def _say_alive(self) -> None:
-        """While there is work, and for a while after: the engine may be waiting for others, and listens."""
+    def _send_alive(self) -> None:
+        """Report progress while there is work and for a while after: the engine may still wait for other ranks."""
         now = time.monotonic()
         busy = self._num_submitted != self._num_ended or self._is_copying
         if busy:
             self._last_busy = now
-        if now - self._last_busy < 2 * self._timeout_s and now - self._last_said > self._timeout_s / 8:
-            self._last_said = now
+        if now - self._last_busy < 2 * self._timeout_s and now - self._last_alive_sent > self._timeout_s / 8:
+            self._last_alive_sent = now
             self._channel.send("alive", (busy, self._progress.count), waiting_for=self._progress.waiting_for)
 
-    # -- the other thread ----------------------------------------------------------------------------------------
+    # -- the second thread ---------------------------------------------------------------------------------------
 
-    def _attend_while_computing(self) -> None:
+    def _serve_channel_while_computing(self) -> None:
         try:
             while time.monotonic() < self._stop_by:
                 idle = time.monotonic() - self._last_busy > 1.0
                 time.sleep(_COPY_TICK_S if self._is_copying else _IDLE_TICK_S if idle else _TICK_S)
-                if self._ear.acquire(blocking=False):
+                if self._channel_lock.acquire(blocking=False):
                     try:
-                        self._attend(0.0)
+                        self._serve_channel(0.0)
                     finally:
-                        self._ear.release()
+                        self._channel_lock.release()
         except Exception as error:
             traceback.print_exc()
             self._report_failure(error)
@@ -311,54 +309,6 @@ class Rank:
 
     def _end(self, why: str) -> None:
         """End the process at once, whatever the other thread does."""
-        if self._store is None:  # Else the engine that started it has said what there is to say.
+        if self._store is None:  # Otherwise the engine that started it reports the error.
             print(f"error: rank {self._identity.rank}: {why}", file=sys.stderr, flush=True)
         os._exit(1)
-
-
-@contextlib.contextmanager
-def _disconnected(ranks: Ranks) -> Iterator[None]:
-    """Within, no activations go from stage to stage."""
-    neighbours = ranks.neighbours
-    if neighbours is None:
-        yield
-        return
-    neighbours.connected = False
-    try:
-        yield
-    finally:
-        neighbours.connected = True
-
-
-def run_rank(engine: str, store: str | None, model: str | None) -> None:
-    """Connect to the engine at `engine` and serve it; `store` is the address of the process group's, if not torchrun's.
-
-    Raises ConfigError if there is no engine, and what goes wrong while serving.
-    """
-    identity = Identity.from_environment()
-    host, port = parse_address(engine, "--engine")
-    channel = Channel(_connect(host, port), _SILENCE_S)
-    group_store = None
-    if store is not None:
-        store_host, store_port = parse_address(store, "--store")
-        group_store = TCPStore(store_host, store_port, is_master=False)
-    try:
-        Rank(channel, identity, model, group_store).serve()
-    except FastServeError:
-        if store is None:
-            raise
-        sys.exit(1)  # The engine that started it has been told, and says so.
-
-
-def _connect(host: str, port: int) -> socket.socket:
-    """The engine may be started after its ranks."""
-    deadline = time.monotonic() + _CONNECT_S
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=5.0)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"no engine at {host}:{port} within {_CONNECT_S:.0f} s ({error}); start it, or correct --engine"
-                ) from None
-            time.sleep(0.5)
