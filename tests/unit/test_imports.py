@@ -1,11 +1,12 @@
 """Imports run one way, from room to room; torch starts in `runtime`."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from harness.experiments.imports import PACKAGES, imports_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,19 +25,8 @@ ROOMS = {
     ],
     "harness": [{"workload"}, {"client"}, {"run"}, {"experiments"}, {"analysis"}, {"studies"}, {"report"}, {"cli"}],
 }
-FOLDERS = {"fastserve": ROOT / "system/fastserve", "harness": ROOT / "workflows/harness"}
+FOLDERS = {package: ROOT / folder / package for package, folder in PACKAGES.items()}
 TORCH_FREE = ["core", "kvcache", "latency", "scheduler", "policies", "engine", "simulation"]
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules a file imports, for type checking too: a circle of types is a circle."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
 
 
 @pytest.mark.parametrize("package", ROOMS)
@@ -60,10 +50,9 @@ def test_imports_run_one_way(package: str) -> None:
     ("package", "above"), [("fastserve", ("baselines", "harness")), ("baselines", ("harness",))], ids=str
 )
 def test_nothing_imports_a_package_above(package: str, above: tuple[str, ...]) -> None:
-    folder = FOLDERS.get(package, ROOT / package)
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
-        for path in sorted(folder.rglob("*.py"))
+        for path in sorted(FOLDERS[package].rglob("*.py"))
         for module in imports_of(path)
         if module.partition(".")[0] in above
     ]

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from harness.experiments.experiments import batches_of, linked, with_defaults
+from support.loaded_code import scripts_watched, watch_scripts
 
 pytest.importorskip("snakemake")
 
@@ -39,14 +40,14 @@ def write_claims(folder, **changes):
     (folder / "claims.yaml").write_text(yaml.safe_dump({"claims": [claim]}), encoding="utf-8")
 
 
-def snakemake(folder, *arguments):
+def snakemake(folder, *arguments, **environment):
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", folder, "-c", "2", "--nocolor"]
     return subprocess.run(
         [*command, *arguments, "--config", "experiments=experiments", "claims=claims.yaml"],
         capture_output=True,
         text=True,
         timeout=180,
-        env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")},
+        env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")} | environment,
     )
 
 
@@ -58,8 +59,10 @@ def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
     target = {"claim": "T", "metric": "mean_jct_s", "of": "fastserve", "over": "vllm"}
     write_experiment(tmp_path, targets=[target | {"statistic": "largest", "at_most": 100}])
     write_claims(tmp_path)
-    first = snakemake(tmp_path)
+    first = snakemake(tmp_path, PYTHONPATH=watch_scripts(tmp_path / "loaded"))
     assert first.returncode == 0, first.stderr
+    steps = {"collect", "capacity", "targets", "claims", "draw", "draw_headline"}
+    assert scripts_watched(tmp_path / "loaded") == steps | {"run_batch"}
     assert "took" in first.stderr  # progress reaches the user
 
     results = tmp_path / "results"

@@ -39,8 +39,9 @@ rule run_engine:
     shell: "date +%s.%N > {output}; sleep 0.5; date +%s.%N >> {output}"
 
 rule collect:
-    input: expand("runs/{run}.txt", run=config["runs"]), code="collect.code"
+    input: expand("runs/{run}.txt", run=config["runs"])
     output: "tables/{experiment}/points.csv"
+    params: code=config["code"]
     shell: "cat {input} > {output}"
 
 rule capacity:
@@ -99,12 +100,11 @@ if "--name" in sys.argv:
 }
 
 
-def make_pipeline(folder, code="", **config):
-    """Write the Snakefile, its configuration and the code that `collect` rests on."""
-    defaults = {"rate": 1, "gpus": 1, "runs": ["sim-a", "engine-a"]}
+def make_pipeline(folder, **config):
+    """Write the Snakefile and its configuration; `code` is the digest of the code that `collect` rests on."""
+    defaults = {"rate": 1, "gpus": 1, "runs": ["sim-a", "engine-a"], "code": "digest"}
     (folder / "Snakefile").write_text(SNAKEFILE, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(defaults | config), encoding="utf-8")
-    (folder / "collect.code").write_text(code, encoding="utf-8")
 
 
 def snakemake(folder, profile, *arguments, **environment):
@@ -152,7 +152,7 @@ def test_a_measurement_is_repeated_for_its_configuration_and_not_for_code(tmp_pa
     snakefile.write_text(SNAKEFILE.replace("sleep 0.5", "sleep 0.4"), encoding="utf-8")
     assert rules_to_run(tmp_path, "default") == set()
 
-    (tmp_path / "collect.code").write_text("changed", encoding="utf-8")
+    make_pipeline(tmp_path, code="changed")
     tables = {"all", "collect", "capacity", "draw", "claims"}
     assert rules_to_run(tmp_path, "default") == tables
 

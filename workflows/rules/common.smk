@@ -14,22 +14,21 @@ from fastserve.core.errors import FastServeError
 from harness.studies.agreement import recorded_folders
 from harness.report.captions import Finding
 from harness.analysis.claims import check_claims, claimed_experiments
+from harness.experiments.imports import code_digest
 from harness.experiments.experiments import BOTH, SERVED, batches_of, check_experiment, linked, points_of, with_defaults
 
 BASE = Path(workflow.basedir)
 SCHEMA = workflow.source_path("../schemas/experiment.schema.yaml")
 CLAIMS_SCHEMA = workflow.source_path("../schemas/claims.schema.yaml")
 REPORTED_POINTS = workflow.source_path("../data/reported_points.csv")
-HARNESS = BASE / "workflows/harness"
 
 
-def harness_files(*names):
-    """Code a cheap step repeats for when it changes. A measurement is repeated only when asked (--forcerun)."""
-    return [
-        path
-        for name in names
-        for path in (HARNESS.glob(f"{name}/*.py") if (HARNESS / name).is_dir() else [HARNESS / name])
-    ]
+def code_of(script):
+    """The code of a cheap step, as a digest: a parameter, so that the step is repeated if its code changes.
+
+    Measurements name no code. They are repeated if their configuration changes, or on request (--forcerun).
+    """
+    return code_digest(BASE / "workflows/scripts" / script, BASE)
 
 
 def from_text(value):

@@ -6,9 +6,6 @@ rule draw:
             lambda wildcards: "capacity" in tables_of(wildcards.experiment), then="results/{experiment}/capacity.csv"
         ),
         reported=REPORTED_POINTS,
-        code=harness_files(
-            "report/plots", "report/captions.py", "analysis/derived.py", "analysis/intervals.py", "analysis/points.py"
-        ),
     output:
         png=report(
             "figures/{experiment}.png",
@@ -22,6 +19,7 @@ rule draw:
     conda:
         "../../environment.yml"
     params:
+        code=code_of("draw.py"),
         experiment=definition,
         finding=lambda wildcards: Finding(wildcards.experiment, "results/headline/captions.json"),
     script:
@@ -31,7 +29,6 @@ rule draw:
 rule draw_headline:
     input:
         table="results/headline/claims.csv",
-        code=harness_files("report/plots"),
     output:
         png=report(
             "figures/headline.png",
@@ -44,5 +41,7 @@ rule draw_headline:
         "results/logs/headline-draw.log",
     conda:
         "../../environment.yml"
+    params:
+        code=code_of("draw_headline.py"),
     script:
         "../scripts/draw_headline.py"

@@ -2,7 +2,6 @@
 rule compare_recorded:
     input:
         recorded=files_of_recorded,
-        code=harness_files("studies/agreement.py", "studies/recorded", "studies/simulations.py"),
     output:
         points="results/recorded-{gpu}/points.csv",
         captions="results/recorded-{gpu}/captions.json",
@@ -13,6 +12,8 @@ rule compare_recorded:
     resources:
         mem_mb=2000,
         runtime=20,
+    params:
+        code=code_of("compare_recorded.py"),
     script:
         "../scripts/compare_recorded.py"
 
@@ -20,7 +21,6 @@ rule compare_recorded:
 rule draw_recorded:
     input:
         points="results/recorded-{gpu}/points.csv",
-        code=harness_files("report/plots", "report/captions.py"),
     output:
         png=report(
             "figures/recorded-{gpu}-{view}.png",
@@ -34,6 +34,7 @@ rule draw_recorded:
     conda:
         "../../environment.yml"
     params:
+        code=code_of("draw_recorded.py"),
         finding=lambda wildcards: Finding(wildcards.gpu, f"results/recorded-{wildcards.gpu}/captions.json"),
     script:
         "../scripts/draw_recorded.py"

@@ -6,7 +6,6 @@ ruleorder: measure_served > collect
 rule collect:
     input:
         batches=lambda wildcards: batch_files(wildcards.experiment),
-        code=harness_files("analysis/points.py", "experiments/experiments.py"),
     output:
         "results/{experiment}/points.csv",
     log:
@@ -14,6 +13,7 @@ rule collect:
     conda:
         "../../environment.yml"
     params:
+        code=code_of("collect.py"),
         experiment=definition,
     script:
         "../scripts/collect.py"
@@ -23,7 +23,6 @@ rule capacity:
     input:
         points="results/{experiment}/points.csv",
         reported=REPORTED_POINTS,
-        code=harness_files("analysis/points.py", "analysis/capacity.py", "analysis/intervals.py"),
     output:
         "results/{experiment}/capacity.csv",
     log:
@@ -31,6 +30,7 @@ rule capacity:
     conda:
         "../../environment.yml"
     params:
+        code=code_of("capacity.py"),
         experiment=definition,
     script:
         "../scripts/capacity.py"
@@ -39,7 +39,6 @@ rule capacity:
 rule targets:
     input:
         points="results/{experiment}/points.csv",
-        code=harness_files("analysis/points.py", "analysis/targets.py", "analysis/intervals.py"),
     output:
         report(
             "results/{experiment}/targets.csv",
@@ -51,6 +50,7 @@ rule targets:
     conda:
         "../../environment.yml"
     params:
+        code=code_of("targets.py"),
         experiment=definition,
     script:
         "../scripts/targets.py"
@@ -60,14 +60,6 @@ rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],
         reported=REPORTED_POINTS,
-        code=harness_files(
-            "analysis/points.py",
-            "analysis/claims.py",
-            "report/captions.py",
-            "report/claims_page.py",
-            "analysis/capacity.py",
-            "analysis/intervals.py",
-        ),
     output:
         table="results/headline/claims.csv",
         page=report(
@@ -82,6 +74,7 @@ rule claims:
     conda:
         "../../environment.yml"
     params:
+        code=code_of("claims.py"),
         claims=CLAIMS["claims"],
         experiments={name: FULL[name] for name in claimed_experiments(CLAIMS["claims"])},
     script:

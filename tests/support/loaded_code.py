@@ -1,0 +1,44 @@
+"""What the scripts of the pipeline really import, held against the code that their steps name."""
+
+from pathlib import Path
+
+from harness.experiments.imports import code_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "workflows/scripts"
+_OURS = [ROOT / folder for folder in ("system", "baselines", "workflows")]
+_WATCH = """
+import atexit, sys
+from pathlib import Path
+
+def write():
+    script = Path(sys.argv[0])  # Snakemake's copy: .snakemake/scripts/tmp....NAME.py
+    if script.parent.name == "scripts":
+        files = {file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+        (Path(__file__).parent / script.stem.rpartition(".")[2]).write_text("\\n".join(sorted(files)))
+
+atexit.register(write)
+"""
+
+
+def watch_scripts(folder: Path) -> str:
+    """Prepare the folder. With the returned text as PYTHONPATH, every script of Snakemake's writes there what it has
+    imported when it ends."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_WATCH, encoding="utf-8")
+    return ":".join(map(str, (folder, ROOT / "system", ROOT / "workflows", ROOT)))
+
+
+def scripts_watched(folder: Path) -> set[str]:
+    """Names of the scripts that ran. Fails if one of them imported a file that is not in the code of its step."""
+    files = [path for path in folder.iterdir() if path.is_file() and not path.suffix]
+    for path in files:
+        check_loaded(path.name, set(map(Path, path.read_text(encoding="utf-8").splitlines())))
+    return {path.name for path in files}
+
+
+def check_loaded(script: str, loaded: set[Path]) -> None:
+    """Fail if files of the project among those loaded are not in the code of the script's step."""
+    ours = {path.resolve() for path in loaded if any(path.is_relative_to(folder) for folder in _OURS)}
+    assert ours, "nothing of the project was imported"
+    assert ours - set(code_of(SCRIPTS / f"{script}.py", ROOT)) == set(), script

@@ -1,0 +1,108 @@
+"""The code a step of the pipeline rests on: its script and every module of the project that it imports."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGES = {"fastserve": "system", "baselines": ".", "harness": "workflows"}
+"""Packages of the project, and the folder of the checkout that holds each."""
+_ENGINES = "fastserve.runtime"
+_DIGITS = 12
+
+
+def code_digest(script: Path, root: Path) -> str:
+    """A digest of the script and of everything it imports (`code_of`), which changes if any of these files does."""
+    digest = hashlib.sha256()
+    for path in code_of(script, root):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def code_of(script: Path, root: Path) -> list[Path]:
+    """The script and the files of all modules that it imports, directly or through others, in the checkout `root`.
+
+    - `fastserve.runtime` does not count, nor do imports inside functions of `fastserve`: they start real engines, whose
+      results are measurements. A measurement is repeated only on request.
+    - Imports for type checking alone never run and do not count.
+    - Imports by name count where the name is a text in the code. An f-string such as f"package.{name}" counts as the
+      whole package.
+    """
+    found: set[Path] = set()
+    waiting = [script]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            tree = _parsed(path)
+            names = imports_of(path, for_types=False, in_functions=root / PACKAGES["fastserve"] not in path.parents)
+            waiting += [file for name in names for file in _files_of(name, root, script.parent)]
+            waiting += [file for name in _texts_in(tree) for file in _files_of(name, root)]
+    return sorted(found)
+
+
+@cache
+def imports_of(path: Path, for_types: bool = True, in_functions: bool = True) -> frozenset[str]:
+    """Full names of what a file imports: modules, and names in them, which may be modules too.
+
+    Without `for_types` imports under `if TYPE_CHECKING` are left out, without `in_functions` those inside functions.
+    """
+    found = set()
+    for node in _statements(_parsed(path), for_types, in_functions):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return frozenset(found)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _statements(node: ast.AST, for_types: bool, in_functions: bool) -> Iterator[ast.stmt]:
+    """The statements below a node, with the exceptions that `imports_of` names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not in_functions:
+            continue
+        if isinstance(child, ast.stmt):
+            yield child
+        if isinstance(child, ast.If) and not for_types and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            child = ast.Module(child.orelse, [])
+        if isinstance(child, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):
+            yield from _statements(child, for_types, in_functions)
+
+
+@cache
+def _texts_in(tree: ast.Module) -> frozenset[str]:
+    """Texts that may name a module of the project: `package.module`, or `package.*` for all of a package."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            beginning, dot, _ = str(node.values[0].value).rpartition(".")
+            if dot:
+                found.add(f"{beginning}.*")
+    return frozenset(name for name in found if name.partition(".")[0] in PACKAGES)
+
+
+def _files_of(name: str, root: Path, beside: Path | None = None) -> Iterator[Path]:
+    """Files that an import of `name` runs: the module and the packages it lies in, or a module of folder `beside`."""
+    if name.startswith(_ENGINES):
+        return
+    package, *rest = name.split(".")
+    folder = root / PACKAGES[package] if package in PACKAGES else beside
+    if folder is None:
+        return
+    for part in (package, *rest):
+        if part == "*":
+            yield from folder.rglob("*.py")
+        if not part.isidentifier():
+            return
+        folder /= part
+        yield from filter(Path.is_file, (folder.with_suffix(".py"), folder / "__init__.py"))
