@@ -7,7 +7,7 @@ BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile workflows/profiles
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce smoke real-vllm gpu test clients digests soak lint format bench clean
+.PHONY: help setup reproduce smoke real-vllm gpu test wheel-test clients digests soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchma
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto
+
+wheel-test: setup  ## install the wheel into an empty environment and run its commands from another folder
+	$(BIN)/python -m pytest tests/workflow/test_installed.py --empty-environment
 
 digests: setup  ## write tests/decisions/digests.json anew: every policy's decisions, hashed
 	PYTHONPATH=tests $(BIN)/python -m support.decisions

@@ -27,6 +27,14 @@ except OSError:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--empty-environment",
+        action="store_true",
+        help="test the wheel in a fresh environment with dependencies from the package index: minutes",
+    )
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
     """Threads of several test processes must not fight over two cores."""

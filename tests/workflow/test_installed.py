@@ -1,4 +1,9 @@
-"""What `pip install` gives works without the checkout, and says which commit it is."""
+"""The installed packages work without the checkout and name the commit they were built from.
+
+`make test` installs the wheel without its dependencies and runs it with those of this environment. With
+`--empty-environment` (`make wheel-test`), pip installs the wheel and its dependencies into a fresh environment, in the
+versions of requirements.txt, and the commands run there.
+"""
 
 import json
 import os
@@ -7,8 +12,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,18 +29,17 @@ PROFILE = "a100-80g/opt-13b-tp1"
 PACKAGES = {"system/fastserve": "fastserve", "baselines": "baselines", "workflows/harness": "harness"}
 
 
-def call(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Without the checkout on the path, and without what git is told by a hook that runs the tests."""
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k not in ("PYTHONPATH", "FASTSERVE_COMMIT")
-    }
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False
-    )
+def clean_environment() -> dict[str, str]:
+    """Environment variables without the checkout's path, and without those of a git hook that runs the tests."""
+    dropped = ("PYTHONPATH", "FASTSERVE_COMMIT")
+    return {name: value for name, value in os.environ.items() if not name.startswith("GIT_") and name not in dropped}
 
 
 def call_well(*command: object, cwd: Path, **environment: str) -> str:
-    done = call(*command, cwd=cwd, **environment)
+    """Run a command that must succeed, and return its output."""
+    words = list(map(str, command))
+    environment = clean_environment() | environment
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -77,12 +85,36 @@ def wheel(source: Path, commit: str, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages alone."""
     target = tmp_path_factory.mktemp("installed") / "packages"
     call_well(
         sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index",
         "--target", target, wheel, cwd=target.parent,
     )  # fmt: skip
     return target
+
+
+class Commands(NamedTuple):
+    """Installed commands and what they need to run."""
+
+    python: Path
+    bin: Path
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def commands(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    if not request.config.getoption("--empty-environment"):
+        installed = request.getfixturevalue("installed")
+        return Commands(Path(sys.executable), installed / "bin", {"PYTHONPATH": str(installed)})
+    folder = tmp_path_factory.mktemp("empty")
+    call_well(sys.executable, "-m", "venv", folder, cwd=folder)
+    bin = folder / "bin"
+    call_well(
+        bin / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        "--constraint", ROOT / "requirements.txt", wheel, cwd=folder,
+    )  # fmt: skip
+    return Commands(bin / "python", bin, {})
 
 
 @pytest.fixture
@@ -94,13 +126,40 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fastbench(installed: Path, elsewhere: Path):
+def fastbench(commands: Commands, elsewhere: Path):
     """Run the installed command in another project's repository."""
 
     def run(*arguments: object) -> str:
-        return call_well(installed / "bin/fastbench", *arguments, cwd=elsewhere, PYTHONPATH=str(installed))
+        return call_well(commands.bin / "fastbench", *arguments, cwd=elsewhere, **commands.environment)
 
     return run
+
+
+@contextmanager
+def serving(commands: Commands, cwd: Path) -> Iterator[str]:
+    """The URL of the installed server, which simulates a model."""
+    command = [commands.bin / "fastserve", "serve", "--backend", "sim", "--profile", PROFILE, "--port", "0"]
+    environment = clean_environment() | commands.environment
+    with subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith("serving "):
+                    yield f"http://127.0.0.1:{line.rpartition(':')[2].strip()}"
+                    break
+            else:
+                pytest.fail("".join(said))
+        finally:
+            process.kill()
+
+
+def fetched(url: str, body: object = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return answer.read().decode()
 
 
 def test_a_wheel_holds_every_file_of_the_packages(source: Path, wheel: Path) -> None:
@@ -121,13 +180,30 @@ def test_the_lists_are_those_of_the_checkout(fastbench) -> None:
     assert fastserve.__version__ in fastbench("--version")
 
 
-def test_every_built_in_trace_serves(fastbench, installed: Path) -> None:
+RUN_TRACES = f"""
+import sys
+from harness.cli import app
+for trace in sys.argv[1:]:
+    run = ["run", "--profile", "{PROFILE}", "--trace", trace, "--rate", "2", "--num-requests", "5"]
+    app(run, standalone_mode=False)
+"""
+
+
+def test_every_built_in_trace_serves(fastbench, commands: Commands, elsewhere: Path) -> None:
     names = [re.split(r"[\[:]", line)[0].split()[0] for line in fastbench("traces").splitlines() if "PATH" not in line]
     assert len(names) == 9
-    for name in names:
-        spec = "sharegpt-reweighted:output=200" if name == "sharegpt-reweighted" else name
-        said = fastbench("run", "--profile", PROFILE, "--trace", spec, "--rate", 2, "--num-requests", 5)
-        assert "5 finished, 0 failed" in said
+    specs = ["sharegpt-reweighted:output=200" if name == "sharegpt-reweighted" else name for name in names]
+    said = call_well(commands.python, "-c", RUN_TRACES, *specs, cwd=elsewhere, **commands.environment)
+    assert said.count("5 finished, 0 failed") == len(names)
+
+
+def test_the_server_has_its_pages_and_its_tokenizer(commands: Commands, elsewhere: Path) -> None:
+    with serving(commands, elsewhere) as url:
+        for path in ("/", "/docs"):
+            assert "<html" in fetched(url + path)
+        answer = json.loads(fetched(f"{url}/v1/completions", {"prompt": "What is a quantum?", "max_tokens": 3}))
+    assert answer["usage"]["completion_tokens"] == 3
+    assert answer["choices"][0]["text"]
 
 
 def test_a_run_by_default_records_the_commit_of_the_wheel_not_of_the_repository_around_it(
