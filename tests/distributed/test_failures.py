@@ -22,16 +22,22 @@ from fastserve.runtime.executors.ranks import RankGroup  # noqa: E402
 from fastserve.runtime.models import SequenceInput  # noqa: E402
 from fastserve.runtime.parallel.channel import Channel  # noqa: E402
 from fastserve.runtime.worker.protocol import versions  # noqa: E402
+from support.polling import eventually  # noqa: E402
+from support.processes import wait_until_stopped  # noqa: E402
 from support.ranks import rank_config  # noqa: E402
-from support.tokens import make_reference  # noqa: E402
+from support.tokens import save_model  # noqa: E402
 
 TIMEOUT_S = 3.0
+SOON_S = 30.0
+"""Loose enough for an overloaded machine, and short of what a rank computes or sleeps otherwise."""
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_reference("opt", tmp_path_factory.mktemp("opt"), num_layers=4)[0]
+    path = tmp_path_factory.mktemp("opt")
+    save_model("opt", path, num_layers=4)
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +45,7 @@ def nothing_left_behind() -> Iterator[None]:
     """Neither processes nor listening ports nor shared memory."""
     before = traces()
     yield
-    assert traces() <= before
+    eventually(lambda: traces() - before, lambda left: not left)
 
 
 def traces() -> set[str]:
@@ -109,13 +115,13 @@ def test_a_lost_rank_ends_the_engine(
         params = [SamplingParams(max_tokens=2, ignore_eos=True), *[LONG] * 5]
         with pytest.raises(RankError, match=f"rank {last} .*pid {everyone[last]} .*{says}") as caught:
             llm.generate(prompt_token_ids=[[1, 2, 3]] * 6, sampling_params=params)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < SOON_S
         striker.join()
         statuses = [output.metrics.status for output in caught.value.outputs]
         assert statuses == ["finished", *["failed"] * 5]
         assert len(caught.value.outputs[0].token_ids) == 2
         assert all(str(caught.value) == output.error for output in caught.value.outputs[1:])
-        assert not [pid for pid in everyone if psutil.pid_exists(pid)]
+        eventually(lambda: not any(psutil.pid_exists(pid) for pid in everyone))
         with pytest.raises(RankError, match=f"rank {last} "):
             llm.generate(prompt_token_ids=[[1, 2, 3]])
 
@@ -159,15 +165,11 @@ def test_ranks_end_with_an_engine_that_is_killed(model: Path, frozen: bool) -> N
     assert process.stdout is not None
     ranks = [int(pid) for pid in process.stdout.readline().split()]
     assert len(ranks) == 2
-    deadline = time.monotonic() + 10
-    while [psutil.Process(rank).status() == psutil.STATUS_STOPPED for rank in ranks] != [frozen] * 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    if frozen:
+        wait_until_stopped(map(psutil.Process, ranks))
     process.kill()
     process.wait()
-    while any(psutil.pid_exists(pid) for pid in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in ranks))
     process.stdout.close()
     assert process.stdin is not None
     process.stdin.close()
@@ -203,15 +205,14 @@ def free_port() -> int:
 
 def say_hello(port: int, **changes: object) -> Channel:
     """A rank that only says hello."""
-    deadline = time.monotonic() + 10
-    while True:
+
+    def connect() -> socket.socket | None:
         try:
-            connection = socket.create_connection(("127.0.0.1", port))
-            break
+            return socket.create_connection(("127.0.0.1", port))
         except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    channel = Channel(connection, 5.0)
+            return None
+
+    channel = Channel(eventually(connect), 5.0)
     hello = {"rank": 0, "world_size": 1, "local_rank": 0, "token": "", "host": "far", "pid": 1, "versions": versions()}
     channel.send("hello", **hello | changes)
     return channel
@@ -322,4 +323,4 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait(kind: type[IdleRank], 
         began = time.monotonic()
         with pytest.raises(RankError, match=says):
             group.execute(decode_batch(4), [SamplingParams()] * 4)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < SOON_S

@@ -3,10 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,24 +11,26 @@ import pytest
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("torch")
 
-ROOT = Path(__file__).parents[2]
+from fastserve.core.console import exit_on_error  # noqa: E402
+from fastserve.core.errors import FastServeError  # noqa: E402
+from fastserve.engine import Job, Observer  # noqa: E402
+from harness.cli import app  # noqa: E402
+from harness.run.config import RunConfig  # noqa: E402
+from harness.run.runner import run  # noqa: E402
+from support.processes import FASTBENCH, start  # noqa: E402
+
+PROFILE, TRACE = "a100-80g/opt-13b-tp1", "fixed:prompt=16,output=40"
+SIZES = {"max_batch_size": "4", "num_gpu_blocks": "100", "num_host_blocks": "20"}
 COMMAND = [
-    sys.executable, "-m", "harness.cli", "run", "--backend", "engine", "--model", "opt-tiny", "--load-format", "dummy",
-    "--policy", "fastserve", "--profile", "a100-80g/opt-13b-tp1", "--trace", "fixed:prompt=16,output=200",
-    "--torch-threads", "2",
-    "--set", "max_batch_size=4", "--set", "num_gpu_blocks=100", "--set", "num_host_blocks=20",
+    "run", "--backend", "engine", "--model", "opt-tiny", "--load-format", "dummy",
+    "--policy", "fastserve", "--profile", PROFILE, "--trace", TRACE, "--torch-threads", "1",
+    *(word for name, value in SIZES.items() for word in ("--set", f"{name}={value}")),
 ]  # fmt: skip
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"}
-    return subprocess.Popen(
-        [*COMMAND, *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def test_a_run_on_two_stages(tmp_path: Path) -> None:
-    process = start("--rate", "100", "--num-requests", "3", "--pipeline-parallel-size", "2", "--out", str(tmp_path))
+    arguments = ["--rate", 100, "--num-requests", 3, "--pipeline-parallel-size", 2, "--out", tmp_path]
+    process = start(FASTBENCH, *COMMAND, *arguments)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -42,22 +40,29 @@ def test_a_run_on_two_stages(tmp_path: Path) -> None:
     assert meta["error"] is None
 
 
-def ranks_of(pid: int) -> list[psutil.Process]:
-    return [child for child in psutil.Process(pid).children() if "fastserve.worker" in child.cmdline()]
+class KillARank(Observer):
+    """Kill rank 1 when two requests have finished."""
+
+    def __init__(self) -> None:
+        self._num_finished = 0
+
+    def on_done(self, job: Job) -> None:
+        self._num_finished += 1
+        if self._num_finished == 2:
+            children = psutil.Process().children()
+            (rank,) = [child for child in children if child.environ().get("RANK") == "1"]
+            os.kill(rank.pid, signal.SIGKILL)
 
 
-def test_a_lost_rank_leaves_what_was_finished(tmp_path: Path) -> None:
-    process = start("--rate", "1.5", "--num-requests", "200", "--tensor-parallel-size", "2", "--out", str(tmp_path))
-
-    def kill_a_rank() -> None:
-        while len(ranks := ranks_of(process.pid)) < 2:
-            time.sleep(0.1)
-        time.sleep(15)
-        os.kill(ranks[1].pid, signal.SIGKILL)
-
-    threading.Thread(target=kill_a_rank).start()
-    _, errors = process.communicate()
-    assert process.returncode == 2
+def test_a_lost_rank_leaves_what_was_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = RunConfig(
+        backend="engine", model="opt-tiny", load_format="dummy", profile=PROFILE, trace=TRACE, rate=5.0,
+        num_requests=40, tensor_parallel_size=2, torch_threads=1, settings=SIZES,
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        run(config, tmp_path, observer=KillARank())
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
     assert errors.count("error: rank 1 (stage 0 of 1, shard 1 of 2, ") == 1
     assert "was killed by SIGKILL" in errors
     requests = pd.read_parquet(tmp_path / "requests.parquet")
@@ -78,8 +83,5 @@ def test_a_lost_rank_leaves_what_was_finished(tmp_path: Path) -> None:
     ],
 )
 def test_bad_shapes(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    process = start("--rate", "1", "--out", str(tmp_path / "out"), *arguments)
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    assert says in errors
-    assert errors.count("error: ") == 1
+    with pytest.raises(FastServeError, match=says):
+        app([*COMMAND, "--rate", "1", "--out", str(tmp_path / "out"), *arguments], standalone_mode=False)

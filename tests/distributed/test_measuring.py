@@ -13,8 +13,9 @@ from fastserve.runtime.executors.ranks import RankGroup  # noqa: E402
 from fastserve.runtime.models import SequenceInput  # noqa: E402
 from fastserve.runtime.parallel.channel import Message  # noqa: E402
 from fastserve.runtime.worker.probe import StageProbe  # noqa: E402
+from support.processes import wait_until_stopped  # noqa: E402
 from support.ranks import rank_group  # noqa: E402
-from support.tokens import make_reference  # noqa: E402
+from support.tokens import save_model  # noqa: E402
 
 SHAPES = [(1, 3), (2, 2)]
 """Tensor by pipeline parallel."""
@@ -24,7 +25,8 @@ GREEDY = [SamplingParams()] * 2
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"tp{shape[0]}-pp{shape[1]}")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
-    model = make_reference("opt", tmp_path_factory.mktemp("opt"), num_layers=4)[0]
+    model = tmp_path_factory.mktemp("opt")
+    save_model("opt", model, num_layers=4)
     with rank_group(model, *request.param, num_gpu_blocks=40, num_host_blocks=20, timeout_s=60.0) as group:
         yield group
 
@@ -68,7 +70,7 @@ def test_frozen_ranks_stand_still_and_then_go_on(ranks: RankGroup) -> None:
     with ranks.frozen():
         for _ in range(10):  # What was on its way.
             messages += ranks.poll(0.05)
-        assert {worker.status() for worker in workers} == {psutil.STATUS_STOPPED}
+        wait_until_stopped(workers)
         assert not ranks.poll(0.3)
     while not (tokens := [message.numbers[1:] for message in messages if message.kind == "tokens"]):
         messages += ranks.poll(5.0)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 HOSTS = {"fastserve-a": "10.213.77.1", "fastserve-b": "10.213.77.2"}
 HERE, THERE = HOSTS
 ENGINE_PORT, MASTER_PORT = 29511, 29500
+SOON_S = 30.0
+"""A rank counts as lost after 8 s of silence; the rest is for an overloaded machine."""
 ENGINE = """
 import json, sys
 from fastserve import LLM, SamplingParams
@@ -112,11 +114,11 @@ def test_two_hosts_of_which_one_is_cut_off(two_hosts: None, reference: Reference
         cut_off = time.monotonic()
         ip("-n", THERE, "link", "set", "veth-b", "down")
         report = json.loads(engine.stdout.readline())
-        assert time.monotonic() - cut_off < 10
+        assert time.monotonic() - cut_off < SOON_S
         # The rank's silence, or what the kernel makes of it sooner.
         assert re.match(r"rank 1 .* (has not been heard of for 8 s|is gone: (OSError|TimeoutError))", report["error"])
         assert set(report["statuses"]) == {"finished", "failed"}
-        assert engine.wait(10) == 3
+        assert engine.wait(60) == 3
         for node in nodes:
             assert node.wait(60) != 0
     finally:

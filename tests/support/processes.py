@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+
+from support.polling import eventually, eventually_equal
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"}
@@ -30,20 +31,31 @@ def start(module: str, *arguments: object, cwd: Path | None = None) -> subproces
     )
 
 
-def wait_until(found: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Return when it is so; AssertionError if it takes too long."""
-    deadline = time.monotonic() + timeout_s
-    while not found():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.05)
-
-
 def descendants(pid: int) -> list[psutil.Process]:
-    """All that a process has started, and what these have."""
+    """The children of a process, their children, and so on."""
     return psutil.Process(pid).children(recursive=True)
 
 
-def have_ended(processes: Iterable[psutil.Process], timeout_s: float = 10.0) -> bool:
-    """Whether all end in time. One that no parent waits for may stay as a zombie."""
-    _, alive = psutil.wait_procs(list(processes), timeout=timeout_s)
-    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+def wait_until_ended(processes: Iterable[psutil.Process]) -> None:
+    """Return when every process has ended; AssertionError if one does not.
+
+    A process whose parent never waits for it stays as a zombie, which counts as ended.
+    """
+    processes = list(processes)
+    eventually(lambda: [process for process in processes if _runs(process)], lambda running: not running)
+
+
+def wait_until_stopped(processes: Iterable[psutil.Process]) -> None:
+    """Return when every process stands still.
+
+    SIGSTOP takes effect some time after it is sent: it is pending until the kernel next runs the process.
+    """
+    processes = list(processes)
+    eventually_equal(lambda: {process.status() for process in processes}, {psutil.STATUS_STOPPED})
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pytest
 
 from baselines.external.process import ServerProcess, free_port
 from fastserve.core.errors import OutputError, ServerError
+from support.polling import eventually
+from support.processes import wait_until_ended, wait_until_stopped
 
 # Answers /health, after it has started a process in its session and one in a session of its own, and named them.
 SERVER = """
@@ -71,12 +72,6 @@ def started(tmp_path: Path) -> Iterator[Started]:
         yield found
 
 
-def gone(processes: list[psutil.Process]) -> bool:
-    """Whether none is left; one without a parent that looks after it may stay as a zombie."""
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
-
-
 def script(code: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(code)]
 
@@ -85,7 +80,7 @@ def test_it_is_waited_for_and_stops_with_all_that_it_started(started: Started) -
     assert all(process.is_running() for process in started.all)
     assert len({os.getsid(process.pid) for process in [*started.all, psutil.Process()]}) == 3
     started.server.stop()
-    assert gone(started.all)
+    wait_until_ended(started.all)
     started.server.stop()
 
 
@@ -93,16 +88,16 @@ def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     found = Started(tmp_path, ending="deaf")
     with found.server:
         found.server.stop(grace_s=0.2)
-    assert gone(found.all)
+    wait_until_ended(found.all)
 
 
 def test_paused_nobody_of_it_runs_and_then_all_do_again(started: Started) -> None:
     started.server.pause()
-    assert {process.status() for process in started.all} == {psutil.STATUS_STOPPED}
+    wait_until_stopped(started.all)
     with started.server.running():
-        assert psutil.STATUS_STOPPED not in {process.status() for process in started.all}
+        eventually(lambda: psutil.STATUS_STOPPED not in {process.status() for process in started.all})
         started.get("/health")
-    assert {process.status() for process in started.all} == {psutil.STATUS_STOPPED}
+    wait_until_stopped(started.all)
     started.server.resume()
     started.get("/health")
 
@@ -110,7 +105,7 @@ def test_paused_nobody_of_it_runs_and_then_all_do_again(started: Started) -> Non
 def test_a_paused_one_stops_in_order(started: Started) -> None:
     started.server.pause()
     started.server.stop()
-    assert gone(started.all)
+    wait_until_ended(started.all)
 
 
 def test_an_early_end_is_told_with_the_last_lines_of_the_log(tmp_path: Path) -> None:
@@ -135,7 +130,7 @@ def test_one_that_dies_later_is_noticed_and_its_children_do_not_outlive_it(start
     with pytest.raises(ServerError, match="status 3"), started.server.running():
         pass
     started.server.stop()
-    assert gone(started.all)
+    wait_until_ended(started.all)
 
 
 def test_one_that_never_answers_is_given_up(tmp_path: Path) -> None:
@@ -151,7 +146,7 @@ def test_an_error_of_ours_ends_it_too(tmp_path: Path) -> None:
     found = Started(tmp_path)
     with pytest.raises(KeyboardInterrupt), found.server:
         raise KeyboardInterrupt
-    assert gone(found.all)
+    wait_until_ended(found.all)
 
 
 def test_it_does_not_outlive_us(tmp_path: Path) -> None:
@@ -165,7 +160,7 @@ def test_it_does_not_outlive_us(tmp_path: Path) -> None:
     """
     ended = subprocess.run(script(code), capture_output=True, text=True, timeout=60, env=os.environ | python_path())
     assert "ValueError" in ended.stderr
-    assert not psutil.pid_exists(int(ended.stdout))
+    eventually(lambda: not psutil.pid_exists(int(ended.stdout)))
 
 
 def test_it_does_not_outlive_us_when_we_are_killed(tmp_path: Path) -> None:
@@ -192,15 +187,7 @@ def test_it_does_not_outlive_us_when_we_are_killed(tmp_path: Path) -> None:
         family = [leader, *leader.children()]
         wait_until_stopped(family)
         parent.kill()
-    assert gone(family)
-
-
-def wait_until_stopped(family: list[psutil.Process], within_s: float = 30.0) -> None:
-    """A process stops some time after it is told to: the signal is pending until the kernel runs it next."""
-    deadline = time.monotonic() + within_s
-    while (status := [each.status() for each in family]) != [psutil.STATUS_STOPPED] * len(family):
-        assert time.monotonic() < deadline, status
-        time.sleep(0.01)
+    wait_until_ended(family)
 
 
 def python_path() -> dict[str, str]:
