@@ -32,13 +32,14 @@ from fastserve.core.clock import WallClock
 from fastserve.core.config import EngineOptions
 from fastserve.engine import Job, Observer, Observers
 from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, Profile
-from fastserve.server.app import Server, ServerOptions
-from fastserve.server.engine_thread import EngineThread
-from fastserve.server.metrics import ServerMetrics
+from fastserve.server.engine.thread import EngineThread
 from fastserve.server.model import ServedModel
+from fastserve.server.monitoring.metrics import ServerMetrics
+from fastserve.server.monitoring.state import RecentRequests
+from fastserve.server.options import ServerOptions
 from fastserve.server.serve import bound_socket, run_server
-from fastserve.server.state import RecentRequests
-from fastserve.server.text import TextCodec
+from fastserve.server.service import Server
+from fastserve.server.text.codec import TextCodec
 from fastserve.simulation import simulated_engine
 
 BATCH, ITERATION_S, PROMPT = 16, 0.032, 8

@@ -14,8 +14,8 @@ from support.profiles import share
 pytest.importorskip("uvicorn")
 
 
-from fastserve.server.body import BodyLimits, parse
-from fastserve.server.errors import APIError
+from fastserve.server.http.body import BodyLimits, parse
+from fastserve.server.http.errors import APIError
 from support.servers import RunningServer
 
 LIMITS = BodyLimits.of_context(2048)

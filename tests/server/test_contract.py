@@ -13,7 +13,7 @@ from fastserve.policies.discovery import list_policies
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers")
 
-from fastserve.server.app import ServerOptions
+from fastserve.server.options import ServerOptions
 from support.servers import DONE, RunningServer, running, simulated, token_ids
 from support.tokenizers import of_bytes, of_words
 

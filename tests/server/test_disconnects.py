@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from fastserve.kvcache import Location
-from fastserve.server.app import ServerOptions
+from fastserve.server.options import ServerOptions
 from support.servers import LONG_S, RunningServer, running, simulated, token_ids
 
 ENDLESS = 1600

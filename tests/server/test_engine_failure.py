@@ -23,7 +23,7 @@ from fastserve.core.errors import RankError, failure_reason
 from fastserve.core.request import Request, SamplingParams
 from fastserve.engine import Engine
 from fastserve.scheduler.iteration import IterationResult
-from fastserve.server.engine_thread import EngineThread
+from fastserve.server.engine.thread import EngineThread
 from fastserve.server.model import ServedModel
 from support.servers import (
     DONE,

@@ -15,8 +15,8 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.server.app import ServerOptions
-from fastserve.server.log import logger
+from fastserve.server.http.log import logger
+from fastserve.server.options import ServerOptions
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated
 
 TEXT = "/v1/completions"

@@ -15,7 +15,9 @@ from support.profiles import share
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers")
 
-from fastserve.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+from fastserve.server.protocol.chat import ChatCompletionRequest, ChatMessage
+from fastserve.server.protocol.completion import CompletionRequest
+from fastserve.server.protocol.generation import GenerationRequest
 from support.servers import RunningServer, running, simulated
 from support.tokenizers import of_words
 

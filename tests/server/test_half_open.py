@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.server.app import ServerOptions
+from fastserve.server.options import ServerOptions
 from support.servers import LONG_S, RunningServer, running, simulated
 
 TIMEOUT_S = 0.5

@@ -15,8 +15,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from fastserve.core.errors import ConfigError
-from fastserve.server.app import ServerOptions
-from fastserve.server.options import names_of
+from fastserve.server.options import ServerOptions, names_of
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated
 
 # -- the Host header -------------------------------------------------------------------------------------------------

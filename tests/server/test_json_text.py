@@ -13,7 +13,7 @@ from support.profiles import share
 
 pytest.importorskip("fastapi")
 
-from fastserve.server.json_text import json_in_pieces
+from fastserve.server.answers.json_text import json_in_pieces
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 VALUES = st.recursive(

@@ -16,7 +16,7 @@ pytest.importorskip("openai")
 
 import openai
 
-from fastserve.server.app import ServerOptions
+from fastserve.server.options import ServerOptions
 from support.servers import RunningServer, running, simulated
 from support.tokenizers import of_words
 

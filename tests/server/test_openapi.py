@@ -16,8 +16,9 @@ schemathesis = pytest.importorskip("schemathesis")
 from schemathesis import GenerationMode, checks  # noqa: E402
 from schemathesis.specs.openapi import checks as openapi_checks  # noqa: E402
 
-from fastserve.server.app import ServerOptions  # noqa: E402
-from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest  # noqa: E402
+from fastserve.server.options import ServerOptions  # noqa: E402
+from fastserve.server.protocol.chat import ChatCompletionRequest  # noqa: E402
+from fastserve.server.protocol.completion import CompletionRequest  # noqa: E402
 from support.servers import RunningServer, running, simulated  # noqa: E402
 from support.tokenizers import of_words  # noqa: E402
 

@@ -12,14 +12,13 @@ from contextlib import ExitStack, closing, contextmanager
 from http import HTTPStatus
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-import fastserve
-from fastserve.server.app import ServerOptions
-from fastserve.server.latencies import summarize
+from fastserve.server.monitoring.latencies import summarize
+from fastserve.server.options import ServerOptions
+from fastserve.server.pages import document
 from support.servers import LONG_S, RunningServer, simulated
 from support.servers import running as running_server
 
@@ -33,22 +32,23 @@ expect.set_options(timeout=1000 * LONG_S)
 
 State = dict[str, Any]
 
-PAGE = Path(fastserve.__file__).with_name("server") / "page.html"
+PAGE = document("page")
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 HOSTILE = "<img src=x onerror='window.hacked=1'></script><b>&amp;"
 LIVE, LOST, LOCKED = '[data-connection="live"]', '[data-connection="lost"]', '[data-connection="locked"]'
 
 
 def only_by_hash() -> str:
-    """A content security policy that lets the page's own style and script run, and nothing else."""
-    text = PAGE.read_text(encoding="utf-8")
+    """A content security policy that lets the page's own styles and script run, and nothing else."""
 
-    def digest(tag: str) -> str:
-        (block,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+    def digests(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in blocks
+        )
 
     return (
-        f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; "
+        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; "
         "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
     )
 
@@ -136,7 +136,7 @@ class Answer(BaseHTTPRequestHandler):
         if self.server.gone:
             return
         if self.path == "/":
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", PAGE.read_bytes())
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", PAGE.encode())
         elif self.path != "/page/state":
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"")
         elif self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
@@ -485,7 +485,7 @@ def test_what_is_no_state_is_said(page: Page, server: StandIn) -> None:
     server.broken = None
     page.wait_for_selector(LIVE)
     server.broken = HTTPStatus.OK
-    expect(page.locator("#connection")).to_contain_text("what the server answers is no state")
+    expect(page.locator("#connection")).to_contain_text("the server's answer is not a state")
 
 
 def test_tries_come_further_and_further_apart(page: Page, server: StandIn) -> None:
@@ -565,7 +565,7 @@ def test_what_a_screen_reader_is_told(page: Page, server: StandIn) -> None:
     for name in ("Queues by level", "Running batch", "Recent requests"):
         expect(page.get_by_role("table", name=name)).to_be_visible()
         expect(page.get_by_role("region", name=name, exact=True)).to_be_visible()
-    assert page.get_by_role("columnheader").all_inner_texts()[:4] == ["Level", "No cache", "On GPU", "Away"]
+    assert page.get_by_role("columnheader").all_inner_texts()[:4] == ["Level", "No cache", "On GPU", "On host"]
     meter = page.get_by_role("meter", name="GPU blocks in use")
     for name, value in {"valuemin": "0", "valuemax": "64", "valuenow": "54", "valuetext": "54 of 64 blocks"}.items():
         expect(meter).to_have_attribute(f"aria-{name}", value)

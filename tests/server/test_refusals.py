@@ -12,14 +12,10 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from fastserve.server.app import ServerOptions
-from fastserve.server.protocol import (
-    ChatCompletionRequest,
-    ChatMessage,
-    CompletionRequest,
-    GenerationRequest,
-    StreamOptions,
-)
+from fastserve.server.options import ServerOptions
+from fastserve.server.protocol.chat import ChatCompletionRequest, ChatMessage
+from fastserve.server.protocol.completion import CompletionRequest
+from fastserve.server.protocol.generation import GenerationRequest, StreamOptions
 from support.servers import Reply, RunningServer, running, simulated
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -15,7 +15,7 @@ pytest.importorskip("uvicorn")
 
 from fastserve.engine import Engine
 from fastserve.scheduler import Iteration
-from fastserve.server.app import ServerOptions
+from fastserve.server.options import ServerOptions
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated
 
 

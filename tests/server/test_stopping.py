@@ -18,11 +18,12 @@ pytest.importorskip("uvicorn")
 
 from fastserve import cli
 from fastserve.core.errors import ConfigError
-from fastserve.server.app import Server, ServerOptions
-from fastserve.server.engine_thread import EngineThread
-from fastserve.server.metrics import ServerMetrics
+from fastserve.server.engine.thread import EngineThread
+from fastserve.server.monitoring.metrics import ServerMetrics
+from fastserve.server.monitoring.state import RecentRequests
+from fastserve.server.options import ServerOptions
 from fastserve.server.serve import bound_socket, run_server
-from fastserve.server.state import RecentRequests
+from fastserve.server.service import Server
 from support.servers import DONE, LONG_S, Command, command, profile, simulated, token_ids
 
 CUT_OFF = "error: 1 requests were cut off; a longer --drain-timeout lets them finish"

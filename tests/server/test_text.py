@@ -15,8 +15,9 @@ from support.profiles import share
 pytest.importorskip("fastapi")
 pytest.importorskip("transformers")
 
-from fastserve.server.errors import APIError
-from fastserve.server.text import Detokenizer, StoppingDetokenizer, TextCodec
+from fastserve.server.http.errors import APIError
+from fastserve.server.text.codec import TextCodec
+from fastserve.server.text.detokenizer import Detokenizer, StoppingDetokenizer
 from support.tokenizers import KINDS, of_bytes, of_pieces
 
 TOKENS = st.lists(st.integers(0, 340), max_size=12)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers")
 
-from fastserve.server.app import ServerOptions
+from fastserve.server.options import ServerOptions
 from support.servers import RunningServer, running, simulated
 from support.tokenizers import of_bytes
 

@@ -26,12 +26,13 @@ from fastserve.core.config import EngineOptions
 from fastserve.engine import Engine, Job, Observer, Observers
 from fastserve.latency import DecodeFit, FittedLatency, HostLink, PrefillFit, Profile
 from fastserve.scheduler import Iteration
-from fastserve.server.app import Server, ServerOptions
-from fastserve.server.engine_thread import EngineThread
-from fastserve.server.metrics import ServerMetrics
+from fastserve.server.engine.thread import EngineThread
 from fastserve.server.model import ServedModel, simulated_model
+from fastserve.server.monitoring.metrics import ServerMetrics
+from fastserve.server.monitoring.state import RecentRequests
+from fastserve.server.options import ServerOptions
 from fastserve.server.serve import bound_socket, http_server
-from fastserve.server.state import RecentRequests
+from fastserve.server.service import Server
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from tokenizers import decoders, models, normalizers, pre_tokenizers  # noqa: E402
 
 from fastserve.core.countable_tokens import countable_tokens  # noqa: E402
-from fastserve.server.text import TextCodec  # noqa: E402
+from fastserve.server.text.codec import TextCodec  # noqa: E402
 from support.tokenizers import KINDS, of_bytes, of_pieces, of_words  # noqa: E402
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("fastapi")
 
 from fastserve.core.request import Request, RequestStatus, SamplingParams
 from fastserve.engine import Job
-from fastserve.server.latencies import Latencies, summarize
+from fastserve.server.monitoring.latencies import Latencies, summarize
 
 
 def test_percentiles_are_values_that_occurred() -> None:

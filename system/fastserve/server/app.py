@@ -1,4 +1,4 @@
-"""The ASGI application: the routes over an engine's thread, and what stands before them."""
+"""The ASGI application: the routes, and what every request passes before them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from fastserve.server.access import BEARER
-from fastserve.server.errors import install_error_handlers
-from fastserve.server.front import Front
-from fastserve.server.hosts import AllowedHosts, names_for
-from fastserve.server.options import ServerOptions
-from fastserve.server.routes.docs import docs_routes
+import fastserve
+from fastserve.server.http.access import BEARER
+from fastserve.server.http.errors import install_error_handlers
+from fastserve.server.http.front import Front
+from fastserve.server.http.hosts import AllowedHosts, names_for
 from fastserve.server.routes.openai import openai_routes
 from fastserve.server.routes.operations import management_routes, operation_routes
-from fastserve.server.routes.page import page_routes
+from fastserve.server.routes.pages import docs_routes, live_page_routes
 from fastserve.server.routes.tokenizer import tokenizer_routes
 from fastserve.server.service import Server
-from fastserve.server.version import software_version
 
-__all__ = ["Server", "ServerOptions", "create_app"]
-
-_SHOWN_TO_OTHER_ORIGINS = ("x-request-id", "retry-after")
+_EXPOSED_HEADERS = ("x-request-id", "retry-after")
+"""Headers that pages of other origins may read."""
 
 
 def create_app(server: Server) -> ASGIApp:
-    """The ASGI application."""
+    """Return the ASGI application of `server`."""
     options = server.options
     api = FastAPI(
         title="FastServe",
-        version=software_version(),
+        version=fastserve.__version__,
         description="OpenAI-compatible; one model, one scheduling policy.",
-        # FastAPI's own are loaded from a content network.
+        # FastAPI's own pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
     )
@@ -44,7 +41,7 @@ def create_app(server: Server) -> ASGIApp:
     api.include_router(operation_routes(server))
     api.include_router(docs_routes())
     if options.page:
-        api.include_router(page_routes(server))
+        api.include_router(live_page_routes(server))
     app: ASGIApp = api
     if options.allowed_origins:
         app = CORSMiddleware(
@@ -52,7 +49,7 @@ def create_app(server: Server) -> ASGIApp:
             allow_origins=options.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=_SHOWN_TO_OTHER_ORIGINS,
+            expose_headers=_EXPOSED_HEADERS,
         )
     names = names_for(options.host) if options.allowed_hosts is None else options.allowed_hosts
-    return Front(AllowedHosts(app, names), server)
+    return Front(AllowedHosts(app, names), options.root_path, server.load, server.metrics.answered)

@@ -8,6 +8,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
+from fastserve import __version__
 from fastserve.core.clock import WallClock
 from fastserve.core.config import EngineOptions
 from fastserve.core.countable_tokens import StandIns, countable_tokens
@@ -17,8 +18,7 @@ from fastserve.core.request import SamplingParams
 from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
 from fastserve.engine import Engine
 from fastserve.latency import Profile, load_profile
-from fastserve.server.text import TextCodec
-from fastserve.server.version import software_version
+from fastserve.server.text.codec import TextCodec
 from fastserve.simulation import simulated_engine
 
 
@@ -98,7 +98,7 @@ class ServedModel:
         """OpenAI's system_fingerprint: another one where the software, the model or the engine's sizes differ."""
         engine = self.engine
         settings = (self.name, self.policy, engine.scheduler.config, engine.kv.config, engine.max_model_len)
-        return f"fastserve-{software_version()}-{sha256(repr(settings).encode()).hexdigest()[:8]}"
+        return f"fastserve-{__version__}-{sha256(repr(settings).encode()).hexdigest()[:8]}"
 
     def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         """Tokens that end an output because its client says so; the model's own ends of sequence are others."""

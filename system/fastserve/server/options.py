@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastserve.core.checks import require_int, require_positive
 from fastserve.core.errors import ConfigError
-from fastserve.server.log import LOG_LEVELS
+from fastserve.server.http.log import LOG_LEVELS
 
 _MOST_PORT = 65_535
 

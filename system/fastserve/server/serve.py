@@ -23,14 +23,16 @@ from fastserve.core.config import CacheConfig, EngineOptions
 from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.files import check_writable
 from fastserve.engine import Observers, Timeline
-from fastserve.server.app import Server, ServerOptions, create_app
-from fastserve.server.engine_thread import EngineThread
-from fastserve.server.half_open import http_protocol
-from fastserve.server.hosts import is_loopback
-from fastserve.server.log import logger, say, start_log
-from fastserve.server.metrics import ServerMetrics
+from fastserve.server.app import create_app
+from fastserve.server.engine.thread import EngineThread
+from fastserve.server.http.half_open import http_protocol
+from fastserve.server.http.hosts import is_loopback
+from fastserve.server.http.log import logger, say, start_log
 from fastserve.server.model import ModelOptions, load_served_model
-from fastserve.server.state import RecentRequests
+from fastserve.server.monitoring.metrics import ServerMetrics
+from fastserve.server.monitoring.state import RecentRequests
+from fastserve.server.options import ServerOptions
+from fastserve.server.service import Server
 
 _BACKLOG = 2048
 _LAST_WORDS_S = 2.0
@@ -162,7 +164,7 @@ async def run_server(server: Server, listener: socket.socket) -> None:
 
     async def exit_when_answered() -> None:
         """Until then connections are accepted, so that /health can say what the server does."""
-        while server.load or server.engine.num_unfinished:
+        while server.load.num_requests or server.engine.num_unfinished:
             await asyncio.sleep(_LOOK_S)
         http.should_exit = True
 

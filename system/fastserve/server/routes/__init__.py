@@ -1,1 +1,1 @@
-"""The routes, by purpose: OpenAI's interface, operations, the live page."""
+"""The routes, by purpose: OpenAI's interface, the tokenizer, operations, pages."""

@@ -1,4 +1,4 @@
-"""Routes for operators: health, version, load, metrics."""
+"""Routes for operators: health, version, load, metrics, caches."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from fastserve.server.access import KeyFirst
-from fastserve.server.errors import bad_request, json_response
-from fastserve.server.metrics import Health
+import fastserve
+from fastserve.server.http.access import KeyFirst
+from fastserve.server.http.errors import bad_request, json_response
+from fastserve.server.monitoring.metrics import Health
 from fastserve.server.routes.documented import ERRORS
 from fastserve.server.service import Server
-from fastserve.server.version import software_version
 
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = {
-    503: {"description": "Stopping; or the engine has failed, or is stalled. The body says which, and why"}
+    503: {"description": "Stopping, or the engine has failed or is stalled; the body says which, and why"}
 }
 
 
 def operation_routes(server: Server) -> APIRouter:
-    """What monitoring and orchestration ask; no key is needed."""
+    """Return the routes for monitoring and orchestration; they require no key."""
     routes = APIRouter()
 
     @routes.get("/health", responses=_UNAVAILABLE)
     async def health() -> Response:
-        """Whether requests are taken."""
+        """Say whether requests are taken."""
         if reason := server.reason:
             headers = {"retry-after": str(server.retry_after_s)}
             return json_response({"status": server.status, "reason": reason}, 503, headers)
@@ -33,7 +33,7 @@ def operation_routes(server: Server) -> APIRouter:
 
     @routes.get("/ping", responses=_UNAVAILABLE)
     async def ping() -> Response:
-        """As /health, by the name that SageMaker asks for."""
+        """As /health, under the name that SageMaker uses."""
         return await health()
 
     @routes.post("/ping", responses=_UNAVAILABLE)
@@ -43,27 +43,27 @@ def operation_routes(server: Server) -> APIRouter:
 
     @routes.get("/version")
     async def version_of_server() -> dict[str, str]:
-        """The version of this software."""
-        return {"version": software_version()}
+        """Return the version of this software."""
+        return {"version": fastserve.__version__}
 
     @routes.get("/load")
     async def load() -> dict[str, int]:
-        """How many requests for completions are being answered."""
-        return {"server_load": server.load}
+        """Return how many requests for completions are being answered."""
+        return {"server_load": server.load.num_requests}
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """For Prometheus."""
-        view = await server.view.look()
+        """Return metrics for Prometheus."""
+        snapshot = await server.state.read()
         health = Health(server.status == "stalled", server.engine.standstill_s)
-        content = server.metrics.exposition(server.engine.model.name, view.state, health)
+        content = server.metrics.exposition(server.engine.model.name, snapshot.state, health)
         return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
 
 
 def management_routes() -> APIRouter:
-    """What changes the server; the key is needed."""
+    """Return the routes that would change the server; they require the key."""
     routes = APIRouter(route_class=KeyFirst)
 
     @routes.post("/reset_prefix_cache", responses={400: ERRORS[400], 401: ERRORS[401]})

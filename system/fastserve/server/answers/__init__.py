@@ -1,0 +1,1 @@
+"""Answers to requests that generate: whole, or as a stream of events."""

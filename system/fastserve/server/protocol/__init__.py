@@ -1,0 +1,1 @@
+"""What clients send: the fields of each request, which of them are supported, and their bounds."""
