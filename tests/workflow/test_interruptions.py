@@ -151,7 +151,7 @@ def test_a_real_engine_that_is_stopped_keeps_what_it_has_measured(tmp_path: Path
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt) as caught:
         run(config, tmp_path, observer=_StopAfter(3))
-    assert caught.value.__notes__ == [f"wrote {tmp_path}: 3 of 12 finished, the others are aborted"]
+    assert caught.value.__notes__ == [f"3 of 12 requests had finished, the others are aborted; wrote {tmp_path}"]
     statuses = pq.read_table(tmp_path / "requests.parquet")["status"].to_pylist()
     assert (len(statuses), statuses.count("finished"), statuses.count("aborted")) == (12, 3, 9)
     summary = json.loads((tmp_path / "summary.json").read_text())

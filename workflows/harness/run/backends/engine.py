@@ -1,0 +1,67 @@
+"""The real backend: an engine with a model in this process, or on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from fastserve.core.console import Progress
+from fastserve.core.errors import ConfigError, RankError
+from fastserve.engine import Engine, Job, Observer
+from harness.run.backends.in_process import InProcessBackend, arrivals_of
+from harness.run.config import RunConfig
+from harness.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from fastserve.runtime.executors.ranks import RankGroup
+    from fastserve.runtime.worker import Worker
+
+
+class EngineBackend(InProcessBackend):
+    """Runs the real engine, on the given worker or ranks if any. What was measured before an interruption is kept."""
+
+    def __init__(
+        self, config: RunConfig, observer: Observer | None, worker: Worker | None, ranks: RankGroup | None
+    ) -> None:
+        super().__init__(config, observer)
+        if config.model is None:
+            raise ConfigError("--backend engine needs --model: a directory in Hugging Face format or a preset")
+        self._model = config.model
+        self._worker = worker
+        self._ranks = ranks
+
+    def serve(self, workload: Workload) -> tuple[Sequence[Job], Engine]:
+        """Serve the workload in real time."""
+        import torch  # Here, since a simulation imports this module too.
+
+        from fastserve.llm import LLM
+
+        config = self.config
+        if config.torch_threads is not None:
+            torch.set_num_threads(config.torch_threads)
+        with (
+            LLM(
+                self._model,
+                load_format=config.load_format,
+                policy=config.policy,
+                policy_options=self.policy_settings,
+                device=config.device,
+                dtype=config.dtype,
+                profile=config.profile,
+                worker=self._worker,
+                tensor_parallel_size=config.tensor_parallel_size,
+                pipeline_parallel_size=config.pipeline_parallel_size,
+                stage_layers=config.stage_layers,
+                ranks=self._ranks or config.ranks,
+                **asdict(self.options),
+            ) as llm,
+            Progress(self.title, len(workload)) as progress,
+        ):
+            llm.engine.observer = self.observer
+            self.teach(llm.engine.scheduler)
+            arrivals = list(arrivals_of(workload, llm.model_config.vocab_size))
+            with suppress(RankError, KeyboardInterrupt):  # The engine keeps it in `error`, and the jobs in `last_run`.
+                llm.engine.run(arrivals, progress.advance)
+            return llm.engine.last_run, llm.engine
