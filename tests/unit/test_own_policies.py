@@ -15,7 +15,8 @@ from fastserve.policies import discovery
 from fastserve.policies.discovery import file_name, find_policy, list_policies
 from fastserve.policies.own_policies import blamed, is_own, source_digest
 from fastserve.scheduler import registry
-from harness.analysis.capacity_search import Objective, find_capacity
+from harness.analysis.capacity_result import Objective
+from harness.analysis.capacity_search import find_capacity
 from harness.cli import app
 from harness.run.config import RunConfig
 from harness.run.runner import run

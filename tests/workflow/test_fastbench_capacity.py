@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from fastserve.core.errors import ConfigError, NothingFinishedError, OutputError
 from fastserve.core.processes import worker_pool
-from harness.analysis.capacity_search import METRICS, Objective, Result, bisect, find_capacity
+from harness.analysis.capacity_result import METRICS, Objective, Result
+from harness.analysis.capacity_search import bisect, find_capacity
 from harness.cli import app
 from harness.run.config import RunConfig
 from harness.run.runner import run

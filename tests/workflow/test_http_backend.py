@@ -25,7 +25,8 @@ from aiohttp import web
 
 from fastserve.core.errors import ConfigError, FastServeError, NothingFinishedError, ServerError
 from fastserve.engine import IterationRecord
-from harness.analysis.capacity_search import Objective, find_capacity
+from harness.analysis.capacity_result import Objective
+from harness.analysis.capacity_search import find_capacity
 from harness.client import sender as http_sender
 from harness.client import server as http_server
 from harness.client.replay import DEFAULT_VOCABULARY

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from fastserve.core.errors import NothingFinishedError
 from fastserve.core.request import RequestStatus
-from harness.analysis.capacity_search import Objective, find_capacity
+from harness.analysis.capacity_result import Objective
+from harness.analysis.capacity_search import find_capacity
 from harness.cli import app
 from harness.run.config import RunConfig
 from harness.run.outcome import SHOWN, Outcome, Unfinished

@@ -15,7 +15,8 @@ from fastserve.core.options import option_names
 from fastserve.latency import list_profiles, load_profile
 from fastserve.policies.discovery import list_policies
 from fastserve.policies.settings import parse_settings
-from harness.analysis.capacity_search import Objective, find_capacity
+from harness.analysis.capacity_result import Objective
+from harness.analysis.capacity_search import find_capacity
 from harness.client.request import parse_extra_body
 from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
