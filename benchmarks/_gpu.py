@@ -21,7 +21,7 @@ from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.files import check_writable
 from fastserve.runtime.kernels.cuda_graph import capture
 from fastserve.runtime.worker import Worker
-from harness.analysis.points import write_json
+from harness.analysis.files import write_json
 from harness.run.meta import environment_meta
 
 _WARM_UP = 3

@@ -30,7 +30,7 @@ from _gpu_steps import ROOT, Outcome, Step, matching, shown, steps
 from fastserve.core.console import Terminated, raise_on_signals
 from fastserve.core.errors import FastServeError
 from fastserve.core.files import atomic_write, check_writable
-from harness.analysis.points import read_json, write_json
+from harness.analysis.files import read_json, write_json
 from harness.run.meta import COMMIT_VARIABLE
 from harness.studies.recorded.design import Design, add_design_options, design_of
 from harness.studies.recorded.recording import MORE_TO_DO

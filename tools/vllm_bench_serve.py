@@ -27,7 +27,7 @@ from baselines.external.environment import python_of
 from baselines.external.process import ServerProcess, free_port
 from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.tokenizer import BUILTIN
-from harness.analysis.points import read_json
+from harness.analysis.files import read_json
 from harness.studies.model_folder import write_model_folder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ import torch
 
 from fastserve.core.config import CacheConfig
 from fastserve.core.errors import ConfigError
-from harness.analysis.points import provenance
+from harness.analysis.files import provenance
 from harness.report.captions import recorded_caption
 from harness.report.plots import RECORDED_VIEWS, draw_recorded, recorded_of
 from harness.studies import agreement

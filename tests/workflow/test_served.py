@@ -17,7 +17,7 @@ pytest.importorskip("fastapi")
 from fastserve.core.errors import ConfigError, ServerError
 from fastserve.core.request import SamplingParams
 from fastserve.llm import LLM
-from harness.analysis.points import read_table
+from harness.analysis.files import read_table
 from harness.experiments.experiments import with_defaults
 from harness.report.plots import flags_of
 from harness.studies.model_folder import write_model_folder

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.files import read_table, write_csv
 from harness.analysis.intervals import (
     geometric_mean_of_ratios,
     mean_of_draws,
@@ -12,7 +13,7 @@ from harness.analysis.intervals import (
     ratio_of_means,
     seed_draws,
 )
-from harness.analysis.points import paired, read_table, write_csv
+from harness.analysis.points import paired
 from harness.analysis.targets import COLUMNS, targets_table
 from harness.experiments.experiments import with_defaults
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.analysis.points import capacity_table, load_reported, read_table, write_csv
+from harness.analysis.files import read_table, write_csv
+from harness.analysis.points import capacity_table, load_reported
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

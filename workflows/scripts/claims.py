@@ -7,7 +7,8 @@ from joblog import logged
 
 from fastserve.core.files import atomic_write
 from harness.analysis.claims import Evidence, claims_table
-from harness.analysis.points import load_reported, read_table, write_csv, write_json
+from harness.analysis.files import read_table, write_csv, write_json
+from harness.analysis.points import load_reported
 from harness.report.captions import findings
 from harness.report.claims_page import claims_page
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.analysis.points import points_table, read_json, write_csv
+from harness.analysis.files import read_json, write_csv
+from harness.analysis.points import points_table
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

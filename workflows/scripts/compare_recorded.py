@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.analysis.points import write_csv, write_json
+from harness.analysis.files import write_csv, write_json
 from harness.studies.agreement import compare, describe
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.analysis.points import load_reported, provenance, read_table
+from harness.analysis.files import provenance, read_table
+from harness.analysis.points import load_reported
 from harness.experiments.experiments import BOTH
 from harness.report.captions import provenance_caption
 from harness.report.plots import draw, flags_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from joblog import logged
 
-from harness.analysis.points import provenance
+from harness.analysis.files import provenance
 from harness.report.captions import recorded_caption
 from harness.report.plots import draw_recorded
 

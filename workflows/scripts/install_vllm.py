@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from joblog import logged
 
 from baselines.external.environment import RECIPES, build
-from harness.analysis.points import write_json
+from harness.analysis.files import write_json
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake

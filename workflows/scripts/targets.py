@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.analysis.points import read_table, write_csv
+from harness.analysis.files import read_table, write_csv
 from harness.analysis.targets import targets_table
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""At which load a curve first breaks its objective. Pure functions of measured points: nothing is extrapolated.
+"""Capacities: the load at which a curve first breaks its objective. Only measured points count; none is extrapolated.
 
 The objective is an upper bound on a latency, which rises with the load, or, with `falling`, a lower bound on a share
 that falls, such as SLO attainment (the paper's Figure 13: 95 %).
@@ -20,9 +20,9 @@ Curves = tuple[ArrayLike, ArrayLike]
 def crossings(rates: ArrayLike, values: ArrayLike, bound: float, *, falling: bool = False) -> FloatArray:
     """Rate at which each curve first leaves its bound: values [..., rates] give [...].
 
-    Linear between the two neighbouring points; touching the bound is within it. Later crossings of a curve that is not
-    monotone are ignored. -inf where the first point is beyond the bound already: the crossing then lies at some lower
-    rate, nobody knows which. inf where no point is beyond it.
+    Linear between the two neighbouring points; a value equal to the bound is within it. Later crossings of a curve that
+    is not monotone are ignored. The rate is -inf if the first point is beyond the bound: the crossing then lies at an
+    unknown lower rate. It is inf if no point is beyond the bound.
     Raises ValueError unless rates rise strictly and every value is a finite number.
     """
     x, y = _curves(rates, values)
@@ -34,13 +34,13 @@ def crossings(rates: ArrayLike, values: ArrayLike, bound: float, *, falling: boo
     after = beyond.argmax(axis=-1)
     before = np.maximum(after - 1, 0)
     low, high = (np.take_along_axis(y, i[..., np.newaxis], axis=-1)[..., 0] for i in (before, after))
-    with np.errstate(divide="ignore", invalid="ignore"):  # of curves that do not cross, which get no rate below
+    with np.errstate(divide="ignore", invalid="ignore"):  # Curves without a crossing get no rate below.
         at = np.minimum(x[before] + (bound - low) / (high - low) * (x[after] - x[before]), x[after])
     return np.where(after > 0, at, np.where(beyond[..., 0], -np.inf, np.inf))
 
 
 def first_upward_crossing(rates: ArrayLike, values: ArrayLike, bound: float) -> float | None:
-    """Rate at which the curve `values` [rates] first exceeds `bound`, as `crossings` finds it; None if it has none."""
+    """Rate at which the curve `values` [rates] first exceeds `bound`, found by `crossings`; None without a crossing."""
     rate = float(crossings(rates, np.atleast_1d(values), bound))
     return rate if np.isfinite(rate) else None
 
@@ -48,16 +48,16 @@ def first_upward_crossing(rates: ArrayLike, values: ArrayLike, bound: float) -> 
 def capacity_of(
     rates: ArrayLike, values: ArrayLike, bound: float, *, falling: bool = False
 ) -> tuple[float | None, str]:
-    """The rate at which one curve [rates] first leaves its bound; else None, and why."""
+    """The rate at which one curve [rates] first leaves its bound; else None, and the reason."""
     estimate = capacity_estimate(rates, np.asarray(values, dtype=float)[np.newaxis], bound, falling=falling)
     return estimate.value, estimate.note
 
 
 def capacity_estimate(rates: ArrayLike, values: ArrayLike, bound: float, *, falling: bool = False) -> Estimate:
-    """Where the mean curve over seeds, of values [seeds, rates], first leaves its bound; with an interval over seeds.
+    """Estimate where the mean curve over seeds, of values [seeds, rates], first leaves its bound.
 
-    The interval holds the crossings of the mean curves of 95 % of the draws. An end is -inf or inf where the crossing
-    may lie below the lowest or above the highest rate. All is unknown if a value is missing (NaN).
+    The interval over seeds holds the crossings of the mean curves of 95 % of the draws. An end is -inf or inf if the
+    crossing may lie below the lowest or above the highest rate. The estimate is empty if a value is missing (NaN).
     """
     y = _by_seed(values)
     if not np.all(np.isfinite(y)):
@@ -72,11 +72,11 @@ def capacity_estimate(rates: ArrayLike, values: ArrayLike, bound: float, *, fall
 
 
 def ratio_of_capacities(numerator: Curves, denominator: Curves, bound: float, *, falling: bool = False) -> Estimate:
-    """How many times the load of the denominator the numerator carries; each is (rates, values [seeds, rates]).
+    """Estimate the numerator's capacity over the denominator's; each is (rates, values [seeds, rates]).
 
-    The seeds of both must be the same ones in the same order: a draw takes the same of each (paired). Where a draw's
-    capacity lies beyond the measured rates, only a bound of its ratio is known: the interval takes the lower bounds for
-    its low end (at least 0), the upper bounds for its high end (inf where there is none).
+    Both must have the same seeds in the same order: a draw takes the same seeds of each (paired). If a draw's capacity
+    lies beyond the measured rates, only a bound of its ratio is known: the interval takes the lower bounds for its low
+    end (at least 0) and the upper bounds for its high end (inf without one).
     Raises ValueError unless both have the same number of seeds, and rates above 0.
     """
     sides = {"numerator": numerator, "denominator": denominator}
@@ -101,13 +101,13 @@ def ratio_of_capacities(numerator: Curves, denominator: Curves, bound: float, *,
 
 
 def is_monotone(values: ArrayLike) -> bool:
-    """Whether no value is below the one before it. NaN is not monotone with anything."""
+    """Whether no value is below the value before it. False if a value is NaN."""
     y = np.asarray(values, dtype=float)
     return bool(np.all(y[1:] >= y[:-1]))
 
 
 def largest_fall(values: ArrayLike) -> float:
-    """How far values fall below the highest one before them, at most, as a share of it; 0 for a monotone curve."""
+    """The largest fall of a value below the highest value before it, as a share of that; 0 for a monotone curve."""
     y = np.asarray(values, dtype=float)
     if not len(y):
         return 0.0
@@ -116,7 +116,7 @@ def largest_fall(values: ArrayLike) -> float:
 
 
 def _bounds(rates: FloatArray, crossing: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Between which loads the capacity lies: the crossing twice, or the outermost rate and what is beyond it."""
+    """Lower and upper bounds of the capacity: the crossing twice, or the outermost rate and the end beyond it."""
     low = np.where(crossing == -np.inf, 0.0, np.minimum(crossing, rates[-1]))
     return low, np.maximum(crossing, rates[0])
 

@@ -1,4 +1,4 @@
-"""What is derived from a run's requests for the tables of experiments, beyond summary.json."""
+"""Metrics of a run's requests for the tables of experiments, beyond those of summary.json."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SETTLED = 500
 
 
 def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float | None]:
-    """Parts of the completion time (s), slowdowns and SLO attainment of the run in this folder.
+    """Compute parts of the completion time (s), slowdowns and SLO attainment of the run in this folder.
 
-    Slowdown is the completion time over the time the request would take alone; it needs the latency model, and is
-    None without. Deciles are of the output length: the first tenth has the shortest answers. Attainment is a share of
-    all requests: one that failed has missed it.
+    Slowdown is the completion time over the time that the request would take alone; it needs the latency model and is
+    None without it. Deciles are of the output length, the shortest first. Attainment is a share of all requests; a
+    failed request misses its SLO.
 
-    A policy that learns from finished requests knows none when a run begins. What it does once it has learned is in the
-    metrics called settled, for every policy alike: of the `settled_requests` that arrived after `SETTLED` others had
-    finished, and finished too.
+    A policy that learns from finished requests knows none when a run begins. The metrics called settled, the same for
+    every policy, show it after learning: they cover the `settled_requests` that arrived after `SETTLED` requests had
+    finished, and that finished themselves.
     """
     table = pq.read_table(run / "requests.parquet").to_pydict()
     columns = {name: np.array(values) for name, values in table.items()}
@@ -64,7 +64,7 @@ def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float 
 
 
 def times_alone(latency: LatencyModel, prompt_tokens: np.ndarray, output_tokens: np.ndarray) -> np.ndarray:
-    """Seconds each request would take on the idle machine: its prompt, then a token at a time."""
+    """Seconds that each request would take on an idle machine [requests]: its prompt, then one token an iteration."""
     longest = int((prompt_tokens + output_tokens).max())
     # decoded[n] is the time of decoding with contexts of 1 to n tokens.
     decoded = np.concatenate(([0.0], np.cumsum(decode_times(latency, [1], longest))))

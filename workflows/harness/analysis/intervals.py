@@ -1,9 +1,8 @@
 """95 % bootstrap intervals over seeds: percentile intervals (Efron and Tibshirani 1993, chapter 13).
 
-A seed is one set of requests, which every policy and every rate gets. Seeds are therefore drawn whole: a draw takes
-the same seeds for every rate of a curve, and for both sides of a comparison (paired). The draws are fixed, so that the
-same measurements give the same interval. Percentiles are order statistics, never interpolated: infinities stay what
-they are.
+A seed is one set of requests, the same for every policy and every rate. Seeds are therefore drawn whole: a draw takes
+the same seeds for every rate of a curve, and for both sides of a comparison (paired). The draws are fixed, so the same
+measurements give the same interval. Percentiles are order statistics and never interpolated, so infinities remain.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 Statistic = Callable[[NDArray[np.intp]], FloatArray]
-"""From draws of seeds [draws, seeds] to the value of each draw [draws]."""
+"""Maps draws of seeds [draws, seeds] to the value of each draw [draws]."""
 LEVEL = 0.95
 DRAWS = 10_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over all seeds and its interval. None is what cannot be told, and `note` then says why.
+    """A value over all seeds and its interval. An unknown value or end is None, and `note` gives the reason.
 
-    An end of -inf or inf is open: it lies beyond what was measured. No interval is given for fewer than two seeds.
+    An end of -inf or inf is open: it lies beyond the measured range. Fewer than two seeds give no interval.
     """
 
     value: float | None
@@ -36,7 +35,7 @@ class Estimate:
 
 
 def estimate_of(statistic: Statistic, num_seeds: int) -> Estimate:
-    """The statistic of all seeds, and its interval over draws of them."""
+    """Compute the statistic of all seeds, and its interval over draws of seeds."""
     value = float(statistic(np.arange(num_seeds)[np.newaxis])[0])
     if num_seeds < 2:
         return Estimate(value)
@@ -46,16 +45,16 @@ def estimate_of(statistic: Statistic, num_seeds: int) -> Estimate:
 
 @cache
 def seed_draws(num_seeds: int) -> NDArray[np.intp]:
-    """Seeds drawn with replacement, [DRAWS, num_seeds]; the same whenever asked."""
+    """Seeds drawn with replacement [DRAWS, num_seeds], the same at every call."""
     draws = np.random.default_rng(0).integers(num_seeds, size=(DRAWS, num_seeds), dtype=np.intp)
     draws.setflags(write=False)
     return draws
 
 
 def percentile_interval(lows: FloatArray, highs: FloatArray) -> tuple[float | None, float | None]:
-    """The low end of the interval of `lows` and the high end of that of `highs`, one value per draw each.
+    """The low end of the interval of `lows` and the high end of that of `highs`, [DRAWS] each.
 
-    The two are the same, or bounds where a draw tells no more than these. None where any draw has no value (NaN).
+    The two arrays are equal, or they are bounds if a draw gives only bounds. None if any draw has no value (NaN).
     """
     if np.any(np.isnan(lows)) or np.any(np.isnan(highs)):
         return None, None
@@ -66,26 +65,26 @@ def percentile_interval(lows: FloatArray, highs: FloatArray) -> tuple[float | No
 def mean_of_draws(values: ArrayLike, draws: NDArray[np.intp]) -> FloatArray:
     """Mean over the seeds of each draw: values [seeds, ...] and draws [draws, seeds] give [draws, ...].
 
-    The mean of equal values is that value: rounding does not carry a curve that touches its bound beyond it.
+    The mean of equal values is exactly that value: rounding never moves a curve that touches its bound beyond it.
     """
     y = np.asarray(values, dtype=float)
     offset = y - y[0]
     total = np.zeros((len(draws), *y.shape[1:]))
-    for seed in draws.T:  # a fraction of the memory of offset[draws]
+    for seed in draws.T:  # Takes a fraction of the memory of offset[draws].
         total += offset[seed]
     mean: FloatArray = y[0] + total / draws.shape[1]
     return mean
 
 
 def mean_over_seeds(values: ArrayLike) -> FloatArray:
-    """Mean of values [seeds, ...] as `mean_of_draws` takes it, to the last digit."""
+    """Mean of values [seeds, ...], equal to that of `mean_of_draws` to the last digit."""
     y = np.asarray(values, dtype=float)
     mean: FloatArray = mean_of_draws(y, np.arange(len(y))[np.newaxis])[0]
     return mean
 
 
 def mean_estimate(values: ArrayLike) -> Estimate:
-    """The mean of values [seeds]; unknown if any is missing (NaN)."""
+    """Estimate the mean of values [seeds]; unknown if a value is missing (NaN)."""
     y = _by_seed(values)
     if not np.all(np.isfinite(y)):
         return Estimate(None, note="not every seed has a value")
@@ -93,22 +92,22 @@ def mean_estimate(values: ArrayLike) -> Estimate:
 
 
 def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
-    """The mean of one value over that of another, both [seeds] in the same order of seeds: paired.
+    """Estimate the ratio of two means, both of values [seeds] in the same order of seeds (paired).
 
-    Unknown if any value is missing (NaN), or if the denominator's mean is 0. Draws whose denominator is 0 leave no
-    interval. Raises ValueError unless both have the same seeds' number.
+    Unknown if a value is missing (NaN) or the denominator's mean is 0. If the denominator of a draw is 0, there is no
+    interval. Raises ValueError unless both have the same number of seeds.
     """
     return _of_ratios(_by_seed(numerator), _by_seed(denominator), lambda ratios: ratios)
 
 
 def geometric_mean_of_ratios(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
-    """The geometric mean over settings of the `ratio_of_means` of each: values [seeds, settings], all at least 0.
+    """Estimate the geometric mean over settings of the ratio of means: values [seeds, settings], all at least 0.
 
-    A draw takes the same seeds in all settings. Unknown, without an interval or refused as for one ratio.
+    A draw takes the same seeds in all settings. The conditions of `ratio_of_means` apply.
     """
 
     def geometric_mean(ratios: FloatArray) -> FloatArray:
-        with np.errstate(divide="ignore"):  # of a ratio of 0, which makes the mean 0
+        with np.errstate(divide="ignore"):  # A ratio of 0 makes the mean 0.
             mean: FloatArray = np.exp(np.log(ratios).mean(axis=-1))
         return mean
 
@@ -117,7 +116,7 @@ def geometric_mean_of_ratios(numerators: ArrayLike, denominators: ArrayLike) -> 
 
 
 def _of_ratios(over: FloatArray, under: FloatArray, statistic: Callable[[FloatArray], FloatArray]) -> Estimate:
-    """The statistic of the ratios of the means over seeds: values [seeds, ...], ratios [draws, ...]."""
+    """Estimate a statistic of the ratios of means over seeds: values [seeds, ...], ratios [draws, ...]."""
     if over.shape != under.shape:
         raise ValueError(f"a paired ratio needs the same seeds on both sides, not {len(over)} and {len(under)}")
     if not np.all(np.isfinite([over, under])):

@@ -1,16 +1,14 @@
-"""Tables of an experiment: its points, what load they carry within the SLO, and the paper's points beside them."""
+"""Tables of an experiment: its points, the paper's points, and the capacity of each series within the SLO."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fastserve.core.errors import ConfigError
-from fastserve.core.files import atomic_write
 from harness.analysis.capacity import capacity_estimate, capacity_of, is_monotone, largest_fall
 from harness.experiments.experiments import Experiment, points_of
 
@@ -37,13 +35,13 @@ CAPACITY_COLUMNS = (
     "note",
 )
 FALLING = "slo_attainment"
-"""Metrics that begin with this are shares that fall as the load rises; their objective is a lower bound."""
+"""Metrics whose names begin with this are shares that fall as the load rises; their objective is a lower bound."""
 
 
 def points_table(name: str, experiment: Experiment, results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per point, in the order of the experiment: where it belongs, its run, and what that measured.
+    """Make a row per point, in the order of the experiment: its place, its run, and the run's metrics.
 
-    `results` gives by run what a batch wrote of it: `folder` and `metrics`.
+    `results` maps the name of a run to what its batch wrote: `folder` and `metrics`.
     """
     rows = []
     for point in points_of(experiment):
@@ -64,17 +62,10 @@ def points_table(name: str, experiment: Experiment, results: Mapping[str, Mappin
     return pd.DataFrame(rows)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A table of an experiment: its points or its capacities; a panel without a name is an empty text."""
-    text = {"panel": str, "series": str, "label": str, "policy": str, "run": str}
-    table = pd.read_csv(path, dtype=text)
-    return table.assign(panel=table["panel"].fillna("") if "panel" in table else "")
-
-
 def load_reported(path: Path, experiment: Experiment) -> pd.DataFrame:
-    """The points the paper plotted for this experiment, as columns panel, system, quantity, rate, value.
+    """Read the points that the paper plots for this experiment: columns panel, system, quantity, rate, value.
 
-    Raises ConfigError if a panel's `paper` names points that are not in the file.
+    Raises ConfigError if a panel's `paper` names points that the file lacks.
     """
     table = pd.read_csv(path, keep_default_na=False)
     found = [table.iloc[:0].assign(panel="")]
@@ -95,13 +86,13 @@ def load_reported(path: Path, experiment: Experiment) -> pd.DataFrame:
 
 
 def by_seed(points: pd.DataFrame, panel: str, series: str, metric: str) -> pd.DataFrame:
-    """The curves of one series in one panel: a row a seed, a column a value of x, in rising order."""
+    """The curves of one series in one panel [seeds, x], with x rising."""
     own = points[(points["panel"] == panel) & (points["series"] == series)]
     return own.pivot(index="seed", columns="x", values=metric).astype(float)
 
 
 def paired(points: pd.DataFrame, panel: str, of: str, over: str, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`by_seed` of two series: the same seeds, at the values of x that both have; NaN where one lacks a seed.
+    """`by_seed` of two series: the same seeds, at the values of x that both have; NaN where a series lacks a seed.
 
     Raises ConfigError if the points have no such column.
     """
@@ -113,10 +104,10 @@ def paired(points: pd.DataFrame, panel: str, of: str, over: str, metric: str) ->
 
 
 def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Per panel and series, the load at which the metric first leaves its bound, beside that of the paper's points.
+    """Find, for each panel and series, the load at which the metric first leaves its bound, and the paper's.
 
-    `capacity` is of the mean over seeds; `low` to `high` is the 95 % bootstrap interval over seeds. What was not
-    reached is empty, and `note` says on which side; an open end of an interval is infinite.
+    `capacity` is of the mean over seeds; `low` to `high` is its 95 % bootstrap interval over seeds. If the bound is not
+    crossed, `capacity` is empty and `note` gives the side. An open end of an interval is infinite.
     """
     metric, slo = experiment["metric"], experiment["slo"]
     falling = metric.startswith(FALLING)
@@ -148,40 +139,15 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
                 "paper_system": series["paper_system"],
                 "note": estimate.note,
             }
-            theirs = reported[(reported["panel"] == panel["name"]) & (reported["system"] == series["paper_system"])]
-            if len(theirs):
-                paper_capacity, _ = capacity_of(theirs["rate"], theirs["value"], slo, falling=falling)
+            of_paper = reported[(reported["panel"] == panel["name"]) & (reported["system"] == series["paper_system"])]
+            if len(of_paper):
+                paper_capacity, _ = capacity_of(of_paper["rate"], of_paper["value"], slo, falling=falling)
                 row |= {
                     "paper_capacity": paper_capacity,
                     "relative_difference": (
                         estimate.value / paper_capacity - 1 if estimate.value and paper_capacity else None
                     ),
-                    "paper_monotone": is_monotone(theirs["value"]),
+                    "paper_monotone": is_monotone(of_paper["value"]),
                 }
             rows.append(row)
     return pd.DataFrame(rows, columns=list(CAPACITY_COLUMNS))
-
-
-def provenance(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """meta.json of each folder: commit, versions, hardware."""
-    return [read_json(folder / "meta.json") for folder in folders]
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write beside the old file, then put it in its place; the same table gives the same bytes."""
-    with atomic_write(path) as staging:
-        table.to_csv(staging, index=False, lineterminator="\n", encoding="utf-8")
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write `content` as JSON, whole."""
-    with atomic_write(path) as staging:
-        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """The file's content; ConfigError, with what to do, if it is not there or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; delete it and run the pipeline again") from error

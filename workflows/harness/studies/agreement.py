@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from fastserve.core.errors import ConfigError, FastServeError
-from harness.analysis.points import read_json, write_csv
+from harness.analysis.files import read_json, write_csv
 from harness.run.runner import run
 from harness.studies.recorded.plan import RecordedRun, read_plan
 from harness.studies.simulations import compared, simulated

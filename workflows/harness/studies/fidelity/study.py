@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.analysis.points import write_csv
+from harness.analysis.files import write_csv
 from harness.run.runner import run
 from harness.studies.fidelity.bench import make_bench
 from harness.studies.fidelity.comparison import Pair

@@ -15,7 +15,7 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.files import check_writable
 from fastserve.latency import load_profile
 from fastserve.policies.settings import resolve_settings
-from harness.analysis.points import write_json
+from harness.analysis.files import write_json
 from harness.run.config import RunConfig
 from harness.studies.recorded.design import DEVICE_SHARE, HOST_SHARE, Design, design_from
 from harness.studies.simulations import service_rate, simulated

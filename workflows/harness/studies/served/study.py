@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.analysis.points import write_csv, write_json
+from harness.analysis.files import write_csv, write_json
 from harness.run.meta import environment_meta
 from harness.studies.served.experiment import ServedExperiment
 from harness.studies.served.server import StudiedServer
