@@ -153,9 +153,12 @@ def test_our_client_sends_it_text(tmp_path: Path) -> None:
     from harness.run.config import RunConfig
     from harness.run.runner import run
 
-    with command(*SIMULATED) as server:
+    def build() -> Any:
+        return load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1"))
+
+    with running(build) as server:
         config = RunConfig(
-            backend="http", url=f"http://127.0.0.1:{server.port}", prompts="text", tokenizer="builtin",
+            backend="http", url=server.url, prompts="text", tokenizer="builtin",
             trace="fixed:prompt=40,output=5", rate=50.0, num_requests=8,
         )  # fmt: skip
         summary = run(config, tmp_path / "out")

@@ -236,7 +236,7 @@ def test_before_any_has_left_the_wait_is_as_long_again_as_the_first_has_waited()
         assert server.server.engine.retry_after_s(1) == 1
         stream = server.stream(prompt=[1], max_tokens=ENDLESS, return_token_ids=True)
         assert stream.tokens(1) == [0]
-        time.sleep(1.2)
+        time.sleep(1.05)
         assert 2 <= int(server.post({"prompt": [1]}).headers["retry-after"]) <= 60
         stream.close()
         server.check_empty()

@@ -261,5 +261,5 @@ def test_the_command_ends_with_a_rank_that_is_killed() -> None:
         status, (said,) = server.end()
         assert status == 2
         assert said == f"error: the engine has failed: {last['error']['message']}"
-        psutil.wait_procs(workers, timeout=10)
+        psutil.wait_procs(workers, timeout=LONG_S)
         assert not any(worker.is_running() for worker in workers)

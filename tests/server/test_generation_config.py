@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,14 +29,21 @@ SIZES: dict[str, Any] = {"num_gpu_blocks": 32, "num_host_blocks": 0, "max_batch_
 GREEDY = {"prompt": PROMPT, "max_tokens": LENGTH, "return_token_ids": True, "temperature": 0}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model without a tokenizer whose config.json names one end token, which it does not generate."""
-    save_model("opt", tmp_path, num_layers=1)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
-    (tmp_path / "generation_config.json").unlink()
-    return tmp_path
+    path = tmp_path_factory.mktemp("model")
+    save_model("opt", path, num_layers=1)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    (path / "generation_config.json").unlink()
+    return path
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model, which a test may change."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
 
 
 def offline(folder: Path, **arguments: Any) -> list[int]:
@@ -45,10 +53,10 @@ def offline(folder: Path, **arguments: Any) -> list[int]:
     return output.token_ids
 
 
-@pytest.fixture
-def free(folder: Path) -> list[int]:
+@pytest.fixture(scope="module")
+def free(model: Path) -> list[int]:
     """What is generated greedily where nothing ends it."""
-    tokens = offline(folder)
+    tokens = offline(model)
     assert len(tokens) == LENGTH
     return tokens
 

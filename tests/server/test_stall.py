@@ -16,6 +16,7 @@ pytest.importorskip("uvicorn")
 from fastserve.engine import Engine
 from fastserve.scheduler import Iteration
 from fastserve.server.options import ServerOptions
+from support.polling import eventually_equal
 from support.servers import LONG_S, RunningServer, command, profile, running, simulated
 
 
@@ -41,17 +42,15 @@ class HangingPolicy:
 def hanging(stall_timeout_s: float = 0.2) -> Iterator[tuple[RunningServer, HangingPolicy]]:
     policy = HangingPolicy()
     build = partial(simulated, iteration_s=0.001, change=policy.change)
-    with running(build, ServerOptions(stall_timeout_s=stall_timeout_s)) as server:
+    with (
+        running(build, ServerOptions(stall_timeout_s=stall_timeout_s)) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("fastserve.server.monitoring.state._PATIENCE_S", 0.1)  # The tests wait for it several times.
         try:
             yield server, policy
         finally:
             policy.go_on.set()
-
-
-def until_status(server: RunningServer, path: str, status: int) -> None:
-    limit = time.monotonic() + LONG_S
-    while server.get(path).status != status:
-        assert time.monotonic() < limit
 
 
 def test_health_and_metrics_answer_while_a_policy_hangs() -> None:
@@ -60,7 +59,7 @@ def test_health_and_metrics_answer_while_a_policy_hangs() -> None:
         stream = server.stream(prompt=[1], max_tokens=50_000, return_token_ids=True)
         assert stream.tokens(1) == [0]
         policy.hangs.set()
-        until_status(server, "/health", 503)
+        eventually_equal(lambda: server.get("/health").status, 503)
         health = server.get("/health")
         assert health.json["status"] == "stalled"
         assert health.json["reason"].startswith("the engine is stalled: no iteration has ended for ")
@@ -79,8 +78,8 @@ def test_health_and_metrics_answer_while_a_policy_hangs() -> None:
 
         policy.go_on.set()
         policy.hangs.clear()
-        until_status(server, "/health", 200)
-        assert server.metric("engine_stalled") == 0
+        eventually_equal(lambda: server.get("/health").status, 200)
+        eventually_equal(lambda: server.metric("engine_stalled"), 0)
         assert stream.tokens(2) == [1, 2]
         stream.close()
         server.check_empty()
@@ -108,6 +107,9 @@ def test_an_engine_without_requests_never_stalls() -> None:
 POLICY = """
 import time
 from fastserve.policies.fcfs import FCFS
+from fastserve.server.engine import thread
+
+thread._LAST_ITERATION_S = 0.5  # The test waits no longer for the thread's end.
 
 class Hanging(FCFS):
     name = "hanging"
