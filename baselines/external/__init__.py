@@ -1,4 +1,1 @@
-"""Real systems as baselines: started as servers of their own, from environments of their own, and driven over HTTP.
-
-Nothing of them is ever imported here.
-"""
+"""Other serving systems as baselines: servers from their own environments, driven over HTTP and never imported."""

@@ -1,4 +1,4 @@
-"""The environment that vLLM is installed into: a virtual environment of its own, whole or not there at all."""
+"""Install vLLM into its own virtual environment, which is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastserve.core.errors import FastServeError
 
 _HERE = Path(__file__).parent
 _TORCH_CPU = "https://download.pytorch.org/whl/cpu"
-"""Where PyTorch's CPU builds are for those whose own index has none."""
+"""Index of PyTorch's CPU builds, for users whose own index lacks them."""
 _LIST_VERSIONS = """
 import importlib.metadata, json, platform
 found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
@@ -24,25 +24,25 @@ _SHOWN_LINES = 15
 
 
 class InstallError(FastServeError):
-    """An environment that could not be built; it is removed."""
+    """The environment could not be built; it is removed."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How vLLM is installed for one kind of machine."""
+    """How to install vLLM on one kind of machine."""
 
     requirements: Path
     is_complete: bool
-    """The file names every package, exactly, so that pip looks for nothing else."""
+    """Whether the file pins every package, so that pip resolves nothing."""
     called: str | None = None
-    """VERSION of an empty package `vllm`, where it is installed under another name: its command asks for that one."""
+    """Version of an empty package `vllm` to add if vLLM has another package name: its command looks for `vllm`."""
 
 
 RECIPES: Mapping[str, Recipe] = {
     "cpu": Recipe(_HERE / "requirements-vllm-cpu.txt", is_complete=True, called="0.32.0+cpu"),
     "cuda": Recipe(_HERE / "requirements-vllm-cuda.txt", is_complete=False),
 }
-"""By what `torch.device` calls the machine's kind."""
+"""By the type of `torch.device`."""
 
 
 def has_nvidia_gpu() -> bool:
@@ -55,10 +55,10 @@ def has_nvidia_gpu() -> bool:
 
 
 def build(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """Make the environment at `folder`, in place of one that is there, and return the versions of what is in it.
+    """Build the environment at `folder`, replacing an existing one; returns the versions of its packages.
 
-    pip's words go to stdout as they come. Raises InstallError with the last of them if anything fails, and then, as
-    when it is interrupted, nothing is left of the folder.
+    Copies pip's output to stdout. Raises InstallError with the last lines of it if anything fails. After an error or
+    an interruption the folder is removed.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -67,7 +67,7 @@ def build(recipe: Recipe, folder: Path) -> dict[str, str]:
         install = [str(python_of(folder)), "-m", "pip", "install", "--progress-bar", "off"]
         if recipe.is_complete:
             install.append("--no-deps")
-            # By itself, so that no other package is looked for there.
+            # Alone, so that pip looks for no other package there.
             if torch := _pinned(recipe.requirements, "torch"):
                 _run([*install, "--extra-index-url", _TORCH_CPU, torch])
         _run([*install, "--requirement", str(recipe.requirements)])
@@ -85,20 +85,20 @@ def python_of(folder: Path) -> Path:
 
 
 def versions_in(folder: Path) -> dict[str, str]:
-    """The versions of all packages of an environment, by name, and of its Python."""
+    """Versions of an environment's packages, by name, and of its Python."""
     (listed,) = _run([str(python_of(folder)), "-c", _LIST_VERSIONS], quiet=True)
     found: dict[str, str] = json.loads(listed)
     return found
 
 
 def _pinned(requirements: Path, package: str) -> str | None:
-    """The line that pins a package."""
+    """The line that pins a package; None if there is none."""
     lines = requirements.read_text(encoding="utf-8").splitlines()
     return next((line for line in lines if line.startswith(f"{package}==")), None)
 
 
 def _add_name(folder: Path, name: str, version: str) -> None:
-    """An installed package of that name and version that consists of nothing but these; pip can remove it."""
+    """Add an empty installed package of that name and version, which pip can remove."""
     (packages,) = folder.glob("lib/python*/site-packages")
     about = packages / f"{name}-{version}.dist-info"
     about.mkdir()
@@ -109,7 +109,7 @@ def _add_name(folder: Path, name: str, version: str) -> None:
 
 
 def _run(command: Sequence[str], quiet: bool = False) -> list[str]:
-    """The lines a command writes, which go to stdout too unless `quiet`. InstallError if it fails."""
+    """Run a command; returns its lines of output, also copied to stdout unless `quiet`. InstallError if it fails."""
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""A server as a process of its own: started, waited for, stopped for a while and at last, with all that it starts."""
+"""ServerProcess: start, await, pause and stop a server, with all processes that it starts."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from fastserve.core.processes import Leash
 _ASK_EVERY_S = 0.2
 _ANSWER_WITHIN_S = 5.0
 _ORPHANS_END_WITHIN_S = 2.0
-"""What is left when a server has ended is told to end as well, and after so long it is killed."""
+"""Processes that outlive their server get SIGTERM, and SIGKILL after this time."""
 _TRIES = 10
 _SHOWN_LINES = 20
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens at. Another process may take it first, if only by chance."""
+    """A free TCP port of this machine. Another process might still take it first."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 class ServerProcess:
-    """A server that a command starts, in a session of its own: Ctrl-C is ours to handle.
+    """A server started by a command, in its own session, so that Ctrl-C reaches only this process.
 
-    Use it as a context manager. It ends, and whatever it has started, when that is left, by an error too, and at the
-    latest when this process exits. If this process is killed, what has not left the server's process group is killed.
+    Use it as a context manager: leaving it stops the server and all processes that it has started. They also end when
+    this process exits. If this process is killed, the server's process group is killed.
 
     Args:
-        name: what errors call it.
+        name: of the server, for error messages.
         command: program and arguments.
-        url: where it answers.
-        log: the file for all it writes.
-        variables: of its environment, beside ours; None removes one.
+        url: at which the server answers.
+        log: the file for its output.
+        variables: added to this process's environment; None removes a variable.
 
     Raises:
-        ServerError: there is no such program.
+        ServerError: the program does not exist.
         OutputError: the log cannot be written.
     """
 
@@ -86,43 +86,43 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process that the command became."""
+        """Process id of the server."""
         return self._family.leader.pid
 
     def wait_until_ready(self, timeout_s: float, path: str = "/health") -> None:
-        """Return when GET `path` is answered with success. Raises ServerError if it ends before or takes longer."""
+        """Wait until GET `path` succeeds. Raises ServerError if the server ends or takes longer."""
         deadline = time.monotonic() + timeout_s
         while not self._answers(path):
             self._wait(_ASK_EVERY_S)
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"{self.name} did not answer GET {self.url}{path} within {timeout_s:g} s{self._last_words()}"
+                    f"{self.name} did not answer GET {self.url}{path} within {timeout_s:g} s{self._last_lines()}"
                 )
 
     def check(self) -> None:
-        """Raise ServerError if it has ended."""
+        """Raise ServerError if the server has ended."""
         self._wait(0.0)
 
     def pause(self) -> None:
-        """Stop it and all it has started (SIGSTOP): they take no processor until `resume`."""
-        # Whom it has started while the others were being stopped is found by looking again.
+        """Stop the server and all its processes (SIGSTOP): they take no CPU time until `resume`."""
+        # Repeat: a process may start another before it is stopped.
         stopped: set[psutil.Process] = set()
         while found := self._family.members() - stopped:
             self._family.send(signal.SIGSTOP, found)
             stopped |= found
 
     def resume(self) -> None:
-        """Have them go on."""
+        """Let the paused processes continue (SIGCONT)."""
         self._family.send(signal.SIGCONT, self._family.members())
 
     @property
     def processor_s(self) -> float:
-        """Processor time that it has taken since its start, and all it has started that is still there."""
+        """CPU seconds of the server and of all its living processes, since their start."""
         return self._family.processor_s()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Have it run within, and stand still again afterwards. Raises ServerError if it has ended."""
+        """Within, the server runs; afterwards it is paused again. Raises ServerError if it has ended."""
         self.check()
         self.resume()
         try:
@@ -131,11 +131,11 @@ class ServerProcess:
             self.pause()
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """End it and all it has started: by SIGTERM, and after `grace_s` by SIGKILL. A second time does nothing."""
+        """End the server and all its processes: SIGTERM, then SIGKILL after `grace_s`. A second call does nothing."""
         if not self._at_exit.alive:
             return
         try:
-            self.resume()  # By this we know as well who they are, should they lose their parent.
+            self.resume()  # Also records the processes, should they lose their parent.
             self._family.leader.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._family.leader.wait(grace_s)
@@ -163,21 +163,21 @@ class ServerProcess:
         return False
 
     def _wait(self, seconds: float) -> None:
-        """Raise ServerError if it ends within."""
+        """Wait; raise ServerError if the server ends meanwhile."""
         try:
             status = self._family.leader.wait(seconds)
         except subprocess.TimeoutExpired:
             return
-        raise ServerError(f"{self.name} ended by itself, with status {status}{self._last_words()}")
+        raise ServerError(f"{self.name} ended by itself, with status {status}{self._last_lines()}")
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
         shown = "".join(f"\n  {line}" for line in lines) or "\n  (nothing)"
         return f"; the last lines of {self.log}:{shown}"
 
 
 class _Family:
-    """A process that leads a session, with all that it has started, sessions of their own too."""
+    """A session leader and all processes that it has started, in other sessions too."""
 
     def __init__(self, leader: subprocess.Popen[bytes], leash: Leash) -> None:
         self.leader = leader
@@ -185,7 +185,7 @@ class _Family:
         self._known: set[psutil.Process] = set()
 
     def members(self) -> set[psutil.Process]:
-        """Those that live. Of one outside the session whose parent has ended, we know if it was ever among them."""
+        """The living processes. Remembers those outside the session, which may lose their parent."""
         found = {process for process in psutil.process_iter() if _session(process) == self.leader.pid} | self._known
         for process in list(found):
             with suppress(psutil.Error):
@@ -194,13 +194,13 @@ class _Family:
         return set(self._known)
 
     def send(self, what: signal.Signals, members: set[psutil.Process]) -> None:
-        """The same signal to each."""
+        """Send the signal to each process."""
         for process in members:
             with suppress(psutil.Error):
                 process.send_signal(what)
 
     def processor_s(self) -> float:
-        """Of those that live, together."""
+        """CPU seconds of all living processes."""
         seconds = 0.0
         for process in self.members():
             with suppress(psutil.Error):
@@ -209,8 +209,8 @@ class _Family:
         return seconds
 
     def kill(self) -> None:
-        """End all that are left."""
-        for _ in range(_TRIES):  # Whom they have started meanwhile is found by looking again.
+        """Kill all processes."""
+        for _ in range(_TRIES):  # Repeat: a process may start another before it is killed.
             members = self.members()
             self.send(signal.SIGKILL, members)
             self.leader.wait()

@@ -1,4 +1,4 @@
-"""vLLM's own server: the command and the environment variables that start it, comparable with ours. Pure functions."""
+"""vLLM's own server: command and environment variables that start it with options comparable to ours."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from pathlib import Path
 _NULL_BLOCK = 1
 """vLLM keeps one block of its pool for padding."""
 _CPU_CACHE_GIB = 1
-"""A bound that vLLM wants to know on a CPU; how much is taken, the number of blocks decides."""
+"""vLLM requires this bound on a CPU; the number of blocks decides how much memory is used."""
 
 
 @dataclass(frozen=True)
 class VllmServer:
-    """`vllm serve` of a model folder, at 127.0.0.1, as far as it is not vLLM's default.
+    """`vllm serve` of a model folder, at 127.0.0.1, and the options that differ from vLLM's defaults.
 
-    Prefixes are never shared between requests, requests are not logged, and nothing is fetched from or told to anyone.
+    Requests share no prefixes and are not logged. Nothing is downloaded, and no usage statistics are sent.
     """
 
     environment: Path
-    """The virtual environment that vLLM is installed in."""
+    """The virtual environment in which vLLM is installed."""
     model: Path
     port: int
     device: str
-    """cpu or cuda: which vLLM that is."""
+    """cpu or cuda: for which vLLM was built."""
     dtype: str
     max_batch_size: int
     token_budget: int
-    """Most tokens of an iteration. At least `max_model_len`, unless prompts are chunked."""
+    """Most tokens of an iteration; at least `max_model_len`, unless prompts are chunked."""
     block_size: int
     num_blocks: int
-    """That requests can have."""
+    """Cache blocks for requests."""
     max_model_len: int
     chunked_prefill: bool = False
-    """Whether a prompt may be cut where the budget ends."""
+    """Whether a prompt may be split at the token budget."""
     threads: int | None = None
-    """That compute, on a CPU; not bound to cores. None: vLLM's choice, bound to cores."""
+    """Computing threads on a CPU, not bound to cores. None: vLLM's choice, bound to cores."""
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """At which the server answers."""
         return f"http://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
@@ -67,7 +67,7 @@ class VllmServer:
         return program + [text for name, value in options.items() for text in (f"--{name}", str(value))] + switches
 
     def variables(self) -> Mapping[str, str | None]:
-        """Of its environment, to be set beside what is there; None removes one."""
+        """Environment variables to add; None removes a variable."""
         own: dict[str, str | None] = {
             "PYTHONPATH": None,
             "VLLM_CACHE_ROOT": str(self.environment / "cache"),

@@ -1,1 +1,1 @@
-"""Plain data and small tools that every other room uses: no torch, no engine, no policy."""
+"""Plain data and small tools that all other packages use: no torch, no engine, no policy."""

@@ -1,4 +1,4 @@
-"""Time. Nothing else in the engine reads it, so that a run under virtual time is the same run."""
+"""Clocks: the only source of time for the engine, so that it runs the same in virtual time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Real time, monotonic, from the moment it is first read: loading a model is not part of a run."""
+    """Real, monotonic time since the clock was first read: loading a model is not part of a run."""
 
     def __init__(self) -> None:
         self._origin: float | None = None
         self._stopped_at: float | None = None
 
     def now(self) -> float:
-        """Seconds of real time since the first call, without those in which the clock was stopped."""
+        """Seconds since the first call, without the time in which the clock was stopped."""
         stopped_at = self._stopped_at
         if stopped_at is not None:
             return stopped_at
@@ -38,13 +38,13 @@ class WallClock:
         return time_now - self._origin
 
     def sleep_until(self, when: float) -> None:
-        """Sleep until `when`; returns at once if it has passed."""
+        """Sleep until `when` (seconds); returns at once if it has passed."""
         while (left := when - self.now()) > 0:
             time.sleep(left)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """No time passes within, for any thread; not to be nested, and nobody may sleep on the clock meanwhile."""
+        """Within, the clock stands still for all threads. Do not nest, and do not sleep on the clock meanwhile."""
         at = self._stopped_at = self.now()
         try:
             yield
@@ -54,7 +54,7 @@ class WallClock:
 
 
 class VirtualClock:
-    """Simulated time: moves only when told to, never backwards."""
+    """Simulated time: moves only by `sleep_until`, never backwards."""
 
     __slots__ = ("_now",)
 
@@ -62,10 +62,10 @@ class VirtualClock:
         self._now = 0.0
 
     def now(self) -> float:
-        """Simulated seconds."""
+        """Current simulated time in seconds."""
         return self._now
 
     def sleep_until(self, when: float) -> None:
-        """Jump to `when`; a time that has passed leaves the clock alone."""
+        """Move the clock to `when` (seconds); does nothing if that has passed."""
         if when > self._now:
             self._now = when

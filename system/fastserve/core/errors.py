@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each message names the value at fault and the remedy; the commands print it and exit 2."""
+"""Errors that a user can cause: the message names the wrong value and the remedy. Commands print it and exit with 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class FastServeError(Exception):
-    """Base of every error that reports bad input or a resource that ran out, never a bug of ours."""
+    """Base of all errors that report bad input or an exhausted resource, and never a bug."""
 
 
 class ConfigError(FastServeError):
@@ -15,26 +15,26 @@ class ConfigError(FastServeError):
 
 
 class CheckpointError(FastServeError):
-    """A model directory that is missing, incomplete, or of an architecture we do not run."""
+    """A model directory is missing or incomplete, or its architecture is not supported."""
 
 
 class PolicyError(FastServeError):
-    """The code of a user's policy failed; names the policy, the error, the file and the line."""
+    """The code of a user's policy failed; the message names the policy, the error, the file and the line."""
 
     frames: str = ""
-    """The policy's part of the traceback, in lines."""
+    """The policy's part of the traceback, as lines of text."""
 
 
 class TraceError(FastServeError):
-    """A trace that is missing, empty or malformed; names the file and the line or record."""
+    """A trace is missing, empty or malformed; the message names the file and the line or record."""
 
 
 class OutputError(FastServeError):
-    """A result that could not be written."""
+    """A result could not be written."""
 
 
 class NothingFinishedError(FastServeError):
-    """A run of which not one request finished: `what` happened to the first, and `where` the rest is written."""
+    """No request of a run finished: `what` happened to the first, and `where` to read about the others."""
 
     def __init__(self, what: str, where: str) -> None:
         super().__init__(what, where)
@@ -45,7 +45,7 @@ class NothingFinishedError(FastServeError):
 
 
 class ServerError(FastServeError):
-    """A server to be measured that does not start, has ended, or does not answer as an OpenAI-compatible one does."""
+    """A measured server does not start, has ended, or does not answer as an OpenAI-compatible server does."""
 
 
 class WorkerError(FastServeError):
@@ -53,14 +53,14 @@ class WorkerError(FastServeError):
 
 
 class RankError(FastServeError):
-    """A rank of a distributed engine died, hangs or failed, and the engine has ended with it."""
+    """A rank of a distributed engine died, hangs or failed, which has ended the engine."""
 
     outputs: Sequence[Any] = ()
-    """Of the requests of the call it ended, where there was one: the finished ones, and the others as failed."""
+    """Outputs of the interrupted call, if there was one: finished requests, and the others as failed."""
 
 
 def failure_reason(error: BaseException) -> str:
-    """What an error says; for a bug, whose message alone may say nothing, its type as well: `KeyError: 'a'`."""
+    """The message of an error; for a bug also its type, since the message may say too little: `KeyError: 'a'`."""
     if isinstance(error, FastServeError):
         return str(error)
     name = type(error).__name__

@@ -1,7 +1,7 @@
-"""Writing files so that a reader sees the old one or the whole new one, never a part; and reading text.
+"""Write files so that a reader sees the old content or the whole new one, never a part.
 
-Only a regular file can be replaced. Of a symbolic link, the file it points to is; a device, a pipe or an open file
-(`/dev/null`, a fifo, `/dev/stdout`) is written to, when all is there. A folder is refused.
+A regular file is replaced; for a symbolic link, the file that it points to. A device, a pipe or an open file
+(`/dev/null`, a fifo, `/dev/stdout`) is written to, once the content is complete. A folder is an error.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from fastserve.core.errors import OutputError
 
 _OPEN_FILES = ("/dev/", "/proc/")
-"""Links below these stand for files that a process has open."""
+"""Symbolic links below these folders are open files of a process."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what is there at the end becomes the content of `path`, or goes if anything fails.
+    """Yield a path to write to. At the end its content becomes that of `path`; after an error it is deleted.
 
-    Raises OutputError where the file cannot be written.
+    Raises OutputError if the file cannot be written.
     """
     try:
         if _is_written_to(path):
@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(staging: Path, path: Path) -> None:
-    """Make the file `staging`, on the same file system, the content of `path`. Raises OSError."""
+    """Replace the content of `path` by the file `staging`, which is on the same file system. Raises OSError."""
     if not _is_written_to(path):
         os.replace(staging, os.path.realpath(path))
         return
@@ -55,7 +55,7 @@ def put_in_place(staging: Path, path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError if no file can be written to `path`, whose folder is made if missing: before long work, say."""
+    """Raise OutputError if `path` cannot be written; makes its folder if it is missing. Call it before long work."""
     try:
         if _is_written_to(path):
             if not os.access(path, os.W_OK):
@@ -70,7 +70,7 @@ def check_writable(path: Path) -> None:
 
 
 def _is_written_to(path: Path) -> bool:
-    """Whether it must not be replaced: it is no regular file, or an open one. Raises OSError for a folder."""
+    """Whether to write to the file instead of replacing it: it is not regular, or open. OSError for a folder."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

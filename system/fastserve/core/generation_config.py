@@ -1,4 +1,4 @@
-"""generation_config.json: how the makers of a model mean its output to be drawn and to end."""
+"""generation_config.json: a model's own sampling defaults and end-of-sequence tokens."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from fastserve.core.request import SamplingParams
 
 NAME = "generation_config.json"
 CHOICES = ("auto", "none")
-"""Read it from the model's directory, or ignore it."""
+"""Read the file in the model's directory, or ignore it."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What the file says, as far as it is used; of what it does not say nothing is here."""
+    """The fields of the file that are used; what the file leaves out is empty."""
 
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end an output."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of SamplingParams for requests that do not set them: temperature, top_p and the like."""
+    """Defaults of SamplingParams fields, such as temperature and top_p."""
     max_new_tokens: int | None = None
-    """Output tokens of a request that sets no limit, at the most."""
+    """Most output tokens of a request that sets no limit."""
 
 
 def load_generation_config(directory: Path | None, choice: str = "auto") -> GenerationConfig:
-    """What `generation_config.json` in `directory` says; nothing if there is none, or with the choice "none".
+    """Read `generation_config.json` in `directory`; empty if there is none, or if `choice` is "none".
 
-    Raises ConfigError for another choice, CheckpointError for a file that cannot be read or holds nonsense.
+    Raises ConfigError for an unknown choice, CheckpointError for a file that cannot be read or has a wrong value.
     """
     if choice not in CHOICES:
         raise ConfigError(f"generation_config must be {' or '.join(CHOICES)}, got {choice!r}")
@@ -50,7 +50,7 @@ def load_generation_config(directory: Path | None, choice: str = "auto") -> Gene
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """An `eos_token_id` of a configuration: one id, several, or null. ConfigError for anything else."""
+    """Parse `eos_token_id`: one id, a list of ids, or null. ConfigError for anything else."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for each in ids:
         require_int("eos_token_id", each, 0)

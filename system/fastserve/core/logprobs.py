@@ -1,4 +1,4 @@
-"""How likely tokens were: what a request that asks for `logprobs` or `prompt_logprobs` is told."""
+"""Log probabilities of tokens, for requests that ask for `logprobs` or `prompt_logprobs`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MOST_LOGPROBS = 20
-"""Alternatives a request may ask for at each place."""
+"""Most alternatives that a request may ask for at each token."""
 
 
 class TokenLogprobs(NamedTuple):
-    """A token under the model's own distribution: before temperature, penalties and whatever else changes the draw."""
+    """A token under the model's own distribution, before temperature, penalties and other changes of the logits."""
 
     token_id: int
     logprob: float
     """Natural logarithm of its probability."""
     rank: int
-    """1 for the likeliest."""
+    """1 for the most likely token."""
     top: list[tuple[int, float]]
-    """The likeliest tokens and their logarithms, likeliest first; as many as were asked for."""
+    """The most likely tokens with their log probabilities, the most likely first; as many as requested."""
 
 
 class Scores(NamedTuple):
-    """What one iteration says of one request."""
+    """Log probabilities of one request from one iteration."""
 
     prompt: list[TokenLogprobs]
-    """Of prompt tokens, in order, those that the iteration computed; the first token of a prompt has none."""
+    """Of the prompt tokens that the iteration computed, in order; the first token of a prompt has none."""
     token: TokenLogprobs | None
-    """Of the new token."""
+    """Of the new token; None if it is not requested or there is none."""
 
 
 @dataclass(slots=True)
 class RequestLogprobs:
-    """All that is known of one request until now."""
+    """Log probabilities of one request so far."""
 
     prompt: list[TokenLogprobs] = field(default_factory=list)
-    """From the prompt's second token on; empty unless asked for."""
+    """From the prompt's second token on; empty unless requested."""
     tokens: list[TokenLogprobs] = field(default_factory=list)
-    """Of each generated token; empty unless asked for."""
+    """Of each generated token; empty unless requested."""
 
     def add(self, scores: Scores) -> None:
-        """Take what an iteration says."""
+        """Append the results of an iteration."""
         self.prompt += scores.prompt
         if scores.token is not None:
             self.tokens.append(scores.token)

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends: by an error, by a signal, by SIGKILL too."""
+"""Child processes that end with their parent, even if that is killed by SIGKILL."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ for group in sys.stdin.read().split():  # When the other end is closed.
 
 @contextmanager
 def worker_pool(count: int, prepare: Callable[[], None] | None = None) -> Iterator[ProcessPoolExecutor]:
-    """`count` spawned worker processes, each of which first calls `prepare`, if given.
+    """Spawn `count` worker processes, each of which first calls `prepare`, if given.
 
-    They are killed, whatever they compute, when the context is left. Raises WorkerError if one of them ends by
-    itself, as when the system kills it for want of memory.
+    They are killed when the context is left, even if they still compute. Raises WorkerError if a worker ends by
+    itself, for example killed by the system for want of memory.
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
@@ -46,10 +46,10 @@ def worker_pool(count: int, prepare: Callable[[], None] | None = None) -> Iterat
 
 
 class Leash:
-    """Kills process groups, by SIGKILL, if this process ends without having closed the leash.
+    """Kills process groups by SIGKILL if this process ends before it has closed the leash.
 
-    A small process of its own waits for that, at the other end of a pipe. A process started with `start_new_session`
-    leads the group of its own pid, which its children belong to.
+    A small helper process waits for that at the other end of a pipe. A process started with `start_new_session` leads
+    a group with its pid, to which its children belong.
     """
 
     def __init__(self) -> None:
@@ -63,19 +63,19 @@ class Leash:
         self._close = weakref.finalize(self, _end_holder, self._holder)
 
     def hold(self, group: int) -> None:
-        """Kill this group when this process ends."""
+        """Kill this process group when this process ends."""
         assert self._holder.stdin is not None
-        with suppress(OSError):  # The holder was killed.
+        with suppress(OSError):  # The helper process was killed.
             self._holder.stdin.write(f"{group}\n".encode())
             self._holder.stdin.flush()
 
     def close(self) -> None:
-        """Leave the groups alone from now on: they have ended. A second call does nothing."""
+        """Stop guarding the groups, after they have ended. A second call does nothing."""
         self._close()
 
 
 def _begin(reader: Connection, prepare: Callable[[], None] | None) -> None:
-    """Initialize a worker: end it when the other end of the pipe is closed, and at Ctrl-C without a traceback."""
+    """Initialize a worker: let it end when the parent closes the pipe, and without a traceback at Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def wait() -> None:

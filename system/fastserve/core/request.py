@@ -1,4 +1,4 @@
-"""What a request is: to its user (SamplingParams), and to a scheduler (Request: prompt and progress, no future)."""
+"""A request: as its user sees it (SamplingParams), and as a scheduler sees it (Request)."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ SWAPPED_OUT: CacheState = 2
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands in its life."""
+    """State of a request's life."""
 
     ACTIVE = "active"
     FINISHED = "finished"
     ABORTED = "aborted"
     REJECTED = "rejected"
     FAILED = "failed"
-    """What served it failed."""
+    """The engine failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn, when a request ends, and what is told of its tokens. Names and meanings are vLLM's.
+    """How to draw tokens, when to end, and which log probabilities to report. Names and meanings are vLLM's.
 
-    Hidden from schedulers: in a replay, `max_tokens` is the future. A token depends on its request's own logits,
-    parameters, seed, position and tokens, never on the batch it ran in.
+    Schedulers do not see them: in a replay, `max_tokens` is the output length. A token depends on its request's own
+    logits, parameters, seed, position and tokens, never on the rest of the batch.
 
     Raises ConfigError, which names the field, for a value out of range.
     """
@@ -56,27 +56,27 @@ class SamplingParams:
     n: int = 1
     """Outputs for one prompt; output i draws with `seed + i`. A request is one output: `LLM` and the server make n."""
     min_p: float = 0.0
-    """Tokens less likely than this share of the likeliest one's probability are not drawn."""
+    """Do not draw tokens whose probability is below this share of the most likely token's."""
     min_tokens: int = 0
-    """So many tokens are generated before the end of sequence or a stop token can be drawn."""
+    """Generate this many tokens before the end of sequence or a stop token can be drawn."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """Only these can be drawn; None allows all."""
+    """Draw only from these tokens; None allows all."""
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    """Token ids and what is added to their logits, -100 to 100."""
+    """Added to the logits of these token ids, -100 to 100."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of every token generated already, -2 to 2."""
+    """Subtracted from the logit of every token that was generated before, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted for each time a token was generated, -2 to 2."""
+    """Subtracted from a token's logit for each time it was generated, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens in the prompt or the output and multiplies negative ones."""
+    """Divides positive logits of tokens in prompt or output, and multiplies negative logits."""
     logprobs: int | None = None
-    """Tell the log probability of each new token and of so many of the likeliest, up to 20; None: do not."""
+    """Report log probabilities: of each new token and of this many most likely tokens, up to 20. None: do not."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens."""
+    """The same for the tokens of the prompt."""
     include_stop_str_in_output: bool = False
-    """Whether the text has what ended it: a stop text, or a stop token's."""
+    """Whether the text includes the stop text or the stop token's text that ended it."""
     truncate_prompt_tokens: int | None = None
-    """Only so many tokens at the prompt's end are used; -1: as many as fit. `LLM` and the server cut the prompt."""
+    """Use only this many tokens at the prompt's end; -1: as many as fit. `LLM` and the server cut the prompt."""
 
     def __post_init__(self) -> None:
         require_int("max_tokens", self.max_tokens, 1)
@@ -116,13 +116,13 @@ class SamplingParams:
 
     @property
     def asks_logprobs(self) -> bool:
-        """Whether any log probability is to be told."""
+        """Whether to report any log probability."""
         return self.logprobs is not None or self.prompt_logprobs is not None
 
     def conflict(self, vocab_size: int | None, eos_token_ids: Sequence[int] = ()) -> tuple[str, str] | None:
-        """A field that no model of that vocabulary can satisfy, and why; None if there is none.
+        """A field that no model with that vocabulary can satisfy, and why; None if there is none.
 
-        `vocab_size` None: unknown, as in a simulation, where tokens are not drawn.
+        `vocab_size` is None if it is unknown, as in a simulation, which draws no tokens.
         """
         if vocab_size is None:
             return None
@@ -144,9 +144,9 @@ class SamplingParams:
 class Request:
     """One generation job as a scheduler sees it.
 
-    `num_tokens` counts the prompt and what has been generated; `num_computed_tokens` counts those whose keys and
-    values are in the cache. Whatever is between them is what the next iterations must compute: a fresh prompt, the
-    rest of a chunked one, a recomputation after a dropped cache, or the single token sampled last. There are no phases.
+    `num_tokens` counts prompt and generated tokens; `num_computed_tokens` counts those with keys and values in the
+    cache. The next iterations must compute the difference: a new prompt, the rest of a chunked prompt, a dropped cache
+    again, or just the last sampled token. There are no separate phases.
     """
 
     request_id: str
@@ -155,12 +155,12 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     """Prompt, then generated tokens; empty in a simulation."""
     max_output_tokens: int = 0
-    """The bound a user declared or the model sets, for policies that reserve memory for it; not the real length."""
+    """The user's or the model's bound, for policies that reserve memory for it; not the real length."""
     num_tokens: int = field(init=False)
     num_computed_tokens: int = field(init=False, default=0)
     status: RequestStatus = field(init=False, default=RequestStatus.ACTIVE)
     in_flight: bool = field(init=False, default=False)
-    """Part of an iteration that was submitted and not yet collected."""
+    """Whether it is part of an iteration that was submitted and not yet collected."""
     level: int = field(init=False, default=0)
     """Queue it stands in, smaller is more urgent; stays 0 in policies with one queue."""
     position: int = field(init=False, default=0)
@@ -184,10 +184,10 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether all but the newest token is in the cache, so that one token is all there is to compute."""
+        """Whether all tokens but the newest are in the cache, so that one token remains to be computed."""
         return self.num_tokens - self.num_computed_tokens == 1 and self.num_computed_tokens > 0
 
     @classmethod
     def from_tokens(cls, request_id: str, arrival_s: float, token_ids: Sequence[int]) -> Request:
-        """A request for a real executor, which needs the prompt itself."""
+        """A request with the prompt itself, which real executors need."""
         return cls(request_id, arrival_s, len(token_ids), list(token_ids))

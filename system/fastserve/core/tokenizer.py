@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face format, from a directory; nothing is ever fetched."""
+"""Load tokenizers in Hugging Face format from a directory; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from fastserve.core.errors import ConfigError
 BUILTIN = Path(__file__).parent / "builtin_tokenizer"
 """The directory of the built-in tokenizer, which `tools/make_tokenizer.py` writes."""
 BUILTIN_NAME, NO_TOKENIZER = "builtin", "none"
-"""What `--tokenizer` takes beside directories."""
+"""Values of `--tokenizer` that are not directories."""
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def has_tokenizer(directory: str | Path) -> bool:
-    """Whether there is one in the directory."""
+    """Whether the directory holds a tokenizer."""
     return any((Path(directory) / name).is_file() for name in _FILES)
 
 
 def tokenizer_directory(model: str | Path | None, tokenizer: str | Path | None) -> Path | None:
-    """Where the tokenizer is, or None for none.
+    """The directory of the tokenizer to use; None for no tokenizer.
 
-    `tokenizer` is a directory, "builtin" or "none". With None it is the one in the directory `model`, if there is one
-    there; a preset, or no model at all, has the built-in one. ConfigError if `tokenizer` is none of these.
+    Args:
+        model: a model directory, which may hold the tokenizer; a preset or None: use the built-in tokenizer.
+        tokenizer: a directory, "builtin" or "none", which comes before `model`; None: decide by `model`.
+
+    Raises:
+        ConfigError: `tokenizer` is none of these.
     """
     if tokenizer is None:
         if model is None or not Path(model).is_dir():
@@ -45,7 +49,7 @@ def tokenizer_directory(model: str | Path | None, tokenizer: str | Path | None) 
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer in `directory`, of transformers, or the built-in one. ConfigError if there is none that loads."""
+    """The tokenizer in `directory`, by transformers, or the built-in one; ConfigError if it cannot be loaded."""
     found = tokenizer_directory(None, directory)
     if found is None:
         raise ConfigError(f"tokenizer {str(directory)!r}: text needs one; give a directory or {BUILTIN_NAME}")
@@ -66,9 +70,9 @@ class Encoded(NamedTuple):
 
 
 class BuiltinTokenizer:
-    """The built-in tokenizer, with as much of transformers' interface as is used here.
+    """The built-in tokenizer, with the part of transformers' interface that is used here.
 
-    Loading it takes milliseconds, and imports neither transformers nor torch: simulations have it by default.
+    It loads in milliseconds and imports neither transformers nor torch, so simulations use it by default.
     """
 
     def __init__(self) -> None:
@@ -95,12 +99,12 @@ class BuiltinTokenizer:
         return Encoded([each.ids for each in self.backend_tokenizer.encode_batch(list(texts))])
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. None are added, whatever `add_special_tokens`."""
+        """Token ids of a text. There are no special tokens to add."""
         ids: list[int] = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids; ids beyond the vocabulary have none."""
+        """The text of token ids; ids beyond the vocabulary have no text."""
         text: str = self.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 

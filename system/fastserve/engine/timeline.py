@@ -1,4 +1,4 @@
-"""Timeline: what every request, the engine and the host link did during a run, as a trace that Perfetto draws."""
+"""Timeline: record what requests, engine and host link do during a run, as a trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Event = dict[str, Any]
 
 _ENGINE, _HOST_LINK, _REQUESTS = 1, 2, 3
 _FIRST_THREAD = 10
-"""Viewers take a thread numbered as its process for the main one, and put it first."""
+"""Thread numbers start above the process numbers: viewers put a thread with its process's number first."""
 _WAITING = "waiting for swap"
 _TOUCH_S = 1e-9
-"""Times closer than this differ by rounding only."""
+"""Times that differ by less are equal but for rounding."""
 
 
 @dataclass(slots=True)
 class _Span:
-    """Something that lasted from `start_s` to `end_s`."""
+    """A named interval of time."""
 
     name: str
     start_s: float
@@ -40,24 +40,24 @@ class _Span:
 
 @dataclass(slots=True)
 class _Life:
-    """A request since its arrival: where it ran or waited for a transfer, in order. All time between is queueing."""
+    """A request since its arrival: when it ran or waited for a transfer, in order. The time between is queueing."""
 
     job: Job
     spans: list[_Span] = field(default_factory=list)
 
     def ran(self, name: str, num_tokens: int, start_s: float, end_s: float) -> None:
-        """It was part of an iteration."""
+        """Add an iteration that the request was part of."""
         args = self._lengthen(name, start_s, end_s).args
         args["iterations"] = args.get("iterations", 0) + 1
         args["tokens"] = args.get("tokens", 0) + num_tokens
 
     def waited(self, start_s: float, end_s: float) -> None:
-        """It was due and waited for a transfer."""
+        """Add time in which the request was due and waited for a transfer."""
         if end_s > self._since(start_s):
             self._lengthen(_WAITING, start_s, end_s)
 
     def tiles(self, end_s: float) -> Iterator[_Span]:
-        """Its whole life up to `end_s`, without gap or overlap."""
+        """Spans that cover the time from arrival to `end_s` without gap or overlap."""
         now = self.job.request.arrival_s
         for span in (*self.spans, _Span("", end_s, end_s)):
             start, end = min(span.start_s, end_s), min(span.end_s, end_s)
@@ -68,7 +68,7 @@ class _Life:
             now = end
 
     def _lengthen(self, name: str, start_s: float, end_s: float) -> _Span:
-        """The last span if it is of that name and ends at `start_s`, made longer; a new one otherwise."""
+        """Extend the last span to `end_s` if it has that name and ends at `start_s`; otherwise add a span."""
         start_s = self._since(start_s)
         if not self.spans or self.spans[-1].name != name or start_s - self.spans[-1].end_s > _TOUCH_S:
             self.spans.append(_Span(name, start_s, end_s))
@@ -76,31 +76,32 @@ class _Life:
         return self.spans[-1]
 
     def _since(self, start_s: float) -> float:
-        """`start_s`, but not before the end of what is known."""
+        """`start_s`, or the end of the last span if that is later."""
         return max(start_s, self.spans[-1].end_s if self.spans else self.job.request.arrival_s)
 
 
 class Timeline(Observer):
     """Observes an engine (`engine.observer = Timeline()`) and writes the run as a Chrome trace.
 
-    Three processes: the engine, whose iterations and waits fill one thread; the host link, with a thread a direction;
-    the requests, each a thread that its queueing, waiting and running tile from arrival to end.
+    The trace has three processes. The engine has a thread of iterations and waits. The host link has a thread for each
+    direction. Every request is a thread, from its arrival to its end: queueing, waiting for transfers, running.
     """
 
     def __init__(self) -> None:
         self._lives: dict[str, _Life] = {}
-        """Of the requests in the system, by id."""
+        """Requests in the system, by id."""
         self._left: list[_Life] = []
+        """Requests that have left."""
         self._iterations: list[_Span] = []
         self._transfers: dict[Direction, list[_Span]] = {direction: [] for direction in Direction}
         self._counters: list[Event] = []
         self._counted: dict[str, dict[str, int]] = {}
-        """Each counter's last values."""
+        """Last values of each counter."""
         self._engine: EngineView | None = None
         self._end_s = 0.0
-        """The latest time heard of."""
+        """The latest time recorded."""
 
-    # -- what the engine says ------------------------------------------------------------------------------------
+    # -- events of the engine ------------------------------------------------------------------------------------
 
     def on_arrival(self, job: Job) -> None:
         """A request has entered the system."""
@@ -108,7 +109,7 @@ class Timeline(Observer):
         self._end_s = max(self._end_s, job.request.arrival_s)
 
     def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
-        """An iteration has ended and its requests have not advanced yet."""
+        """An iteration has ended; its requests have not advanced yet."""
         num_prompt_tokens = num_tokens = num_rows = 0
         for request, num_scheduled in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
             if not num_scheduled:  # Padding.
@@ -117,7 +118,7 @@ class Timeline(Observer):
             num_tokens += num_scheduled
             if not request.is_decoding:
                 num_prompt_tokens += num_scheduled
-            if life := self._lives.get(request.request_id):  # Gone if aborted meanwhile.
+            if life := self._lives.get(request.request_id):  # None if aborted in flight.
                 name = f"decode Q{request.level}" if request.is_decoding else "prefill"
                 life.ran(name, num_scheduled, start_s, end_s)
         kind = "decode" if not num_prompt_tokens else "prefill" if num_prompt_tokens == num_tokens else "mixed"
@@ -127,7 +128,7 @@ class Timeline(Observer):
         self._count(engine, start_s)
 
     def on_stall(self, engine: EngineView, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
-        """The engine computed nothing."""
+        """No iteration was started."""
         if end_s > start_s:
             name = "waiting for transfers" if stalled else "nothing due"
             self._iterations.append(_Span(name, start_s, end_s, {"requests": len(stalled)}))
@@ -135,13 +136,13 @@ class Timeline(Observer):
             self._count(engine, start_s)
 
     def on_swap_wait(self, stalled: tuple[Request, ...], start_s: float, end_s: float) -> None:
-        """These were due and waited for a transfer."""
+        """These requests were due and waited for a transfer."""
         for request in stalled:
             if life := self._lives.get(request.request_id):
                 life.waited(start_s, end_s)
 
     def on_transfer(self, finished: FinishedTransfer) -> None:
-        """A request's cache has crossed the host link."""
+        """A transfer has ended."""
         transfer, start_s, end_s = finished
         request_id, num_bytes = transfer.request.request_id, transfer.num_bytes
         args: dict[str, Any] = {"request": request_id, "bytes": num_bytes}
@@ -155,12 +156,12 @@ class Timeline(Observer):
         if life := self._lives.pop(job.request.request_id, None):
             self._left.append(life)
             if self._engine and not self._lives and job.finished_s is not None:
-                self._count(self._engine, job.finished_s)  # Nothing will run, and so nothing be counted, for a while.
+                self._count(self._engine, job.finished_s)  # The system is empty: count it, since no iteration will.
 
     # -- the trace -----------------------------------------------------------------------------------------------
 
     def write(self, path: Path) -> None:
-        """Write the trace, an event a line; OutputError if it cannot be written."""
+        """Write the trace, one event a line; OutputError if the file cannot be written."""
         with atomic_write(path) as staging, staging.open("w", encoding="utf-8") as file:
             file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
             for i, event in enumerate(self.events()):
@@ -168,7 +169,7 @@ class Timeline(Observer):
             file.write("\n]}\n")
 
     def events(self) -> Iterator[Event]:
-        """Every event of the trace. A request still in the system ends at the last time heard of."""
+        """Every event of the trace. A request still in the system ends at the latest time recorded."""
         for pid, process in ((_ENGINE, "engine"), (_HOST_LINK, "host link"), (_REQUESTS, "requests")):
             yield _metadata("process", pid, 0, name=process)
             yield _metadata("process", pid, 0, sort_index=pid)
@@ -197,7 +198,7 @@ class Timeline(Observer):
         ):
             self._counter(name, now, {"used": total - free, "free": free})
         levels = Counter(job.request.level for job in engine.jobs.values())
-        # A level that has emptied is zero, not absent: viewers keep drawing the last value of what is absent.
+        # Report emptied levels as zero: viewers keep drawing the last value of an absent one.
         known = {int(level[1:]) for level in self._counted.get("requests by level", ())}
         self._counter("requests by level", now, {f"Q{level}": levels[level] for level in sorted(known | levels.keys())})
 
@@ -210,7 +211,7 @@ class Timeline(Observer):
 
 
 def _lanes(thread: str, spans: Iterable[_Span]) -> list[tuple[str, list[_Span]]]:
-    """The spans on as few threads as keep them from overlapping: one, unless a pipeline works on several at a time."""
+    """Distribute spans over as few threads as possible without overlap: one, unless a pipeline overlaps them."""
     lanes: list[list[_Span]] = []
     for span in sorted(spans, key=lambda span: span.start_s):
         for lane in lanes:
@@ -223,7 +224,7 @@ def _lanes(thread: str, spans: Iterable[_Span]) -> list[tuple[str, list[_Span]]]
 
 
 def _thread(pid: int, tid: int, name: str, spans: Iterable[_Span]) -> Iterator[Event]:
-    """Its name, its place among the threads and its spans."""
+    """Events of one thread: its name, its sort index and its spans."""
     yield _metadata("thread", pid, tid, name=name)
     yield _metadata("thread", pid, tid, sort_index=tid)
     for span in spans:
@@ -237,8 +238,8 @@ def _metadata(what: str, pid: int, tid: int, **value: str | int) -> Event:
 
 
 def _microseconds(time_s: float) -> float:
-    """Microseconds, to the 64th: floats and decimals hold these exactly, and so does their sum.
+    """Microseconds, rounded to a 64th, so that floats, decimals and their sums are exact.
 
-    Viewers compute the end of a span and drop the next one if that starts a nanosecond earlier.
+    Viewers compute the end of a span, and drop the next span if it starts a nanosecond before that.
     """
     return round(time_s * 64e6) / 64

@@ -1,4 +1,4 @@
-"""A simulated engine: the real scheduler and cache manager on a simulated executor. Imports no torch."""
+"""Build a simulated engine: the real scheduler and cache manager on a simulated executor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastserve.policies.discovery import make_scheduler
 from fastserve.simulation.executor import SimulatedExecutor
 
 HOST_SWAP_BYTES = 56_000_000_000
-"""Host memory for swapped caches where `num_host_blocks` is not set: the artifact's 56 GB."""
+"""Host memory for swapped caches if `num_host_blocks` is not set: 56 GB, as in the artifact."""
 
 
 def simulated_engine(
@@ -26,12 +26,20 @@ def simulated_engine(
     clock: Clock | None = None,
     token_ids: Sequence[int] = (),
 ) -> Engine:
-    """An engine that takes the time `profile` says, with the cache that fits the profile's hardware.
+    """An engine whose iterations take the time that `profile` says, with the cache of the profile's hardware.
 
-    In virtual time, or with a WallClock in real time, for a server: its tokens are then numbered, or with `token_ids`
-    these in turn, over and over.
-    Raises ConfigError for an unknown policy or option. Bounded by the cache, not by the model's context: lengths are
-    the workload's, and a simulation has no position embeddings to run out of; set `max_model_len` to bound it.
+    Requests are bounded by the cache, not by the model's context; set `options.max_model_len` to bound them further.
+
+    Args:
+        profile: iteration times, host link and cache of a model on some hardware.
+        policy: name of the scheduling policy.
+        policy_options: of the policy; None: its defaults.
+        options: of the engine; None: the defaults.
+        clock: a WallClock for real time, behind a server; None: virtual time.
+        token_ids: in real time, the tokens that every output cycles through; empty: tokens are numbered.
+
+    Raises:
+        ConfigError: an unknown policy or option.
     """
     options = options or EngineOptions()
     block_bytes = options.block_size * profile.kv_bytes_per_token
@@ -58,7 +66,7 @@ def simulated_engine(
         token_ids=token_ids,
     )
     engine = Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
-    engine.jumps = not real_time  # The tokens of iterations computed ahead could not be told one by one.
+    engine.jumps = not real_time  # A jump would report many tokens at once.
     return engine
 
 

@@ -1,4 +1,4 @@
-"""SimulatedExecutor: iterations and transfers take the time a model says, under a virtual clock."""
+"""SimulatedExecutor: iterations and transfers take the time that a latency model says; nothing is computed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from fastserve.scheduler.iteration import Iteration, IterationResult
 
 
 class SimulatedExecutor(Executor):
-    """The stages of the pipeline, the links between them and the two directions of the host link work side by side.
+    """Simulates the stages of the pipeline, the links between them and both directions of the host link in parallel.
 
-    Each of them does one thing at a time, in the order submitted: a stage an iteration, for the time `stage` says; a
-    stage link the activations of one iteration; a direction of the host link one transfer, at its bandwidth after its
-    latency. The first stage is free for the next iteration when it has ended its own part: nobody waits for a send but
-    who receives it. Every GPU has a host link of its own for its part of a cache, and all parts of one move alike, so
-    they are priced as one transfer over `host_link`, which is the sum of those links.
+    Each of these does one thing at a time, in the order submitted:
+
+    - A stage computes an iteration, in the time that its latency model says.
+    - A stage link sends the activations of an iteration. Only the receiving stage waits for it.
+    - A direction of the host link carries a transfer, at the link's bandwidth after its latency.
+
+    Every GPU has its own host link, for its part of a cache, and all parts move alike. So a transfer is priced once,
+    over `host_link`, the sum of those links.
     """
 
     has_logits = False
@@ -37,15 +40,20 @@ class SimulatedExecutor(Executor):
         number_tokens: bool = False,
         token_ids: Sequence[int] = (),
     ) -> None:
-        """`stages` from the first to the last, each as long as its own part of an iteration takes; `stage_link` between
-        two of them, None for sends that take no time. `clock` is a virtual one, or a real one that is slept on.
+        """Simulate on the given clock.
 
-        A token is 0, or with `number_tokens` its place in the output, so that a client of a simulated server sees if
-        one is lost or comes twice. With `token_ids`, it is the one at that place among these, over and over.
+        Args:
+            stages: times of each stage, from the first to the last.
+            host_link: between GPU and host memory.
+            clock: a VirtualClock, or a WallClock that is slept on.
+            stage_link: between consecutive stages; None: sends take no time.
+            number_tokens: make each token its index in the output, so that a client notices a lost or repeated one.
+                Otherwise every token is 0.
+            token_ids: with `number_tokens`, use that index to pick a token from these, cyclically.
         """
         self.max_in_flight = len(stages)
         self._kinds = tuple(dict.fromkeys(stages))
-        """Stages that are equal take the same time, which is computed once."""
+        """Distinct stages: the time of equal stages is computed once."""
         self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
         self._host_link = host_link
         self._stage_link = stage_link
@@ -54,7 +62,7 @@ class SimulatedExecutor(Executor):
         self._token_ids = token_ids
         self._stages_free_at = [0.0] * len(stages)
         self._links_free_at = [0.0] * len(stages)
-        """Of the link into each stage; the first has none."""
+        """Of the link into each stage; the first entry is unused."""
         self._computing: deque[IterationResult] = deque()
         self._transfers: list[tuple[float, int, FinishedTransfer]] = []
         self._num_transfers = 0
@@ -67,11 +75,11 @@ class SimulatedExecutor(Executor):
 
     @property
     def can_collect(self) -> bool:
-        """Whether the end of the oldest iteration lies in the past."""
+        """Whether the oldest iteration has ended."""
         return bool(self._computing) and self._computing[0].end_s <= self._clock.now()
 
     def submit(self, iteration: Iteration) -> None:
-        """Price the iteration and its transfers."""
+        """Compute when the iteration and its transfers end."""
         now = self._clock.now()
         for transfer in (*iteration.swap_out, *iteration.swap_in):
             start = max(now, self._direction_free_at[transfer.direction])
@@ -90,11 +98,11 @@ class SimulatedExecutor(Executor):
                 tokens = tuple(self._token(request.num_output_tokens) for request in iteration.requests)
             self._computing.append(IterationResult(tokens, now, end))
 
-    def _token(self, place: int) -> int:
-        return self._token_ids[place % len(self._token_ids)] if self._token_ids else place
+    def _token(self, index: int) -> int:
+        return self._token_ids[index % len(self._token_ids)] if self._token_ids else index
 
     def _through_later_stages(self, end: float, seconds: Sequence[float], num_tokens: int) -> float:
-        """When the last stage ends an iteration that the first ends at `end`; `seconds` by kind of stage."""
+        """When the last stage ends an iteration that the first stage ends at `end`; `seconds` are by kind of stage."""
         stage_link, stages_free_at, links_free_at = self._stage_link, self._stages_free_at, self._links_free_at
         sending = stage_link.transfer_time(num_tokens) if stage_link else 0.0
         rendezvous = stage_link is not None and stage_link.rendezvous
@@ -107,7 +115,7 @@ class SimulatedExecutor(Executor):
         return end
 
     def predict_ends(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
-        """One after the other without a gap, as `submit` would price them."""
+        """Ends of iterations without gaps between them, as `submit` would compute them."""
         if self._computing or iteration.padded or self.max_in_flight > 1:
             return None
         durations = decode_times(self._kinds[0], [request.num_tokens for request in iteration.requests], count)
@@ -118,13 +126,13 @@ class SimulatedExecutor(Executor):
         return ends[1 : 1 + int(np.searchsorted(ends[:-1], until, side="left"))]
 
     def collect(self) -> IterationResult:
-        """Jump to the end of the oldest iteration."""
+        """Move the clock to the end of the oldest iteration."""
         result = self._computing.popleft()
         self._clock.sleep_until(result.end_s)
         return result
 
     def wait(self, until: float) -> None:
-        """Jump to whatever is next."""
+        """Move the clock to the next end of anything, at most to `until`."""
         if self._transfers:
             until = min(until, self._transfers[0][0])
         if self._computing:
@@ -134,7 +142,7 @@ class SimulatedExecutor(Executor):
         self._clock.sleep_until(until)
 
     def finished_transfers(self) -> list[FinishedTransfer]:
-        """Transfers whose end lies in the past, in the order they ended."""
+        """Transfers that have ended, in the order of their ends."""
         finished = []
         now = self._clock.now()
         while self._transfers and self._transfers[0][0] <= now:
@@ -143,12 +151,12 @@ class SimulatedExecutor(Executor):
 
     @property
     def num_transfers_in_flight(self) -> int:
-        """Transfers that have not been reported as finished."""
+        """Transfers not yet returned by `finished_transfers`."""
         return len(self._transfers)
 
 
 def _shape(iteration: Iteration) -> tuple[list[int], list[int], list[int]]:
-    """Prompt tokens, decode contexts and, if some prompts are chunks, the tokens before each; with the padding."""
+    """Prompt tokens, decode contexts and, if a prompt is chunked, the tokens before each chunk; padding included."""
     if sum(iteration.num_scheduled_tokens) == len(iteration.requests) and not iteration.padded:
         context_lens = [request.num_computed_tokens + 1 for request in iteration.requests]
         if min(context_lens) > 1:  # All decode.

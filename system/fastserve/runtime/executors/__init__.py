@@ -1,1 +1,1 @@
-"""Who carries out an iteration: a simulation, or workers that compute. Torch is imported only by those that need it."""
+"""Executors that compute: by one worker in this process, or by a group of ranks."""

@@ -1,4 +1,4 @@
-"""DistributedExecutor: a group of ranks computes and copies, each its part."""
+"""DistributedExecutor: a group of ranks computes and copies, each rank its part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastserve.scheduler.iteration import Iteration, IterationResult
 
 @dataclass(slots=True)
 class _Copying:
-    """A transfer of which some ranks have not ended their part."""
+    """A transfer that some ranks have not ended."""
 
     transfer: Transfer
     num_left: int
@@ -29,11 +29,11 @@ class _Copying:
 
 
 class DistributedExecutor(Executor):
-    """Every rank is told of every iteration and transfer when they are submitted, and does its part in that order.
+    """Sends every iteration and transfer to all ranks at submission; each rank does its part, in that order.
 
-    A transfer is decided once, and has ended when all parts have. So a request is not scheduled before all stages have
-    its cache, and blocks are not given away before all stages are done with them: later stages copy beside whatever
-    they compute, and no stage has anything to wait for. Times are of this process: a message's, when it is read.
+    A transfer is decided once, and ends when all ranks have ended their part. So a request is not scheduled before all
+    stages have its cache, and no block is reused before all stages are done with it. Later stages copy while they
+    compute, and no stage waits for a copy. Times are read in this process, when a message arrives.
     """
 
     def __init__(self, ranks: RankGroup, kv: KVCacheManager, clock: Clock) -> None:
@@ -42,36 +42,36 @@ class DistributedExecutor(Executor):
         self._clock = clock
         self._inputs = Inputs(kv)
         self._running: deque[tuple[Iteration, float]] = deque()
-        """Iterations not collected, and when they were submitted."""
+        """Iterations not yet collected, and when they were submitted (seconds)."""
         self._results: deque[tuple[Computed, float]] = deque()
-        """What came of the oldest of those, and when."""
+        """Results of the oldest of these, and when they arrived (seconds)."""
         self._in_first_stage: int | None = None
-        """The iteration that the first stage has not ended."""
+        """Number of the iteration in the first stage; None if that is free."""
         self._num_transfers = 0
         self._copying: dict[int, _Copying] = {}
         self._copied: list[FinishedTransfer] = []
 
     def add_request(self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int] = ()) -> None:
-        """Remember how to sample."""
+        """Keep the request's sampling parameters."""
         self._inputs.add(request, params, eos_token_ids)
 
     def remove_request(self, request: Request) -> None:
-        """Forget how to sample."""
+        """Forget the request's sampling parameters."""
         self._inputs.remove(request)
 
     @property
     def can_submit(self) -> bool:
-        """Whether the first stage has ended all it was given."""
+        """Whether the first stage has ended its last iteration."""
         return self._in_first_stage is None
 
     @property
     def can_collect(self) -> bool:
-        """Whether the tokens of the oldest iteration are there."""
+        """Whether the tokens of the oldest iteration have arrived."""
         self._poll(0.0)
         return bool(self._results)
 
     def submit(self, iteration: Iteration) -> None:
-        """Tell the ranks."""
+        """Send the iteration and its transfers to the ranks."""
         if iteration.requests:
             start = self._clock.now()
             inputs = self._inputs
@@ -96,36 +96,36 @@ class DistributedExecutor(Executor):
         return IterationResult(tokens, start, end, scores)
 
     def wait(self, until: float) -> None:
-        """Wait for a message about work."""
+        """Wait for a message from a rank."""
         if self._results or self._copied:
             return
         while (left := until - self._clock.now()) > 0 and not self._poll(left):
             pass
 
     def finished_transfers(self) -> list[FinishedTransfer]:
-        """Transfers of which every rank has ended its part."""
+        """Transfers that every rank has ended."""
         self._poll(0.0)
         copied, self._copied = self._copied, []
         return copied
 
     @property
     def num_transfers_in_flight(self) -> int:
-        """Transfers not yet reported as finished."""
+        """Transfers not yet returned by `finished_transfers`."""
         return len(self._copying) + len(self._copied)
 
     def close(self) -> None:
-        """Wait until the ranks have done what they were told. They stay."""
+        """Wait until the ranks have done their work. The ranks keep running."""
         try:
             while self._running or self._copying:
                 self._poll(math.inf)
                 while self._results:
                     self._results.popleft()
                     self._running.popleft()
-        except RankError:  # Raised before, or else nobody has waited for what they were to do.
+        except RankError:  # Reported by an earlier call, or no caller waits for the work.
             pass
 
     def _poll(self, timeout_s: float) -> bool:
-        """Take in what has happened, after waiting at most so long for something; whether anything has."""
+        """Process messages, after waiting for up to `timeout_s` seconds for the first; whether there were any."""
         messages = self._ranks.poll(timeout_s)
         if not messages:
             return False
@@ -136,7 +136,7 @@ class DistributedExecutor(Executor):
                 self._results.append((parse_tokens(message), now))
             elif message.kind == "copied":
                 self._part_copied(numbers[0], now - numbers[1] * 1e-9, now)
-            # By number: of what a probe ran before, the first stage may be heard of after the last.
+            # By number: a "free" of an earlier probe may arrive after its "tokens".
             if message.kind in ("free", "tokens") and numbers[0] == self._in_first_stage:
                 self._in_first_stage = None
         if len(self._results) == len(self._running) and not self._copying:

@@ -1,4 +1,4 @@
-"""What a real executor's workers are given for an iteration, and how what they return becomes a result."""
+"""Turn an iteration into the inputs of a worker, and the worker's output into a result."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Inputs:
     def __init__(self, kv: KVCacheManager) -> None:
         self._kv = kv
         self._params: dict[str, SamplingParams] = {}
-        """Of the requests in the system."""
-        self._asked: dict[str, _Asked] = {}
-        """Of those that ask for more than a draw."""
+        """Parameters of the requests in the system."""
+        self._extras: dict[str, _RequestExtras] = {}
+        """Requests that need more than a sampled token."""
 
     def add(self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
-        """A request enters the system."""
+        """Take a request that enters the system."""
         self._params[request.request_id] = params
-        asked = _Asked(params, eos_token_ids)
-        if asked.anything:
-            self._asked[request.request_id] = asked
+        extras = _RequestExtras(params, eos_token_ids)
+        if extras.needed:
+            self._extras[request.request_id] = extras
 
     def remove(self, request: Request) -> None:
-        """It has left."""
+        """Forget a request that has left."""
         del self._params[request.request_id]
-        self._asked.pop(request.request_id, None)
+        self._extras.pop(request.request_id, None)
 
     def sequences(self, iteration: Iteration) -> list[SequenceInput]:
-        """What is to be computed, in the iteration's order."""
+        """The tokens to compute, in the iteration's order; without rows of padding."""
         sequences = []
         for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
-            if count:  # Padding takes time and computes nothing; here it does not take time either.
+            if count:  # Padding computes nothing, and takes no time here.
                 first = request.num_computed_tokens
                 tokens = request.token_ids[first : first + count]
                 sequences.append(SequenceInput(tokens, first, self._kv.block_table(request)))
@@ -54,22 +54,22 @@ class Inputs:
         ]
 
     def extras(self, iteration: Iteration) -> Extras | None:
-        """What some sequences ask for beyond that, by place; None: nothing. To be asked once an iteration."""
-        if not self._asked:
+        """What sequences need beyond a sampled token, by index; None: nothing. Call it once an iteration."""
+        if not self._extras:
             return None
         extras: dict[int, RowExtras] = {}
-        place = 0
+        index = 0
         for request, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True):
             if count:
-                asked = self._asked.get(request.request_id)
-                if asked is not None and (row := asked.row(request, count)) is not None:
-                    extras[place] = row
-                place += 1
+                needed = self._extras.get(request.request_id)
+                if needed is not None and (row := needed.row(request, count)) is not None:
+                    extras[index] = row
+                index += 1
         return extras or None
 
 
-class _Asked:
-    """What one request asks for, and what of it there is already."""
+class _RequestExtras:
+    """What one request needs beyond sampled tokens, and how far that is done."""
 
     def __init__(self, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
         self._params = params
@@ -79,22 +79,22 @@ class _Asked:
         self._penalizes = self._penalizes_output or params.repetition_penalty != 1
         self._counts: dict[int, int] = {}
         self._num_counted = 0
-        """Tokens of the request that `_counts` knows."""
+        """Tokens of the request that `_counts` includes."""
         self._num_scored = 1
-        """Prompt tokens that were scored or are being: a cache that was dropped is computed again, and they are not."""
+        """Prompt tokens scored so far: recomputing a dropped cache does not score them again."""
 
     @property
-    def anything(self) -> bool:
-        """Whether there is anything."""
+    def needed(self) -> bool:
+        """Whether the request needs anything beyond sampled tokens."""
         params = self._params
         changes = params.min_tokens or params.allowed_token_ids is not None or self._bias or self._penalizes
         return bool(changes) or params.asks_logprobs
 
     def row(self, request: Request, count: int) -> RowExtras | None:
-        """For an iteration that computes `count` more of its tokens."""
+        """The extras for an iteration that computes `count` more tokens; None: none."""
         end = request.num_computed_tokens + count
         changes = logprobs = None
-        if end == request.num_tokens:  # There will be a new token.
+        if end == request.num_tokens:  # It generates a token.
             changes, logprobs = self._changes(request), self._params.logprobs
         prompt = self._targets(request, end)
         if changes is None and logprobs is None and prompt is None:
@@ -119,7 +119,7 @@ class _Asked:
         )
 
     def _count(self, request: Request) -> None:
-        """Take in the tokens that have come since the last time."""
+        """Count the tokens since the last call."""
         counts = self._counts
         if not self._num_counted:
             self._num_counted = request.num_prompt_tokens
@@ -130,12 +130,12 @@ class _Asked:
         self._num_counted = len(request.token_ids)
 
     def _targets(self, request: Request, end: int) -> PromptTargets | None:
-        """The prompt tokens that come to be scored when all before `end` are computed."""
+        """The prompt tokens to score in an iteration that computes all tokens before `end`; None: none."""
         first, beyond = self._num_scored, min(end + 1, request.num_prompt_tokens)
         if self._params.prompt_logprobs is None or first >= beyond:
             return None
         self._num_scored = beyond
-        # A token is scored by the one before it.
+        # The logits of the token before score a token.
         before = first - 1 - request.num_computed_tokens
         return PromptTargets(before, request.token_ids[first:beyond], self._params.prompt_logprobs)
 
@@ -143,13 +143,12 @@ class _Asked:
 def by_request(
     computed: Computed, num_scheduled_tokens: Sequence[int]
 ) -> tuple[Sequence[int], Mapping[int, Scores] | None]:
-    """A token for every request of an iteration, of those of its sequences, 0 where nothing was computed; and scores by
-    the request's place."""
+    """Map a worker's output, by sequence, to the requests of the iteration: tokens (0 for padding), and scores."""
     if len(computed.tokens) == len(num_scheduled_tokens):
         return computed.tokens, computed.scores
     tokens = iter(computed.tokens)
     scores = computed.scores
     if scores is not None:
         places = [place for place, count in enumerate(num_scheduled_tokens) if count]
-        scores = {places[place]: one for place, one in scores.items()}
+        scores = {places[index]: scored for index, scored in scores.items()}
     return [next(tokens) if count else 0 for count in num_scheduled_tokens], scores

@@ -1,4 +1,4 @@
-"""Capturing what a GPU runs over and over."""
+"""Capture CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """`run`, without autograd, as a CUDA graph, and the result that each replay writes anew.
+    """Capture `run`, without autograd, as a CUDA graph; returns it with the result that each replay overwrites.
 
-    It runs once before: that compiles kernels, and lets libraries allocate what they need, neither of which can be
-    captured. `pool` is the memory pool of another graph that is never replayed at the same time.
+    Runs once before the capture, to compile kernels and to let libraries allocate memory, which cannot be captured.
+    `pool` is the memory pool of a graph that is never replayed at the same time.
     """
     with torch.inference_mode():
         run()

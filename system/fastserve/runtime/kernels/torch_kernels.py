@@ -1,5 +1,4 @@
-"""The kernels in plain torch: what a CPU runs, and the reference for Triton's. `fastserve.runtime.kernels.Kernels`
-says what each does."""
+"""Kernels in plain torch: for CPUs, and the reference for Triton's; see `fastserve.runtime.kernels.Kernels`."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from fastserve.runtime.kernels.metadata import AttentionMetadata
 loops_on_host = True
 
 _QUERIES_AT_A_TIME = 64
-"""Of a prompt: more compute more in vain, fewer run slower."""
+"""Queries of a prompt computed at a time: more waste work on masked scores, fewer are less efficient."""
 
 
 def store_kv(cache: Tensor, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -32,8 +31,7 @@ def store_kv(cache: Tensor, layer: int, key: Tensor, value: Tensor, slot_mapping
 def paged_attention(query: Tensor, cache: Tensor, layer: int, metadata: AttentionMetadata, scale: float) -> Tensor:
     """Attend each query token to its request's context.
 
-    Scores are computed in float32 whatever the cache's type: more exact, and on a CPU faster than bfloat16 for a single
-    query.
+    Computes scores in float32 for any type of cache: more exact, and on a CPU faster than bfloat16 for a single query.
     """
     _, num_layers, _, block_size, num_kv_heads, head_dim = cache.shape
     contexts = _find_contexts(metadata, num_layers, block_size, query.shape[1], num_kv_heads)
@@ -52,28 +50,28 @@ def paged_attention(query: Tensor, cache: Tensor, layer: int, metadata: Attentio
 
 
 class _Contexts(NamedTuple):
-    """Where a batch's contexts lie in a cache seen as rows of one token's keys or values.
+    """Rows of a batch's contexts, in a cache seen as rows of one token's keys or values.
 
-    Keys and values of every layer are as far from its first row: these are of the first layer's keys.
+    Rows are those of the first layer's keys; other layers and the values have a constant offset.
     """
 
     rows: list[Tensor]
-    """Of each request, `[context_len]`."""
+    """Rows of each request: `[context_len]`."""
     vectors: Tensor
-    """The decodes' rows, seen as one row a KV head: request by request, those that each query head attends to."""
+    """Rows, one for each KV head, that each query head of the decodes attends to, request by request."""
     starts: Tensor
-    """`[num_decodes * num_heads]`: the first of each query head's `vectors`."""
+    """`[num_decodes * num_heads]`: index of each query head's first entry in `vectors`."""
 
 
 @lru_cache(maxsize=1)
 def _find_contexts(
     metadata: AttentionMetadata, num_layers: int, block_size: int, num_heads: int, num_kv_heads: int
 ) -> _Contexts:
-    """Found once for all layers, which run one after the other."""
+    """Find the contexts; cached, since all layers of an iteration use the same."""
     tables, lengths = metadata.block_tables, metadata.host_context_lens
     offsets = torch.arange(block_size, device=tables.device)
     slots = (tables.unsqueeze(2) * (num_layers * 2 * block_size) + offsets).flatten(1)
-    # Cutting at the context's length beats masking: what lies beyond may be NaN.
+    # Cut instead of masking: values beyond the context may be NaN.
     rows = [row[:length] for row, length in zip(slots.unbind(0), lengths, strict=True)]
     heads = torch.arange(num_heads, device=tables.device).unsqueeze(1) // (num_heads // num_kv_heads)
     vectors = [(row * num_kv_heads + heads).flatten() for row in rows[: metadata.num_decodes]]
@@ -84,14 +82,14 @@ def _find_contexts(
 
 
 def _attend_ones(queries: Tensor, keys: Tensor, values: Tensor, contexts: _Contexts) -> Tensor:
-    """Queries `[requests, num_heads, head_dim]` of one token each; keys and values of the layer, from its first row."""
+    """Attend queries of one token each, `[requests, num_heads, head_dim]`, to the layer's keys and values."""
     num_requests, _, head_dim = queries.shape
     grouped = queries.view(num_requests, keys.shape[1], -1, head_dim)
     weights = []
     for query, rows in zip(grouped.unbind(0), contexts.rows, strict=False):
         key = keys.index_select(0, rows).float()
         weights.append(torch.bmm(query, key.permute(1, 2, 0)).softmax(-1).flatten())
-    # A weighted sum of rows of a table, for each head of each request: without gathering the values first.
+    # A weighted sum of table rows for each head of each request, without gathering the values.
     attended = F.embedding_bag(
         contexts.vectors,
         values.view(-1, head_dim),
@@ -103,14 +101,14 @@ def _attend_ones(queries: Tensor, keys: Tensor, values: Tensor, contexts: _Conte
 
 
 def _attend_many(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries `[query_len, num_heads, head_dim]` at the end of a context `[num_kv_heads, context_len, head_dim]`."""
+    """Attend queries `[query_len, num_heads, head_dim]` to a context `[num_kv_heads, context_len, head_dim]`."""
     query_len, context_len = query.shape[0], key.shape[1]
     group = query.shape[1] // key.shape[0]
     if group > 1:
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     query, key, value = query.transpose(0, 1).unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     attended = []
-    # Some at a time, since torch computes the scores of what lies in their future too.
+    # Some at a time, since torch also computes masked scores.
     for first in range(0, query_len, _QUERIES_AT_A_TIME):
         some = query[:, :, first : first + _QUERIES_AT_A_TIME]
         seen = context_len - query_len + first + some.shape[2]

@@ -1,4 +1,4 @@
-"""Decoder families and their weights."""
+"""Decoder models, by family, and their weights."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _shared: dict[Any, DecoderModel] | None = None
 
 @contextmanager
 def shared_models() -> Iterator[None]:
-    """Within, what would be the same model is one: running it changes nothing in it. Not to be nested.
+    """Within, equal models are built once and shared, since running a model does not change it. Do not nest.
 
-    Saves memory, and makes engines comparable: on a CPU, copies of the same weights differ in speed for as long as they
-    live, by where in memory they happen to lie (measured: up to 17 %).
+    It saves memory and makes engines comparable: on a CPU, the speed of a copy of the weights depends on its place in
+    memory (measured: by up to 17 %).
     """
     global _shared
     _shared = {}
@@ -57,9 +57,15 @@ def build_model(
     place: Place | None = None,
     group: Group = ALONE,
 ) -> DecoderModel:
-    """A model ready to run: weights from the directory `source`, or dummy ones if `source` is an integer, a seed.
+    """Build a model, or a part of one, ready to run.
 
-    With a `place` it is the part of the model there, which shares its layers with the other shards of `group`.
+    Args:
+        config: architecture of the whole model.
+        dtype: of the weights.
+        device: where it runs.
+        source: directory of the weights, or an integer: the seed of dummy weights.
+        place: the part to build; None: the whole.
+        group: the shards that share its layers.
 
     Raises:
         CheckpointError: the directory lacks a file or a tensor, or a tensor has another shape than `config` says.
@@ -80,5 +86,5 @@ def build_model(
 
 
 def empty_model(part: Part) -> DecoderModel:
-    """A model, or a part of one, whose weights are yet to be loaded."""
+    """A model, or a part of one, with uninitialized weights."""
     return _FAMILIES[part.config.architecture](part)

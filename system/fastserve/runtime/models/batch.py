@@ -1,4 +1,4 @@
-"""The flat batch a model runs: every request's tokens end to end, decodes first."""
+"""ForwardBatch: the flat batch that a model runs, all requests' tokens concatenated, decodes first."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from fastserve.runtime.kernels import AttentionMetadata, kernels_for
 
 
 class SequenceInput(NamedTuple):
-    """What one request computes in one iteration."""
+    """The tokens that one request computes in one iteration."""
 
     token_ids: list[int]
     """The tokens to compute: a prompt, a chunk of it, or the last generated token."""
     start: int
-    """Position of the first of them: `num_computed_tokens` before this iteration."""
+    """Position of the first token: `num_computed_tokens` before this iteration."""
     block_table: list[int]
-    """Blocks of the cache in order; they hold at least `start + len(token_ids)` tokens."""
+    """Blocks of the cache, in order, for at least `start + len(token_ids)` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """`num_tokens` query tokens of `num_requests` requests, in a model's input form (int64 tensors on its device)."""
+    """`num_tokens` query tokens of `num_requests` requests, as int64 tensors on the model's device."""
 
     token_ids: Tensor
     """`[num_tokens]`"""
     positions: Tensor
-    """`[num_tokens]`: place of each token in its request, from 0."""
+    """`[num_tokens]`: index of each token in its request, from 0."""
     slot_mapping: Tensor
-    """`[num_tokens]`: `block_id * block_size + offset` where each token's keys and values go."""
+    """`[num_tokens]`: slot of each token's keys and values, `block_id * block_size + offset`."""
     attention: AttentionMetadata
     order: list[int]
     """`order[row]` is the caller's index of the request in that row of the batch."""
     on_host: Tensor | None = None
-    """What a GPU may still be reading the inputs from: kept for as long as the batch is."""
+    """Host memory that a GPU may still read the inputs from; freed with the batch."""
 
     @property
     def num_requests(self) -> int:
-        """Requests in the batch, which is also the rows of the logits."""
+        """Requests in the batch; also the number of rows of the logits."""
         return len(self.order)
 
     def last_tokens(self) -> Tensor | None:
-        """`[num_requests]`: index of each request's last query token, or None where that is every token."""
+        """Index of each request's last query token, `[num_requests]`; None if these are all tokens."""
         if self.attention.num_decodes == self.num_requests:
             return None
         return self.attention.query_starts[1:] - 1
 
     def in_callers_order(self, rows: list[int]) -> list[int]:
-        """Undo the reordering of one value per request."""
+        """Reorder one value per row to the caller's order."""
         values = [0] * len(rows)
         for row, index in enumerate(self.order):
             values[index] = rows[row]
@@ -60,10 +60,10 @@ class ForwardBatch:
 
     @classmethod
     def build(cls, sequences: Sequence[SequenceInput], block_size: int, device: torch.device | str) -> ForwardBatch:
-        """Lay out `sequences` as a batch, and hand it to the device at once.
+        """Lay out `sequences` as a batch, and send it to the device in one piece.
 
         Raises:
-            ValueError: no sequence, one without tokens, or one with a block table too short for its tokens.
+            ValueError: there is no sequence, a sequence has no tokens, or its block table is too short for them.
         """
         if not sequences:
             raise ValueError("a batch needs at least one sequence")

@@ -1,4 +1,4 @@
-"""What decoder families have in common: embed, run the layers, project tokens to the vocabulary."""
+"""DecoderModel: what all families share: embed tokens, run the layers, project to the vocabulary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DecoderLayer(nn.Module):
     mlp_norm: Norm
 
     def mlp(self, x: Tensor) -> Tensor:
-        """`[rows, hidden_size]` to the same."""
+        """Map `[rows, hidden_size]` to the same shape."""
         raise NotImplementedError
 
     def weights(self, prefix: str) -> Iterator[Weight]:
@@ -41,11 +41,11 @@ class DecoderLayer(nn.Module):
         rotary: Rotary | None,
         keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the layer adds to the residual stream, and the stream without it; stores all keys and values.
+        """Run the layer and store all keys and values.
 
-        `layer` is its number in the cache. Both are `[num_tokens, hidden_size]`, as are `x` and `residual`, the same
-        two of the layer before (the first has only `x`); with `keep` its rows alone. Apart, since adding costs nothing
-        beside the norm that follows.
+        Returns what the layer adds to the residual stream, and the stream without it, each `[num_tokens, hidden_size]`,
+        or only the rows `keep`. The next norm adds the two at no extra cost. `x` and `residual` are the same two from
+        the layer before (the first layer has only `x`); `layer` is its index in the cache.
         """
         x, residual = self.attention_norm(x, residual)
         x = self.attention(x, cache, layer, batch.slot_mapping, batch.attention, rotary, keep)
@@ -54,10 +54,10 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """A decoder-only language model over the paged cache, without autograd, or the part of one that a rank holds.
+    """A decoder-only language model on the paged cache, without autograd, or the part of one that a rank holds.
 
-    The first stage has the embedding, the last one the final norm and the output projection; if that is tied to an
-    embedding in another stage, it is a copy.
+    The first stage has the embedding; the last has the final norm and the output projection. A projection tied to an
+    embedding in another stage is a copy.
     """
 
     layer_prefix: ClassVar[str]
@@ -66,7 +66,7 @@ class DecoderModel(nn.Module):
     final_norm_name: ClassVar[str]
     layer_class: ClassVar[type[DecoderLayer]]
     rms: ClassVar[bool]
-    """Whether the final norm is RMS."""
+    """Whether the final norm is an RMS norm."""
 
     embedding: Tensor | None
     """`[tokens of the shard, hidden_size]`"""
@@ -94,7 +94,7 @@ class DecoderModel(nn.Module):
                 self.lm_head.weight = self.embedding
 
     def embed(self, batch: ForwardBatch) -> Tensor:
-        """`[num_tokens, hidden_size]`: what enters the first layer."""
+        """Input of the first layer: `[num_tokens, hidden_size]`."""
         assert self.embedding is not None
         if self.vocabulary.is_whole:
             return self.embedding[batch.token_ids]
@@ -104,11 +104,11 @@ class DecoderModel(nn.Module):
         return self.group.all_reduce(x)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Cosines and sines `[num_tokens, 1, head_dim]` for a family with rotary positions."""
+        """Cosines and sines, `[num_tokens, 1, head_dim]`, in families with rotary positions; None in others."""
         return None
 
     def weights(self) -> Iterator[Weight]:
-        """The tensors of a checkpoint that this part takes, under Hugging Face's names, with the places they fill."""
+        """The checkpoint's tensors that this part takes, under Hugging Face's names, with their targets."""
         if self.embedding is not None:
             yield Weight(self.embedding_name, self.embedding, 0, self.vocabulary)
         for index, layer in enumerate(self.layers, self.place.first_layer):
@@ -127,25 +127,31 @@ class DecoderModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: Tensor, x: Tensor | None = None) -> Tensor:
-        """Run a batch; stores keys and values in `cache`, of which layer 0 is the stage's first.
+        """Run a batch, and store its keys and values in `cache`.
 
-        `x` is what the stage before gave, `[num_tokens, hidden_size]`, None for the first stage. The last one gives
-        logits of each request's last query token, `[num_requests, tokens of the shard]`, others what the next needs.
+        Args:
+            batch: the query tokens.
+            cache: the pool on the device; its layer 0 is the stage's first layer.
+            x: output of the stage before, `[num_tokens, hidden_size]`; None on the first stage.
+
+        Returns:
+            On the last stage the logits of each request's last query token, `[num_requests, tokens of the shard]`; on
+            others the input of the next stage.
         """
         states = self.states(batch, cache, x, batch.last_tokens())
         return states if self.lm_head is None else self.lm_head(states)
 
     @torch.inference_mode()
     def states(self, batch: ForwardBatch, cache: Tensor, x: Tensor | None, keep: Tensor | None) -> Tensor:
-        """Run a batch up to the projection: `[len(keep), hidden_size]`, what `project` takes, of those query tokens.
+        """Run a batch up to the projection; returns the states of the query tokens `keep`, `[len(keep), hidden_size]`.
 
-        `keep` holds indices of query tokens, None for all. A stage before the last gives all, for the next.
+        `keep` holds indices of query tokens; None: all. A stage before the last returns all, for the next stage.
         """
         x, residual = self.embed(batch) if x is None else x, None
         rotary = self.rotary(batch.positions)
         last = len(self.layers) - 1 if self.place.is_last_stage else None
         for index, layer in enumerate(self.layers):
-            # Beyond the last layer's attention only the tokens kept matter.
+            # After the last attention only the tokens in `keep` are needed.
             x, residual = layer(x, residual, cache, index, batch, rotary, keep if index == last else None)
         if self.final_norm is None:
             assert residual is not None
@@ -154,6 +160,6 @@ class DecoderModel(nn.Module):
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
-        """`[rows, tokens of the shard]`: logits of what `states` gave, in the last stage."""
+        """Logits of `states`, `[rows, tokens of the shard]`, on the last stage."""
         assert self.lm_head is not None
         return self.lm_head(states)

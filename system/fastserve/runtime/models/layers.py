@@ -1,4 +1,4 @@
-"""Layers the model families share, and the names under which a checkpoint keeps their weights."""
+"""Layers that the model families share, and the names of their weights in a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fastserve.runtime.kernels import AttentionMetadata
 from fastserve.runtime.models.part import Part, Share, Weight
 
 _PACK_ROWS = 16
-"""Rows oneDNN lays a packed weight out for: a decode batch. Prefills gain from the same layout, if less."""
+"""Rows for which oneDNN lays out a packed weight: a decode batch. Prefills gain less from that layout."""
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`, weight `[out_features, in_features]`, and with `relu` what is left of it above 0.
+    """`x @ weight.T + bias`, with weight `[out_features, in_features]`, followed by ReLU if `relu`.
 
-    A shard that holds some of the rows computes those of the outputs. One that holds some of the columns is given those
-    of the inputs, and its result is one summand: so the shards' results are added up, of which one has the bias.
+    A shard with some of the weight's rows computes those outputs. A shard with some of its columns takes those inputs
+    and computes a summand: an all-reduce adds the shards' results, and only shard 0 has the bias.
 
     Args:
         part: what the rank builds.
         columns: of the weight.
-        rows: of each of the projections fused in it, as `(("q_proj", …), ("k_proj", …), …)`.
-        bias: whether there is one.
-        relu: see above; not for a layer whose results are summands.
+        rows: of each projection that is fused in the weight, as `(("q_proj", …), ("k_proj", …), …)`.
+        bias: whether there is a bias.
+        relu: whether ReLU follows; not for shards of columns.
     """
 
     weight: Tensor | None
@@ -46,10 +46,10 @@ class Linear(nn.Module):
         self.register_buffer("bias", part.empty(num_rows) if has_bias else None)
         self._packed: Tensor | None = None
         self.few_rows: dict[int, Callable[[Tensor], Tensor]] = {}
-        """What computes inputs of exactly so many rows instead of the library (`linear_tuning`)."""
+        """By number of input rows: our kernel, where it is faster than the library (`linear_tuning`)."""
 
     def weights(self, prefix: str) -> Iterator[Weight]:
-        """The checkpoint's tensors under `prefix`, each with the rows it fills."""
+        """The checkpoint's tensors under `prefix`, each with the rows that it fills."""
         sizes = [len(share.held) for _, share in self.rows]
         for kind, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None:
@@ -58,9 +58,9 @@ class Linear(nn.Module):
                     yield Weight(f"{prefix}{name}.{kind}", rows, dim, held)
 
     def pack(self) -> None:
-        """Trade the weight for oneDNN's blocked layout: on a CPU, GEMMs of a decode batch run about twice as fast.
+        """Convert the weight to oneDNN's blocked layout: on a CPU, a decode batch computes about twice as fast.
 
-        Does nothing where that is not offered. The layer then only runs; its weights can no longer be read.
+        Afterwards the weight can no longer be read. Does nothing where oneDNN does not support it.
         """
         weight = self.weight
         if weight is None or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
@@ -75,16 +75,16 @@ class Linear(nn.Module):
 
     @property
     def _epilogue(self) -> str:
-        """What oneDNN does to the product."""
+        """What oneDNN applies to the product."""
         return "relu" if self.relu else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[rows, in_features]` to `[rows, out_features]`."""
+        """Map `[rows, in_features]` to `[rows, out_features]`."""
         compute = self.few_rows.get(x.shape[0], self.library)
         return compute(x) if self.group is None else self.group.all_reduce(compute(x))
 
     def library(self, x: Tensor) -> Tensor:
-        """This shard's result by the library's kernel, whatever the number of rows."""
+        """Compute this shard's result with the library's kernel, for any number of rows."""
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, self._epilogue, [], "")
         assert self.weight is not None
@@ -92,7 +92,7 @@ class Linear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         if self.bias is None or not x.is_cuda:
             return F.linear(x, self.weight, self.bias).relu_()
-        # On a GPU bias and ReLU are part of the matrix product, not two more passes over its result.
+        # On a GPU, fuse bias and ReLU with the product instead of two more passes over its result.
         return torch._addmm_activation(self.bias, x, self.weight.t())
 
 
@@ -110,18 +110,18 @@ class Norm(nn.Module):
         self.register_buffer("bias", None if rms else part.empty(part.config.hidden_size))
 
     def weights(self, name: str) -> Iterator[Weight]:
-        """The checkpoint's tensors of the norm called `name`."""
+        """The checkpoint's tensors of the norm `name`."""
         yield Weight(f"{name}.weight", self.weight)
         if self.bias is not None:
             yield Weight(f"{name}.bias", self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of `x + residual`, and that sum; `x` may be overwritten."""
+        """Returns the norm of `x + residual`, and that sum; `x` may be overwritten."""
         return self.kernels.add_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
-    """Fused QKV projection, rotary embedding where given, paged attention and output projection."""
+    """Fused QKV projection, rotary embedding if there is one, paged attention and output projection."""
 
     def __init__(self, part: Part, *, out_name: str, bias: bool) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         keep: Tensor | None,
     ) -> Tensor:
-        """`[num_tokens, hidden_size]` to the same, or to the rows of `keep` alone."""
+        """Map `[num_tokens, hidden_size]` to the same shape, or to the rows `keep` only."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         num_heads, num_kv_heads, _ = self.heads
         if rotary is not None:

@@ -1,7 +1,7 @@
-"""Which kernel computes each linear layer of a decode batch: the library's, or one of ours. The faster, by measurement.
+"""Choose the kernel of each linear layer in decode batches by measurement: the library's, or ours.
 
-Nearly all of a decode step is reading weights, and how much of the memory's bandwidth a kernel reaches depends on the
-shape, the GPU and the library's version. Nobody can know that in advance, so it is tried when a model is loaded.
+A decode step mostly reads weights. What share of the memory's bandwidth a kernel reaches depends on the shape, the GPU
+and the library's version, so it is measured when a model is loaded.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
 
 _REPEATS = 5
 _MOST_LAYERS = 16
-"""Of a shape that a measurement runs: enough that none is found in the L2 cache."""
+"""Layers of a shape in one measurement: together too large for the L2 cache."""
 _TOLERANCE = 0.02
-"""Relative distance from the library's result beyond which a kernel is wrong, and not only rounds differently."""
+"""Relative distance from the library's result beyond which a kernel is wrong; below, it rounds differently."""
 
 
 class LinearChoice(NamedTuple):
-    """What was measured of linear layers of one shape, and what was chosen."""
+    """The measurement of linear layers of one shape, and the choice."""
 
     num_columns: int
     num_inner: int
     rows: int
-    """The largest batch the choice is for; smaller ones down to the next choice's take it as well."""
+    """The largest batch of this choice; it holds down to the next smaller choice's batch."""
     chosen: str
     seconds: dict[str, float]
-    """Of each candidate, a layer; infinite where its result was wrong or it does not run on this device."""
+    """Seconds a layer of each candidate; infinite if its result is wrong or it does not run on this device."""
 
 
 def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[LinearChoice]:
-    """Let every linear layer compute batches of these sizes with the fastest kernel there is; says what was measured.
+    """Let every linear layer compute batches of these sizes with the fastest kernel; returns the measurements.
 
-    Does nothing for types our kernels do not compute. With FASTSERVE_LINEARS=library in the environment the library's
-    kernels stay, with "measured", the default, the fastest is taken.
+    Does nothing for types that our kernels do not support, or with FASTSERVE_LINEARS=library in the environment (the
+    default is "measured").
     """
     setting = os.environ.get("FASTSERVE_LINEARS", "measured")
     if setting not in ("measured", "library"):
@@ -63,7 +63,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
         if isinstance(module, Linear) and module.weight is not None:
             key = (*module.weight.shape, module.bias is not None, module.relu)
             groups.setdefault(key, []).append(module)
-    if not groups:  # A CPU's weights are packed for its library.
+    if not groups:  # On a CPU, weights are packed for its library.
         return []
     device = model.device
     tilings = {key: skinny.tilings(key[0], key[1], chip(device).multiprocessors) for key in groups}
@@ -91,7 +91,7 @@ def tune_linears(model: DecoderModel, batch_sizes: Sequence[int]) -> list[Linear
 def _choose(
     linears: Sequence[Linear], rows: int, tilings: Sequence[Tiling], workspace: Workspace
 ) -> tuple[LinearChoice, Tiling | None]:
-    """Measure the candidates for one shape; the tiling is None where the library is the fastest."""
+    """Measure the candidates for one shape; the tiling is None if the library is the fastest."""
     from triton.runtime.errors import OutOfResources
 
     weight = linears[0].weight
@@ -107,11 +107,11 @@ def _choose(
     for tiling in tilings:
         name = f"{tiling.block_n}x{tiling.block_k}, {tiling.num_splits} splits"
         ours = [_ours(linear, tiling, workspace) for linear in linears]
-        other = random_input()  # Another each time: freed memory holds right results for those before.
+        other = random_input()  # A new input each time: freed memory holds right results for earlier inputs.
         expected = [linear.library(other) for linear in linears]
         try:
             agrees = all(_agree(compute(other), wanted) for compute, wanted in zip(ours, expected, strict=True))
-        except OutOfResources:  # It needs more shared memory or registers than this device has.
+        except OutOfResources:  # This device has too little shared memory or too few registers.
             agrees = False
         seconds[name] = _seconds_a_call([partial(compute, x) for compute in ours]) if agrees else math.inf
         candidates[name] = tiling
@@ -121,7 +121,7 @@ def _choose(
 
 
 def _ours(linear: Linear, tiling: Tiling, workspace: Workspace) -> Callable[[Tensor], Tensor]:
-    """A layer by our kernel."""
+    """The layer computed with our kernel."""
     from fastserve.runtime.kernels.triton_kernels.skinny_linear import skinny_linear
 
     weight, bias = linear.weight, linear.bias
@@ -142,7 +142,7 @@ def _agree(result: Tensor, expected: Tensor) -> bool:
 
 
 def _seconds_a_call(calls: Sequence[Callable[[], Tensor]]) -> float:
-    """Median time of one of these calls, all made in turn; on a GPU replayed as a CUDA graph, as in a decode step."""
+    """Median seconds of one of these calls, made one after the other; on a GPU in a CUDA graph, as in a decode step."""
 
     def run() -> None:
         for call in calls:

@@ -27,7 +27,7 @@ class LlamaLayer(DecoderLayer):
         self.down = Linear(part, part.inner, (("down_proj", part.hidden),), bias=False)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """`[rows, hidden_size]` to the same."""
+        """Map `[rows, hidden_size]` to the same shape."""
         return self.down(self.kernels.silu_mul(self.gate_up(x)))
 
     def weights(self, prefix: str) -> Iterator[Weight]:
@@ -65,8 +65,8 @@ class LlamaModel(DecoderModel):
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
     """Radians per position of each pair of dimensions, `[head_dim / 2]` float32.
 
-    With Llama 3 scaling, wavelengths beyond `original / low_freq_factor` are stretched by `factor`, those below
-    `original / high_freq_factor` stay, and those between are blended linearly in their frequency.
+    Llama 3 scaling stretches wavelengths above `original / low_freq_factor` by `factor` and keeps those below
+    `original / high_freq_factor`. Between the two, frequencies are blended linearly.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is None:

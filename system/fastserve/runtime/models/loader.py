@@ -1,4 +1,4 @@
-"""Where weights come from: a directory in Hugging Face format, or a seed."""
+"""Load a model's architecture and weights from a directory in Hugging Face format, or make dummy weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fastserve.runtime.models.part import Weight
 
 _EMBEDDING_STD = 0.02
 _LAYER_GAIN = 2.0
-"""Dummy weights: output over input of a layer's matrices, in standard deviations."""
+"""Dummy weights: ratio of output to input standard deviation of a layer's matrices."""
 _ARCHITECTURES: dict[str, Literal["opt", "llama"]] = {"OPTForCausalLM": "opt", "LlamaForCausalLM": "llama"}
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """Architecture described by `config.json` in `directory`.
+    """Read the architecture from `config.json` in `directory`.
 
     Raises:
-        CheckpointError: the file or a key is missing, or it describes a model that is not supported.
+        CheckpointError: the file or a key is missing, or the model is not supported.
     """
     path = Path(directory) / "config.json"
     fields = _read_json(path)
@@ -47,7 +47,7 @@ def load_config(directory: str | Path) -> ModelConfig:
 
 
 def load_weights(model: DecoderModel, directory: str | Path) -> None:
-    """Fill `model` from `model.safetensors`, or from the shards of `model.safetensors.index.json`, in `directory`.
+    """Fill `model` from `model.safetensors` in `directory`, or from the files in `model.safetensors.index.json`.
 
     Raises:
         CheckpointError: a file or a tensor is missing, cannot be read, or has another shape.
@@ -56,7 +56,7 @@ def load_weights(model: DecoderModel, directory: str | Path) -> None:
     files = _tensor_files(directory)
     wanted: dict[Path, list[tuple[str, Weight]]] = {}
     for weight in model.weights():
-        # Checkpoints saved from the model without its head lack the leading "model.".
+        # Checkpoints of a model without its head lack the leading "model.".
         name = weight.name if weight.name in files else weight.name.removeprefix("model.")
         if name not in files:
             raise CheckpointError(f"{directory} has no tensor {weight.name!r}")
@@ -77,13 +77,13 @@ def load_weights(model: DecoderModel, directory: str | Path) -> None:
 
 
 def dummy_weights(model: DecoderModel, seed: int) -> None:
-    """Fill `model`: normal weights, unit norms, zero biases; a tensor depends on its name, shape and `seed` alone.
+    """Fill `model` with normal weights, unit norms and zero biases.
 
-    So a part of a model has the values it has in the whole: to that end, tensors of which it holds a slice are made
-    whole, one at a time.
+    A tensor depends only on its name, its shape and `seed`. So a part of a model has the same values as in the whole:
+    sliced tensors are made whole, one at a time.
 
-    Greedy output must vary for tests and measurements to mean anything. So layers outweigh the embedding: at a standard
-    deviation of 0.02 everywhere, a model with tied embeddings echoes one token for ever.
+    Layers outweigh the embedding, so that greedy output varies, which tests and measurements need. With a standard
+    deviation of 0.02 everywhere, a model with tied embeddings would repeat one token.
     """
     for weight in model.weights():
         name, target = weight.name, weight.target
@@ -130,7 +130,7 @@ def _llama_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
     _require(path, fields, "attention_bias", False)
     _require(path, fields, "mlp_bias", False)
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-    # transformers 5 gathers in rope_parameters what version 4 kept in rope_theta and rope_scaling.
+    # rope_parameters of transformers 5 replaces rope_theta and rope_scaling of version 4.
     rope = fields.get("rope_parameters") or {}
     scaling = rope or fields.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -156,13 +156,13 @@ def _llama_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
 
 
 def _require(path: Path, fields: dict[str, Any], key: str, value: object) -> None:
-    """Refuse a variant of the architecture that is not implemented; an absent key means the usual one."""
+    """Raise CheckpointError if `key` has another value, which is not implemented; absent means `value`."""
     if fields.get(key, value) != value:
         raise CheckpointError(f"{path}: {key} = {fields[key]!r} is not supported, only {value!r}")
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file each tensor is in."""
+    """The file of each tensor, by the tensor's name."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         try:

@@ -12,7 +12,7 @@ from fastserve.runtime.models.layers import Attention, Linear, Norm
 from fastserve.runtime.models.part import Part, Weight
 
 _POSITION_OFFSET = 2
-"""The checkpoints' position table begins with two rows for padding."""
+"""Position tables in checkpoints begin with two padding rows."""
 
 
 class OPTLayer(DecoderLayer):
@@ -27,7 +27,7 @@ class OPTLayer(DecoderLayer):
         self.down = Linear(part, part.inner, (("fc2", part.hidden),), bias=True)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """`[rows, hidden_size]` to the same."""
+        """Map `[rows, hidden_size]` to the same shape."""
         return self.down(self.up(x))
 
     def weights(self, prefix: str) -> Iterator[Weight]:
@@ -55,12 +55,12 @@ class OPTModel(DecoderModel):
         self.register_buffer("position_embedding", part.empty(*size) if self.place.is_first_stage else None)
 
     def embed(self, batch: ForwardBatch) -> Tensor:
-        """`[num_tokens, hidden_size]`: token plus position."""
+        """Token plus position embedding: `[num_tokens, hidden_size]`."""
         assert self.position_embedding is not None
         return super().embed(batch).add_(self.position_embedding[batch.positions + _POSITION_OFFSET])
 
     def weights(self) -> Iterator[Weight]:
-        """The tensors of a checkpoint that this part takes."""
+        """The checkpoint's tensors that this part takes."""
         yield from super().weights()
         if self.position_embedding is not None:
             yield Weight("model.decoder.embed_positions.weight", self.position_embedding)

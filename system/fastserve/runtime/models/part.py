@@ -1,4 +1,4 @@
-"""The part of a model that one rank builds, and which slice of each of a checkpoint's tensors that takes."""
+"""Part: what one rank builds of a model, and the slices of a checkpoint's tensors that it takes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Share(NamedTuple):
 
     held: range
     of: int
-    """All there are."""
+    """Size of the whole dimension."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it holds all."""
+        """Whether the rank holds the whole dimension."""
         return len(self.held) == self.of
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of a checkpoint and the place that it, or a slice of it, fills: a parameter, or rows of a fused one."""
+    """A tensor of a checkpoint, and the target that it or a slice of it fills: a parameter, or rows of a fused one."""
 
     name: str
     target: Tensor
@@ -39,7 +39,7 @@ class Weight:
 
     @property
     def shape(self) -> list[int]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor in the checkpoint."""
         shape = list(self.target.shape)
         if self.share is not None:
             shape[self.dim] = self.share.of
@@ -47,35 +47,35 @@ class Weight:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the target is as large as the tensor."""
+        """Whether the target takes the whole tensor."""
         return self.share is None or self.share.is_whole
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Of the slice in the tensor."""
+        """Index of the slice in the tensor."""
         assert self.share is not None
         return (slice(None),) * self.dim + (slice(self.share.held.start, self.share.held.stop),)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank builds."""
+    """The part of a model that one rank builds."""
 
     config: ModelConfig
     place: Place
     group: Group
-    """The shards it shares its layers with."""
+    """The shards that share its layers."""
     dtype: torch.dtype
     device: torch.device
 
     @property
     def kernels(self) -> Kernels:
-        """What its device runs."""
+        """The kernels for its device."""
         return kernels_for(self.device)
 
     @property
     def hidden(self) -> Share:
-        """Every shard has the whole hidden state."""
+        """Dimensions of the hidden state; every shard has all."""
         return Share(range(self.config.hidden_size), self.config.hidden_size)
 
     @property
@@ -85,17 +85,17 @@ class Part:
 
     @property
     def vocabulary(self) -> Share:
-        """Tokens."""
+        """Tokens of the vocabulary."""
         return Share(self.place.vocabulary(self.config), self.config.vocab_size)
 
     @property
     def heads(self) -> Share:
-        """Dimensions of the attention heads, end to end."""
+        """Dimensions of all attention heads, concatenated."""
         return self._dimensions(self.place.heads(self.config), self.config.num_heads)
 
     @property
     def kv_heads(self) -> Share:
-        """Dimensions of the KV heads."""
+        """Dimensions of all KV heads, concatenated."""
         return self._dimensions(self.place.kv_heads(self.config), self.config.num_kv_heads)
 
     def _dimensions(self, heads: range, of: int) -> Share:
@@ -103,10 +103,10 @@ class Part:
         return Share(range(heads.start * size, heads.stop * size), of * size)
 
     def empty(self, *shape: int) -> Tensor:
-        """Room for weights."""
+        """An uninitialized tensor for weights."""
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
     @classmethod
     def whole(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Part:
-        """All of a model."""
+        """The whole model."""
         return cls(config, Place.whole(config), ALONE, dtype, device)

@@ -1,4 +1,4 @@
-"""Which model is meant: a directory in Hugging Face format, or a preset's architecture with dummy weights."""
+"""Find the model: a directory in Hugging Face format, or a preset's architecture with dummy weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastserve.runtime.models.loader import load_config
 
 
 def resolve_model(model: str | Path, load_format: str) -> tuple[ModelConfig, Path | None]:
-    """Architecture, and the directory to read weights from, or None for dummy ones. ConfigError if there are none."""
+    """Architecture, and the directory of the weights or None for dummy weights; ConfigError for an unknown model."""
     if load_format not in ("auto", "dummy"):
         raise ConfigError(f"load_format must be auto or dummy, got {load_format!r}")
     if Path(model).is_dir():
@@ -27,7 +27,7 @@ def resolve_model(model: str | Path, load_format: str) -> tuple[ModelConfig, Pat
 
 
 def model_digest(config: ModelConfig, directory: Path | None) -> str:
-    """Equal for the same architecture and, by names and sizes, the same weight files, wherever they lie."""
+    """A digest of architecture and names and sizes of the weight files, the same in any directory."""
     files = (
         []
         if directory is None

@@ -1,4 +1,4 @@
-"""One rank: its model, its KV pools, and the copies between them."""
+"""Worker: a model or a part of it, its KV pools, and the copies between them."""
 
 from fastserve.runtime.worker.worker import Worker
 

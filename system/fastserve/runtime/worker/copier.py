@@ -1,4 +1,4 @@
-"""Copies of whole cache blocks between the pool on the device and the one in host memory, beside the computation."""
+"""Copy cache blocks between the pool on the device and the pool in host memory, during the computation."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from fastserve.kvcache import Direction
 
 _POLL_S = 20e-6
 _LARGEST_COPY_BYTES = 32 * 2**20
-"""One is at the link's speed long before, and what else crosses the link waits for a copy under way to end."""
+"""Such a copy is long enough for full bandwidth; other use of the link waits until it ends."""
 
 
 class FinishedCopy(NamedTuple):
-    """A copy that has ended, and when it took place, in seconds on the engine's clock."""
+    """A copy that has ended, with its times in seconds on the engine's clock."""
 
     tag: Any
-    """What `start` was given."""
+    """The tag given to `start`."""
     start_s: float
     end_s: float
 
 
 class _Copy(Protocol):
     def done(self) -> bool:
-        """Whether it has ended or failed."""
+        """Whether the copy has ended or failed."""
 
     def result(self) -> FinishedCopy:
-        """Of one that is done; raises what made it fail."""
+        """The ended copy; raises the error of a failed one."""
 
 
 class BlockCopier(ABC):
-    """Copies blocks both ways at a time, and each way one transfer after the other, in the order started.
+    """Copies blocks in both directions at once; in each direction one transfer after the other, in the order started.
 
-    No copy waits on the device for the computation, and none has to. What is swapped out is in no iteration in flight
-    (I3, I4), so that the last one that wrote its blocks was collected, which is to say waited for, before the copy was
-    started; the same goes for what last used the blocks that a copy writes to. And the KVCacheManager gives away
-    neither side before the copy has been reported as finished, so that nothing launched later can touch its blocks
-    either. An event for copies to wait for, recorded behind the computation before the last, would always have
-    happened already; one behind the last would make the copies wait for what they are to run beside.
+    Copies never wait on the device for the computation, for two reasons:
+
+    - The blocks of a copy are in no iteration in flight (I3, I4). So the iteration that used them last was collected,
+      and has ended, before the copy is started.
+    - The KVCacheManager reuses neither side's blocks before the copy has been reported as finished. So no later
+      iteration touches them either.
     """
 
     def __init__(self) -> None:
@@ -54,10 +54,10 @@ class BlockCopier(ABC):
 
     @abstractmethod
     def start(self, direction: Direction, source: Sequence[int], destination: Sequence[int], tag: object) -> None:
-        """Copy block source[i] of the pool it leaves to block destination[i] of the other, for all i. Does not wait."""
+        """Start copying block source[i] of one pool to block destination[i] of the other, for all i."""
 
     def finished(self) -> list[FinishedCopy]:
-        """Copies that have ended since last asked; raises what made one fail. Does not wait."""
+        """Copies that have ended since the last call; raises the error of a copy that failed. Does not wait."""
         ended = []
         for copies in self._in_flight.values():
             while copies and copies[0].done():
@@ -66,20 +66,20 @@ class BlockCopier(ABC):
 
     @abstractmethod
     def wait(self, until: float) -> None:
-        """Wait until a copy has ended that was not reported, or the clock reaches `until`. Needs one in flight."""
+        """Wait until a copy in flight has ended or the clock reaches `until` (seconds). Needs a copy in flight."""
 
     @property
     def num_in_flight(self) -> int:
-        """Copies not yet reported as finished."""
+        """Copies not yet returned by `finished`."""
         return sum(map(len, self._in_flight.values()))
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for all copies, and start no more."""
+        """Wait for all copies; no more can be started."""
 
 
 class ThreadCopier(BlockCopier):
-    """For two pools in host memory: a thread each way."""
+    """For two pools in host memory: one thread for each direction."""
 
     def __init__(self, gpu_cache: Tensor, host_cache: Tensor, clock: Clock) -> None:
         super().__init__()
@@ -91,12 +91,12 @@ class ThreadCopier(BlockCopier):
         }
 
     def start(self, direction: Direction, source: Sequence[int], destination: Sequence[int], tag: object) -> None:
-        """Have the direction's thread do it."""
+        """Queue the copy for the direction's thread."""
         copy = self._threads[direction].submit(self._copy, direction, source, destination, tag)
         self._in_flight[direction].append(copy)
 
     def wait(self, until: float) -> None:
-        """Wait for the threads."""
+        """Wait for the oldest copy of either direction."""
         timeout = None if math.isinf(until) else max(0.0, until - self._clock.now())
         oldest = [copies[0] for copies in self._in_flight.values() if copies]
         wait(oldest, timeout, FIRST_COMPLETED)  # type: ignore[arg-type]  # They are futures.
@@ -115,9 +115,9 @@ class ThreadCopier(BlockCopier):
 
 
 class StreamCopier(BlockCopier):
-    """For a pool on a GPU and one in page-locked memory: a stream each way, and no thread.
+    """For a pool on a GPU and a pool in page-locked memory: one stream for each direction, no threads.
 
-    What was written into the pools before it is made will be seen by its copies, on whatever stream it was.
+    Its copies see everything that any stream wrote to the pools before the copier was made.
     """
 
     def __init__(self, gpu_cache: Tensor, host_cache: Tensor, clock: Clock) -> None:
@@ -133,7 +133,7 @@ class StreamCopier(BlockCopier):
         """Queue the copies on the direction's stream, between two events."""
         stream = self._streams[direction]
         copy = _StreamCopy(tag, self._clock)
-        # Nothing is ever queued on that stream, so its event happens now: the device's time for `anchored_s`.
+        # This stream is always idle, so its event happens now: the device's time of `anchored_s`.
         copy.anchor.record(self._idle_stream)
         copy.started.record(stream)
         with torch.cuda.stream(stream):
@@ -142,7 +142,7 @@ class StreamCopier(BlockCopier):
         self._in_flight[direction].append(copy)
 
     def wait(self, until: float) -> None:
-        """Look every few microseconds."""
+        """Poll every few microseconds."""
         while not any(copies[0].done() for copies in self._in_flight.values() if copies):
             if self._clock.now() >= until:
                 return
@@ -175,22 +175,21 @@ class _StreamCopy:
 
 
 def make_copier(gpu_cache: Tensor, host_cache: Tensor, clock: Clock) -> BlockCopier:
-    """A copier between two pools of blocks of one shape: `[num_blocks, ...]`, contiguous.
+    """A copier between two contiguous pools, `[num_blocks, ...]`, whose blocks have the same shape.
 
-    A `host_cache` beside one on a GPU is page-locked (`worker.memory.pinned_zeros`), or the copies would not run
-    beside anything.
+    With a pool on a GPU, `host_cache` must be page-locked (`worker.memory.pinned_zeros`), or copies block the host.
     """
     kind = StreamCopier if gpu_cache.is_cuda else ThreadCopier
     return kind(gpu_cache, host_cache, clock)
 
 
-@torch.inference_mode()  # In a thread of its own too, where pools made under it could not be written otherwise.
+@torch.inference_mode()  # Pools are made in inference mode; other threads need it to write to them.
 def copy_blocks(
     source_pool: Tensor, destination_pool: Tensor, source: Sequence[int], destination: Sequence[int]
 ) -> None:
-    """Copy blocks, with a GPU: queue that on the current stream. Neighbours in both pools are copied together.
+    """Copy blocks; with a GPU, queue the copies on the current stream. Neighbours in both pools are copied together.
 
-    ValueError, IndexError or RuntimeError for blocks that do not pair up or that a pool has not.
+    Raises ValueError, IndexError or RuntimeError for blocks that do not pair up or do not exist.
     """
     block_bytes = source_pool.stride(0) * source_pool.element_size()
     for origin, target, count in runs(source, destination, max(1, _LARGEST_COPY_BYTES // block_bytes)):
@@ -198,9 +197,9 @@ def copy_blocks(
 
 
 def runs(source: Sequence[int], destination: Sequence[int], longest: int) -> list[tuple[int, int, int]]:
-    """Pairs of blocks as spans of at most `longest` neighbours in both pools: first source, first destination, number.
+    """Group pairs of blocks into spans of at most `longest` neighbours in both pools.
 
-    ValueError if there is not one destination for each source.
+    Returns the first source, first destination and number of blocks of each span. ValueError if the lengths differ.
     """
     found: list[tuple[int, int, int]] = []
     for origin, target in sorted(zip(source, destination, strict=True)):
@@ -214,9 +213,9 @@ def runs(source: Sequence[int], destination: Sequence[int], longest: int) -> lis
 
 
 def time_of(elapsed_ms: float, anchored_s: float, now_s: float) -> float:
-    """When on the clock an event happened, `elapsed_ms` on the device after one that happened at `anchored_s`.
+    """Time (s) on the clock of a device event that happened `elapsed_ms` after an event at `anchored_s`.
 
-    Never before that or after `now_s`: a few microseconds lie between reading the clock and the anchor's event, and
-    the clock may have been stopped since.
+    Never before `anchored_s` or after `now_s`: the anchor's event happens microseconds after the clock is read, and the
+    clock may have been stopped since.
     """
     return min(max(anchored_s, anchored_s + elapsed_ms / 1e3), now_s)

@@ -1,9 +1,8 @@
-"""Decode iterations with their inputs always in the same place, so that a GPU can replay them as CUDA graphs.
+"""DecodeRunner: run decode batches with inputs at fixed addresses, so that a GPU replays them as CUDA graphs.
 
-A decode step of a large model is hundreds of kernels of some microseconds: launched one by one, the host would be
-slower than the GPU. A graph is launched at once, but for one size of batch only, and reads and writes where it did when
-it was captured. So there is one for each of some sizes, and a batch is padded to the next of them with rows that use a
-block of the cache which no request has.
+A decode step of a large model is hundreds of kernels of a few microseconds, which the host launches more slowly than
+the GPU runs them. A CUDA graph launches them at once, but only for one batch size, and at the addresses of its capture.
+So there is a graph for each of some sizes. A batch is padded to the next size with rows that use a spare cache block.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from fastserve.runtime.worker.scoring import Scorer
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
-    """Sizes of batch that have a graph: fine enough that padding costs little, few enough to capture in seconds."""
+    """Batch sizes with a graph: dense enough to pad little, few enough to capture in seconds."""
     sizes = {size for size in (1, 2, 4, *range(8, max_batch_size, 8)) if size < max_batch_size}
     return sorted({*sizes, max_batch_size})
 
 
 class DecodeRows:
-    """The rows of decode batches on the host: a token, its position, and the request's block table.
+    """The rows of a decode batch on the host: a token, its position, and the request's block table.
 
-    Kept from one iteration to the next, since most of it stays: what changed is found and written.
+    Rows are kept from one iteration to the next, and only changes are written.
 
     Args:
         max_rows: of a batch.
         max_blocks: of a request.
-        spare_block: what rows without a request write to and read from.
+        spare_block: that padding rows read and write.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, spare_block: int) -> None:
@@ -52,7 +51,7 @@ class DecodeRows:
         self._prepared: Sequence[SequenceInput] = ()
 
     def prepare(self, sequences: Sequence[SequenceInput]) -> None:
-        """Write all but the tokens, and blocks yet to come, of a batch that will probably be next."""
+        """Write the batch that will probably be next, without its tokens and later blocks."""
         self._prepared = sequences
         self.array[: len(sequences), 1] = [sequence.start for sequence in sequences]
         for row, sequence in enumerate(sequences):
@@ -60,10 +59,10 @@ class DecodeRows:
                 self._write_table(row, sequence.block_table)
 
     def write(self, sequences: Sequence[SequenceInput], num_rows: int) -> None:
-        """Write a batch, padded to `num_rows`. If these very sequences were prepared, that is soon done."""
+        """Write a batch, padded to `num_rows`. It is fast if this very list was prepared."""
         if sequences is not self._prepared:
             self.prepare(sequences)
-        else:  # A table of a prepared sequence can only have grown.
+        else:  # Since then, block tables can only have grown.
             for row, sequence in enumerate(sequences):
                 if len(self._tables[row]) != len(sequence.block_table):
                     self._write_table(row, sequence.block_table)
@@ -82,17 +81,17 @@ class DecodeRows:
 
 
 class DecodeRunner:
-    """Runs decode batches of a model; one at a time, the next when the tokens of the last have been taken.
+    """Runs decode batches of a model, one at a time: wait for the tokens of a batch before launching the next.
 
     Args:
-        model: what computes. On a CPU nothing is captured, and each step runs as it is.
+        model: the model, or a part of it. On a CPU nothing is captured, and each step runs eagerly.
         kernels: a set that does not loop on the host.
-        cache: the pool on the device with a block more than requests may have: the last.
+        cache: the pool on the device; its last block is the spare block.
         block_size: tokens per block.
-        max_batch_size: requests of a batch.
-        max_model_len: tokens of a request.
-        ranks: how it reaches the others; what stages exchange is no part of a graph.
-        vocabulary: how the shards of a stage find the same tokens; None: there is one.
+        max_batch_size: most requests of a batch.
+        max_model_len: most tokens of a request.
+        ranks: how this rank reaches the others; a graph does not include what stages exchange.
+        vocabulary: how the shards of a stage agree on tokens; None: there is one shard.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class DecodeRunner:
         self._on_gpu = cache.is_cuda
         self._max_blocks = -(-max_model_len // block_size)
         self._rows = DecodeRows(max_batch_size, self._max_blocks, cache.shape[0] - 1)
-        # Page-locked, and read and written by kernels: a copy, however small, would queue behind those of swapping.
+        # Page-locked, for kernels to read and write: a copy, however small, would queue behind swaps.
         self._packed = torch.zeros(max_batch_size, 2 + self._max_blocks, dtype=torch.int64, pin_memory=self._on_gpu)
         self._packed_array = self._packed.numpy()
         self._tokens = torch.zeros(max_batch_size, dtype=torch.int64, pin_memory=self._on_gpu)
@@ -128,29 +127,32 @@ class DecodeRunner:
         self._received = (
             None if self._place.is_first_stage else torch.zeros(hidden, dtype=cache.dtype, device=cache.device)
         )
-        """What the stage before has sent."""
+        """Activations from the stage before."""
         self._packed_array[:] = self._rows.array
         self._steps: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None
-        for size in reversed(self.sizes):  # The largest first: the others find room in its memory.
+        for size in reversed(self.sizes):  # The largest first: the others reuse its memory.
             self._steps[size] = self._captured(size) if self._on_gpu else self._step_of(size)
         self._done = torch.cuda.Event() if self._on_gpu else None
 
     def takes(self, sequences: Sequence[SequenceInput]) -> bool:
-        """Whether this is a decode batch of no more requests and blocks than there is room for."""
+        """Whether this is a decode batch that fits the buffers."""
         return len(sequences) <= self.sizes[-1] and all(
             len(sequence.token_ids) == 1 and len(sequence.block_table) <= self._max_blocks for sequence in sequences
         )
 
     def prepare(self, sequences: Sequence[SequenceInput]) -> None:
-        """Write down what a launch of these very sequences will need, all but their tokens."""
+        """Write the inputs for a launch of this very list, without the tokens."""
         self._rows.prepare(sequences)
 
     def launch(
         self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike], extras: Extras | None = None
     ) -> Callable[[], Computed]:
-        """Start a batch that `takes` accepts, whose `extras` score no prompts; the function returned waits for it and
-        gives the tokens, if this is the last stage."""
+        """Start a batch that `takes` accepts; its `extras` must score no prompts.
+
+        Returns a function that waits for the batch and returns its tokens, which are empty unless this is the last
+        stage.
+        """
         count = len(sequences)
         size = self.sizes[bisect_left(self.sizes, count)]
         self._rows.write(sequences, size)
@@ -163,9 +165,9 @@ class DecodeRunner:
         result = self._steps[size]()[:count]
         if not self._place.is_last_stage:
             assert neighbours is not None
-            # The next replay writes to the same place, perhaps before this has been taken.
+            # The next replay overwrites it, perhaps before the next stage has received it.
             neighbours.send(result.clone() if self._on_gpu else result)
-        elif needs_logits(sampling, extras):  # The step itself publishes the greedy tokens.
+        elif needs_logits(sampling, extras):  # The step itself stores the greedy tokens.
             positions = [sequence.start + 1 for sequence in sequences]
             drawn = sample(result, sampling, positions, self._vocabulary, extras)
             self._kernels.exchange(drawn, self._tokens)
@@ -185,7 +187,7 @@ class DecodeRunner:
         return wait
 
     def _step_of(self, size: int) -> Callable[[], Tensor]:
-        """A decode step of that many rows, from and to the buffers; returns what the model does."""
+        """A decode step of `size` rows on the buffers; it returns the model's output."""
         token_ids, positions, slot_mapping = self._token_ids[:size], self._positions[:size], self._slot_mapping[:size]
         context_lens, block_tables = self._context_lens[:size], self._block_tables[:size]
         attention = AttentionMetadata(
@@ -213,7 +215,7 @@ class DecodeRunner:
         return step
 
     def _captured(self, size: int) -> Callable[[], Tensor]:
-        """The same step as a CUDA graph."""
+        """The step of `size` rows as a CUDA graph."""
         graph, result = capture(self._step_of(size), self._pool)
         self._pool = graph.pool()
 

@@ -1,4 +1,4 @@
-"""Devices by name, and small tensors copied to them."""
+"""Find devices by name, and copy small tensors to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastserve.core.errors import ConfigError
 
 
 def require_device(name: str, count: int = 1) -> torch.device:
-    """The device called so. Raises ConfigError if there is none, or fewer than `count` GPUs for as many ranks."""
+    """The device with that name. ConfigError if it does not exist, or if `count` ranks find fewer GPUs."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -33,20 +33,20 @@ def require_device(name: str, count: int = 1) -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called so, with its number; ConfigError if there is none. Makes a GPU the current one."""
+    """The device with that name, its index included; makes a GPU current. ConfigError if it does not exist."""
     device = require_device(name)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(device)  # Triton launches on the current device, wherever its arguments are.
+        torch.cuda.set_device(device)  # Triton launches on the current device, not on that of its arguments.
     return device
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; from page-locked memory, so that the host need not wait for it."""
+    """Copy a tensor to the device without waiting, from page-locked memory."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def tokens_on(values: Sequence[int], device: torch.device) -> Tensor:
-    """`[len(values)]`, int64."""
+    """An int64 tensor `[len(values)]` on the device."""
     return on_device(torch.tensor(values, dtype=torch.int64), device)

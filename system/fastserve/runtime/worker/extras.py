@@ -1,6 +1,6 @@
-"""What a row of a batch asks for beyond a draw from the model's logits: changed logits, log probabilities.
+"""RowExtras: what a row of a batch needs beyond a sampled token: changed logits, log probabilities.
 
-Most requests ask for none of it, and have no `RowExtras`: a batch of theirs does what it would do if there were none.
+Most requests need none, and a batch without RowExtras costs nothing extra.
 """
 
 from __future__ import annotations
@@ -15,50 +15,50 @@ from fastserve.runtime.worker.devices import on_device, tokens_on
 
 
 class LogitChanges(NamedTuple):
-    """What changes a row's logits before its token is drawn, in this order, which is vLLM's."""
+    """Changes of a row's logits before its token is drawn, applied in this order, which is vLLM's."""
 
     allowed: Sequence[int] | None = None
-    """Only these can be drawn; None: all."""
+    """The only tokens that can be drawn; None: all."""
     forbidden: Sequence[int] = ()
-    """These cannot be drawn."""
+    """Tokens that cannot be drawn."""
     bias: Sequence[tuple[int, float]] = ()
-    """Tokens, each once, and what is added to their logits."""
+    """Tokens, each once, with the number added to their logits."""
     repetition_penalty: float = 1.0
-    """Of tokens in `counts`: divides positive logits, multiplies negative ones."""
+    """Divides positive logits of tokens in `counts`, and multiplies negative ones."""
     frequency_penalty: float = 0.0
-    """Of tokens in `counts`: subtracted as often as each was generated."""
+    """Subtracted from logits of tokens in `counts`, once for each time the token was generated."""
     presence_penalty: float = 0.0
-    """Of tokens in `counts`: subtracted once if it was generated."""
+    """Subtracted once from logits of tokens in `counts` that were generated."""
     counts: Mapping[int, int] = {}
-    """Tokens of the request and how often each was generated: 0 for those of the prompt alone."""
+    """Tokens of the request and how often each was generated; 0 if a token is only in the prompt."""
 
 
 class PromptTargets(NamedTuple):
-    """The prompt tokens to score in an iteration: each under the logits of the token before it."""
+    """The prompt tokens to score in an iteration, each by the logits of the token before it."""
 
     first: int
-    """Place, among the tokens that the row computes, of the one before the first target."""
+    """Index, among the tokens that the row computes, of the token before the first target."""
     token_ids: Sequence[int]
     """The targets, consecutive in the prompt."""
     num_top: int
-    """Likeliest tokens to tell at each place."""
+    """Most likely tokens to report at each target."""
 
 
 class RowExtras(NamedTuple):
-    """What one row asks for."""
+    """What one row needs."""
 
     changes: LogitChanges | None = None
     logprobs: int | None = None
-    """Score the new token, and tell so many of the likeliest; None: do not."""
+    """Score the new token and report this many most likely tokens; None: do not."""
     prompt: PromptTargets | None = None
 
 
 Extras = Mapping[int, RowExtras]
-"""By the row's place in what the worker was given."""
+"""By the index of the sequence in the worker's input."""
 
 
 def change_logits(logits: Tensor, changes: Sequence[LogitChanges | None]) -> None:
-    """Change `logits`, `[rows, vocab_size]`, in place: each row as its own changes say, whatever the others'."""
+    """Change `logits`, `[rows, vocab_size]`, in place, each row by its own changes."""
     for row, one in zip(logits, changes, strict=True):
         if one is None:
             continue

@@ -1,4 +1,4 @@
-"""Large allocations: is there room, whose lack would kill the process or say little; and memory that stays in place."""
+"""Large allocations: check that they fit before the system kills the process, and page-lock memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PORTABLE = 1
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`, on a CPU with what the kernel could free without swapping."""
+    """Bytes that can still be allocated on `device`; on a CPU they include what the kernel can free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -47,7 +47,7 @@ def require_room(what: str, size: int, device: torch.device) -> None:
 
 
 class _Pages(mmap.mmap):
-    """Memory of no other owner, since pages are locked whole; unlocked before it goes back, once no tensor is in it."""
+    """Whole pages of memory, since locking works on pages; unlocked when the last tensor in them is freed."""
 
     unlock: Callable[[], object] | None = None
 
@@ -57,17 +57,17 @@ class _Pages(mmap.mmap):
 
 
 def pinned_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros in page-locked host memory of just that size, locked for as long as the tensor lives.
+    """Zeros in page-locked host memory of exactly that size, locked until the tensor is freed.
 
-    With `pin_memory=True` torch would round the size up to a power of two, and 40 GB would take 64 GiB. Takes some
-    seconds for tens of gigabytes. Needs CUDA; ConfigError where the memory cannot be locked.
+    (With `pin_memory=True` torch rounds the size up to a power of two: 40 GB would take 64 GiB.) Tens of gigabytes take
+    some seconds. Needs CUDA; raises ConfigError if the memory cannot be locked.
     """
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.zeros(*shape, dtype=dtype)
     memory = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_DONTFORK)  # A fork could move pages that the device goes on reading where they were.
-    # Zero already, but not there before it is written: by all of torch's threads here, by a single one while locking.
+    memory.madvise(mmap.MADV_DONTFORK)  # After a fork, pages could move while the device uses their addresses.
+    # Writing makes the pages resident with all of torch's threads; locking would use a single thread.
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape).zero_()
     runtime = torch.cuda.cudart()
     error = runtime.cudaHostRegister(tensor.data_ptr(), size, _PORTABLE)

@@ -1,4 +1,4 @@
-"""Time iterations and copies by shape, without an engine around them."""
+"""Time iterations and copies of given shapes, without an engine."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from fastserve.runtime.worker.worker import Worker
 
 
 class Shapes:
-    """Sequences of given shapes for a runner whose cache holds nothing yet."""
+    """Makes sequences of given shapes for a runner whose cache is empty."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        # Neither zeros nor one token over and over: a GPU computes those faster than what requests are made of.
+        # Random tokens: a GPU computes constant ones faster than real ones.
         rng = random.Random(0)
         config = runner.model_config
         self._token_ids = [rng.randrange(config.vocab_size) for _ in range(2 * config.max_model_len)]
 
     def sequences(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> list[SequenceInput]:
-        """These prompts, and one decode token at each of these contexts."""
+        """Sequences of these prompt lengths, and one decode token at each of these contexts."""
         sequences: list[SequenceInput] = []
         next_block = next_token = 0
         for length, computed in [(n, 0) for n in prefill_lens] + [(1, n - 1) for n in context_lens]:
             count = -(-(computed + length) // self._runner.block_size)
-            # A pool too small for the shape is reused from the start: only time is measured here.
+            # A pool that is too small is reused from the start: only time is measured.
             table = [block % self._runner.num_gpu_blocks for block in range(next_block, next_block + count)]
             next_block += count
-            # No more than a slice: what touches much memory here leaves the iteration with cold caches.
+            # Only a slice: touching much memory here would leave the iteration with cold CPU caches.
             first = next_token % (len(self._token_ids) - length)
             next_token += length
             sequences.append(SequenceInput(self._token_ids[first : first + length], computed, table))
@@ -46,13 +46,13 @@ class Shapes:
 
 
 class Probe(Shapes):
-    """Times iterations of given shapes on a worker, or on ranks one stage after the other."""
+    """Times iterations of given shapes on a worker, or on a group of ranks."""
 
     def iteration_time(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> float:
-        """Seconds for one iteration of these prompts and one decode token at each of these contexts."""
+        """Seconds of one iteration of these prompts and one decode token at each of these contexts."""
         sequences = self.sequences(prefill_lens, context_lens)
         params = [SamplingParams()] * len(sequences)
-        if not prefill_lens:  # As an engine does while the last iteration runs.
+        if not prefill_lens:  # An engine does this while the last iteration runs.
             self._runner.prepare(sequences)
         start = time.perf_counter()
         self._runner.execute(sequences, params)
@@ -60,10 +60,10 @@ class Probe(Shapes):
 
 
 class Stages(Runner, Protocol):
-    """A group of ranks."""
+    """A group of ranks, whose stages can be timed."""
 
     def probe(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> tuple[float, ...]:
-        """Seconds that each stage takes for its part, all at the same time."""
+        """Seconds that each stage takes for its part; all compute at the same time."""
 
 
 class StageProbe(Shapes):
@@ -74,7 +74,7 @@ class StageProbe(Shapes):
         self._ranks = ranks
 
     def stage_times(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> StageTimes:
-        """Of one iteration of these prompts and one decode token at each of these contexts."""
+        """Times of the stages for one iteration of these prompts and one decode token at each of these contexts."""
         sequences = self.sequences(prefill_lens, context_lens)
         params = [SamplingParams()] * len(sequences)
         start = time.perf_counter()
@@ -83,7 +83,7 @@ class StageProbe(Shapes):
 
 
 def copy_bandwidth(worker: Worker, repeats: int = 5) -> float:
-    """Bytes per second of copies from the device's pool to the host's, or 0 without a host pool."""
+    """Bytes per second of copies from the device's pool to the host's; 0 without a host pool."""
     count = min(worker.num_gpu_blocks, worker.num_host_blocks, 64)
     if not count:
         return 0.0

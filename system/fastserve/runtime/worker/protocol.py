@@ -1,22 +1,22 @@
-"""What the engine and its ranks say to each other on the control channel (`fastserve.runtime.parallel.channel`).
+"""Messages between the engine and its ranks on the control channel (`fastserve.runtime.parallel.channel`).
 
-rank                                  engine
-hello: who and where it is, versions  →
-                                      ←  configure: a RankConfig
-configured: digest, blocks that fit   →
-                                      ←  load: blocks of both pools
-ready                                 →
-                                      ←  run: an iteration; copy: transfers of its part of the caches
-free: the first stage has ended one   →
-tokens: the last stage has ended one  →
-copied: a transfer                    →
-                                      ←  probe: an iteration, of which each stage computes its part by itself
-probed: how long that took a stage    →
-                                      ←  exchange: sizes of messages between ranks to be timed
-exchanged: how long they took a stage →
-alive: what it does, every second     →
-failed: why, at any time              →
-                                      ←  stop
+rank                                    engine
+hello: rank, process, host, versions    →
+                                        ←  configure: a RankConfig
+configured: digest, blocks that fit     →
+                                        ←  load: number of blocks of both pools
+ready                                   →
+                                        ←  run: an iteration; copy: transfers of caches
+free: the first stage ended an iteration →
+tokens: the last stage ended it         →
+copied: the rank ended a transfer       →
+                                        ←  probe: an iteration that each stage computes alone
+probed: a stage's seconds for that      →
+                                        ←  exchange: sizes of messages between ranks to time
+exchanged: a stage's seconds for those  →
+alive: progress, every second           →
+failed: the error, at any time          →
+                                        ←  stop
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from fastserve.runtime.worker.runner import Computed
 from fastserve.runtime.worker.sampler import SamplingLike
 
 DIRECTIONS = tuple(Direction)
-"""By their number on the wire."""
+"""Index of a direction on the wire."""
 WORK = ("run", "probe", "exchange")
-"""Messages that a rank computes for, one after the other."""
+"""Messages that a rank computes, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class RankConfig:
 
 @cache
 def versions() -> dict[str, str]:
-    """What must be the same in all processes: other code computes other things."""
+    """Versions of code, torch and Python, which must be the same in all processes."""
     source = hashlib.sha256()
     root = Path(fastserve.__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -93,7 +93,7 @@ def versions() -> dict[str, str]:
 
 
 class _Sampling(NamedTuple):
-    """A `SamplingLike` off the wire."""
+    """A `SamplingLike` received from the engine."""
 
     temperature: float
     top_p: float
@@ -112,7 +112,7 @@ def run_frame(
     extras: Extras | None = None,
     kind: str = "run",
 ) -> bytes:
-    """The message that has every rank compute iteration number `index`, or with "probe" its part of one by itself."""
+    """A message with iteration number `index` for every rank to compute, or with kind "probe" to time."""
     numbers = [index, len(sequences)]
     for one in sequences:
         token_ids, block_table = one.token_ids, one.block_table
@@ -130,7 +130,7 @@ def run_frame(
 
 
 def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[SamplingLike], Extras | None]:
-    """What `run_frame` was given."""
+    """The arguments of `run_frame`, without its kind."""
     numbers = message.numbers
     index, count = numbers[0], numbers[1]
     at, sequences = 2, []
@@ -147,7 +147,7 @@ def parse_run(message: Message) -> tuple[int, list[SequenceInput], list[Sampling
 
 
 def _packed(extras: RowExtras) -> tuple[Any, ...]:
-    """As JSON takes it, in which the keys of an object would be text."""
+    """Extras as lists: JSON objects would turn token ids into text."""
     changes = extras.changes
     if changes is not None:
         *others, counts = changes
@@ -167,7 +167,7 @@ def _unpacked(changes: list[Any] | None, logprobs: int | None, prompt: list[Any]
 
 
 def tokens_frame(index: int, computed: Computed) -> bytes:
-    """The message that says what came of iteration number `index`."""
+    """A message with the result of iteration number `index`."""
     numbers = (index, *computed.tokens)
     if not computed.scores:
         return frame("tokens", numbers)
@@ -175,7 +175,7 @@ def tokens_frame(index: int, computed: Computed) -> bytes:
 
 
 def parse_tokens(message: Message) -> Computed:
-    """What `tokens_frame` was given."""
+    """The result given to `tokens_frame`."""
     packed = message.fields.get("scores")
     if packed is None:
         return Computed(message.numbers[1:])
@@ -192,7 +192,7 @@ def _token_logprobs(packed: list[Any]) -> TokenLogprobs:
 
 
 def copy_frame(transfers: Iterable[tuple[int, Transfer]]) -> bytes:
-    """The message that has every rank copy its part of these transfers, each with a number."""
+    """A message with numbered transfers, for every rank to copy its part."""
     numbers: list[int] = []
     for index, transfer in transfers:
         numbers += (index, DIRECTIONS.index(transfer.direction), len(transfer.source))
@@ -202,7 +202,7 @@ def copy_frame(transfers: Iterable[tuple[int, Transfer]]) -> bytes:
 
 
 def parse_copies(message: Message) -> Iterator[tuple[int, Direction, list[int], list[int]]]:
-    """Number, direction, sources and destinations of each transfer that `copy_frame` was given."""
+    """Number, direction, sources and destinations of each transfer given to `copy_frame`."""
     numbers, at = message.numbers, 0
     while at < len(numbers):
         index, direction, count = numbers[at : at + 3]

@@ -1,4 +1,4 @@
-"""What an engine and a probe need of whatever computes iterations."""
+"""Runner: the interface of what computes iterations, for executors and probes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fastserve.runtime.worker.sampler import SamplingLike
 
 
 class Computed(NamedTuple):
-    """What came of an iteration."""
+    """The result of an iteration."""
 
     tokens: list[int]
-    """The next of each sequence; empty if a later stage has them."""
+    """The next token of each sequence; empty if a later stage has them."""
     scores: Mapping[int, Scores] | None = None
-    """Log probabilities, by a sequence's place, of those that ask for some; None: none does."""
+    """Log probabilities by index of the sequence; None if none are requested."""
 
 
 class Runner(Protocol):
-    """What computes iterations: a worker, or a group of ranks that have a part of the model each."""
+    """Computes iterations: a worker, or a group of ranks that each hold a part of the model."""
 
     @property
     def model_config(self) -> ModelConfig:
-        """The whole model's."""
+        """Architecture of the whole model."""
 
     @property
     def block_size(self) -> int:
@@ -34,20 +34,20 @@ class Runner(Protocol):
 
     @property
     def num_gpu_blocks(self) -> int:
-        """Blocks of the pool on the device, the same for every rank."""
+        """Blocks of the pool on the device; all ranks have the same number."""
 
     @property
     def num_host_blocks(self) -> int:
         """Blocks of the host pool."""
 
     def require(self, model_config: ModelConfig, cache: CacheConfig, device: str, dtype: str) -> None:
-        """Raise ConfigError unless it can serve an engine of that model, with a cache of that size."""
+        """Raise ConfigError unless the runner can serve an engine of that model, with a cache of that size."""
 
     def prepare(self, sequences: Sequence[SequenceInput]) -> None:
-        """Hint what will probably be executed next."""
+        """Prepare for the sequences that will probably be executed next."""
 
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
-        """Compute an iteration; the next token of each sequence."""
+        """Compute an iteration; returns the next token of each sequence."""
 
 
 def require_runner(
@@ -58,9 +58,9 @@ def require_runner(
     cache: CacheConfig,
     asked: tuple[str, str],
 ) -> None:
-    """Raise ConfigError, naming the runner as `what`, unless it serves that model with a cache of that size.
+    """Raise ConfigError, naming the runner as `what`, unless it can serve that model with a cache of that size.
 
-    `own` and `asked` are the device and the dtype it has and is asked for.
+    `own` and `asked` are device and dtype of the runner and of the engine.
     """
     for name, has, wanted in (
         ("model", runner.model_config, model_config),

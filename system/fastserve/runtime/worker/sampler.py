@@ -1,4 +1,4 @@
-"""From logits to tokens."""
+"""Sample tokens from logits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastserve.runtime.worker.devices import on_device, tokens_on
 from fastserve.runtime.worker.extras import Extras, change_logits
 
 _PARTS = 64
-"""That a row of logits is seen as where it can be divided so."""
+"""Parts into which a row of logits is divided, if its length allows."""
 
 
 class SamplingLike(Protocol):
-    """What the sampler reads of a request's sampling parameters."""
+    """The sampling parameters that the sampler reads."""
 
     @property
     def temperature(self) -> float:
@@ -31,15 +31,15 @@ class SamplingLike(Protocol):
 
     @property
     def top_p(self) -> float:
-        """Keep the likeliest tokens that together reach this probability; 1 keeps all."""
+        """Keep the most likely tokens that together reach this probability; 1 keeps all."""
 
     @property
     def top_k(self) -> int | None:
-        """Keep so many of the likeliest tokens; None, 0 and -1 keep all."""
+        """Keep this many most likely tokens; None, 0 and -1 keep all."""
 
     @property
     def min_p(self) -> float:
-        """Keep tokens of at least this share of the likeliest one's probability; 0 keeps all."""
+        """Keep tokens with at least this share of the most likely token's probability; 0 keeps all."""
 
     @property
     def seed(self) -> int | None:
@@ -47,11 +47,11 @@ class SamplingLike(Protocol):
 
 
 class SharedVocabulary:
-    """A vocabulary of which each shard has the logits of its tokens. Every shard makes the same calls.
+    """A vocabulary divided over the shards of a stage. All shards make the same calls in the same order.
 
     Args:
         group: the shards.
-        shares: each one's tokens, one behind the other; numbers of them differ by one at most.
+        shares: tokens of each shard, consecutive; their numbers differ by at most one.
     """
 
     def __init__(self, group: Group, shares: Sequence[range]) -> None:
@@ -60,40 +60,40 @@ class SharedVocabulary:
 
     @classmethod
     def of(cls, model: ModelConfig, place: Place, group: Group) -> SharedVocabulary | None:
-        """Of a model in so many shards as at `place`; None if there is one."""
+        """The vocabulary of a model divided as at `place`; None if there is one shard."""
         if place.num_shards == 1:
             return None
         return cls(group, [replace(place, shard=shard).vocabulary(model) for shard in range(place.num_shards)])
 
     def best(self, logits: Tensor) -> Tensor:
-        """`[rows]`: the likeliest tokens of all, from this shard's logits; of equals the first, as with argmax."""
+        """The most likely tokens, `[rows]`, from this shard's logits; the first of equals, as argmax."""
         index = _argmax(logits).unsqueeze(1)
         own = torch.cat((logits.gather(1, index).double(), (index + self._shares[self._group.index].start).double()), 1)
         values, tokens = self._group.all_gather(own).unbind(2)
         return tokens.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()
 
     def whole(self, logits: Tensor) -> Tensor:
-        """`[rows, vocab_size]`, from this shard's columns."""
+        """All logits, `[rows, vocab_size]`, from this shard's columns."""
         widest = max(map(len, self._shares))
         parts = self._group.all_gather(F.pad(logits, (0, widest - logits.shape[1])))
         return torch.cat([part[:, : len(share)] for part, share in zip(parts, self._shares, strict=True)], 1)
 
     def agreed(self, tokens: Tensor) -> Tensor:
-        """What the first shard has."""
+        """The first shard's tokens."""
         return self._group.all_gather(tokens)[0]
 
 
 def best_tokens(logits: Tensor, shared: SharedVocabulary | None = None) -> Tensor:
-    """`[rows]`: the likeliest token of each, int64."""
+    """The most likely token of each row: `[rows]`, int64."""
     return _argmax(logits) if shared is None else shared.best(logits)
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """`[rows]`: where the largest is, of equals the first."""
+    """Index of the largest logit of each row, the first of equals: `[rows]`."""
     if logits.is_cuda:
         return logits.argmax(-1)
-    # On a CPU torch finds a maximum many times as fast as its place, and both in float32 faster than in bfloat16. So
-    # the places are those of a part in the row and of a token in the part.
+    # On a CPU torch's amax is many times as fast as argmax, and both are faster in float32 than in bfloat16. So find
+    # the part with the maximum first, and then its index within that part.
     rows, vocab_size = logits.shape
     parts = logits.float().view(rows, math.gcd(vocab_size, _PARTS), -1)
     part = parts.amax(-1).argmax(-1)
@@ -101,7 +101,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def needs_logits(sampling: Sequence[SamplingLike], extras: Extras | None) -> bool:
-    """Whether anything but the likeliest token of each row is asked for."""
+    """Whether any row needs more than its most likely token."""
     return bool(extras) or any(params.temperature > 0 for params in sampling)
 
 
@@ -112,17 +112,17 @@ def sample(
     shared: SharedVocabulary | None = None,
     extras: Extras | None = None,
 ) -> Tensor:
-    """One token per request, `[num_requests]` int64 on the device of `logits`, without waiting for it.
+    """Sample one token per request: `[num_requests]` int64 on the device of `logits`. Does not wait for the device.
 
-    A request's token depends on its logits, its parameters, its seed, its position and its own tokens: never on the
-    other requests or on what was drawn before, so a preempted or recomputed request draws the same tokens.
+    A request's token depends only on its own logits, parameters, seed, position and tokens. So a preempted or
+    recomputed request draws the same tokens.
 
     Args:
-        logits: `[num_requests, vocab_size]`; with `shared`, this shard's columns of that.
+        logits: `[num_requests, vocab_size]`; with `shared`, this shard's columns.
         sampling: parameters, one per request.
-        positions: where the new token will stand in each request.
-        shared: how shards find the same tokens together; None: there is one.
-        extras: what changes the logits of some rows, by row.
+        positions: index of the new token in each request.
+        shared: how shards agree on tokens; None: there is one shard.
+        extras: changes of logits, by row.
     """
     tokens = best_tokens(logits, shared)
     changes = {row: one.changes for row, one in extras.items() if one.changes is not None} if extras else {}
@@ -142,23 +142,23 @@ def sample(
     if rows:
         index = tokens_on(rows, logits.device)
         drawn = _draw(changed(rows, index), [sampling[row] for row in rows], [positions[row] for row in rows])
-        # Without a seed each shard would draw another.
+        # Without a seed each shard draws another token.
         tokens.index_copy_(0, index, drawn if shared is None else shared.agreed(drawn))
     return tokens
 
 
 def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[int]) -> Tensor:
-    """Invert the cumulative distribution, likeliest token first, at one uniform number per request."""
+    """Draw by inverting the cumulative distribution, most likely token first, at one uniform number per request."""
     device, vocab_size = logits.device, logits.shape[1]
     top_k = [params.top_k if params.top_k and params.top_k > 0 else vocab_size for params in sampling]
     uniform = [_uniform(params.seed, position) for params, position in zip(sampling, positions, strict=True)]
     settings = [(p.temperature, p.top_p, p.min_p, k, u) for p, k, u in zip(sampling, top_k, uniform, strict=True)]
     numbers = on_device(torch.tensor(settings, dtype=torch.float64), device)
     temperature, top_p, min_p, limit, draw = numbers.unsqueeze(2).unbind(1)
-    # A stable sort gives equal logits one order; the largest is subtracted lest a tiny temperature overflow.
+    # A stable sort orders equal logits always alike; subtracting the largest avoids overflow at low temperatures.
     scores, order = logits.double().sort(stable=True, dim=-1, descending=True)
     probabilities = ((scores - scores[:, :1]) / temperature).softmax(-1)
-    # What a change of the logits forbids has the probability 0.
+    # Forbidden tokens have probability 0.
     kept = (torch.arange(vocab_size, device=device) < limit) & (probabilities > 0)
     if any(params.min_p for params in sampling):
         kept &= probabilities >= min_p * probabilities[:, :1]
@@ -174,5 +174,5 @@ def _draw(logits: Tensor, sampling: Sequence[SamplingLike], positions: Sequence[
 
 
 def _uniform(seed: int | None, position: int) -> float:
-    """In [0, 1), by `seed` and `position` alone."""
+    """A number in [0, 1) that depends only on `seed` and `position`; random without a seed."""
     return random.random() if seed is None else random.Random(f"{seed}:{position}").random()

@@ -1,4 +1,4 @@
-"""From logits to the log probabilities of given tokens."""
+"""Compute log probabilities of given tokens from logits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastserve.runtime.worker.extras import Extras, RowExtras
 from fastserve.runtime.worker.sampler import SharedVocabulary
 
 _MOST_LOGITS = 1 << 24
-"""That are there at a time while prompts are scored: 64 MiB in float32."""
+"""Most logits computed at a time for prompts: 64 MiB in float32."""
 
 
 class _Scored(NamedTuple):
     """Scores of some rows, on the device."""
 
     owners: list[tuple[int, bool, int]]
-    """Of each row: which of the worker's inputs it belongs to, whether to its prompt, and how many tokens to tell."""
+    """For each row: index in the worker's input, whether a prompt token, and how many top tokens to report."""
     token_ids: Tensor
     logprobs: Tensor
     ranks: Tensor
@@ -29,11 +29,11 @@ class _Scored(NamedTuple):
 
 
 class Scorer:
-    """Scores an iteration's tokens. Results stay on the device until `results` is called, after the iteration.
+    """Scores an iteration's tokens. Results stay on the device until `results` is called after the iteration.
 
     Args:
-        extras: what is asked for.
-        shared: how shards find scores together; None: there is one. Every shard makes the same calls.
+        extras: what to score.
+        shared: how shards compute scores together; None: there is one shard. All shards make the same calls.
     """
 
     def __init__(self, extras: Extras, shared: SharedVocabulary | None) -> None:
@@ -42,10 +42,12 @@ class Scorer:
         self._scored: list[_Scored] = []
 
     def score_new(self, logits: Tensor, tokens: Tensor, order: Sequence[int]) -> None:
-        """Score the new tokens of rows that ask for it.
+        """Score the new tokens of rows that need it.
 
-        `logits` is `[num_requests, vocab_size]`, or this shard's columns, `tokens` `[num_requests]`; `order[row]` is
-        the row's place in what the worker was given.
+        Args:
+            logits: `[num_requests, vocab_size]`, or this shard's columns.
+            tokens: `[num_requests]`.
+            order: index of each row in the worker's input.
         """
         asked = [
             (row, place, extras.logprobs)
@@ -59,10 +61,13 @@ class Scorer:
     def score_prompts(
         self, states: Tensor, project: Callable[[Tensor], Tensor], order: Sequence[int], vocab_size: int
     ) -> None:
-        """Score prompt tokens by the hidden states before them.
+        """Score prompt tokens by the hidden states before them, some at a time to bound memory.
 
-        `states` is `[targets, hidden_size]`, of all rows' targets end to end, and `project` turns some of them into
-        logits: so many at a time as bound the memory that takes.
+        Args:
+            states: `[targets, hidden_size]`, all rows' targets one after the other.
+            project: computes the logits of some states.
+            order: index of each row in the worker's input.
+            vocab_size: columns of the logits.
         """
         tokens: list[int] = []
         owners: list[tuple[int, bool, int]] = []
@@ -77,7 +82,7 @@ class Scorer:
             self._score(project(states[some]), targets[some], owners[some])
 
     def results(self) -> dict[int, Scores]:
-        """All scores, by place in what the worker was given. Waits for the device."""
+        """All scores, by index in the worker's input. Waits for the device."""
         prompts: dict[int, list[TokenLogprobs]] = {}
         tokens: dict[int, TokenLogprobs] = {}
         for scored in self._scored:

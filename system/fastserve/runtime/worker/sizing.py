@@ -1,4 +1,4 @@
-"""How much memory a rank's part of a model takes, and how large pools can be beside it."""
+"""Memory of a rank's part of a model, and default sizes of the cache pools beside it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastserve.runtime.parallel.groups import ALONE
 from fastserve.runtime.worker.memory import available_bytes
 
 _CPU_CACHE_SHARE, _GPU_CACHE_SHARE, _PINNED_SHARE = 1 / 16, 0.85, 0.5
-"""Share of the memory that the weights leave which a pool takes where its size is not given; the last is of the host's
-memory, beside a GPU. On a CPU both pools are in the same memory, which others use too: an eighth for the two."""
+"""Default size of a pool, as a share of the memory that the weights leave free. On a CPU both pools share memory with
+other programs, so that together they take an eighth. The last is the host pool's share of host memory beside a GPU."""
 MOST_CPU_CACHE_SHARE = 0.2
-"""What a pool on a CPU takes instead if one full context needs it."""
+"""Share of a pool on a CPU if one full context needs more."""
 
 
 def rank_bytes(model: ModelConfig, place: Place, dtype: str) -> int:
-    """Bytes of the weights of that part of the model."""
-    dtype_bytes(dtype)  # A type we run?
-    # Layers are alike: of one of them, on a device that stores nothing, all can be counted.
+    """Bytes of the weights at `place`."""
+    dtype_bytes(dtype)  # Raises for an unsupported type.
+    # All layers are alike: count one, on a device that stores nothing.
     part = Part(model, replace(place, num_layers=1), ALONE, getattr(torch, dtype), torch.device("meta"))
     counted = {
         weight.name: weight.target.nbytes * (place.num_layers if ".layers." in weight.name else 1)
@@ -40,10 +40,16 @@ def default_num_blocks(
     sharers: int = 1,
     cpu_share: float = _CPU_CACHE_SHARE,
 ) -> int:
-    """Blocks for a full batch of full contexts, or what a share of the memory allows that the weights leave.
+    """Blocks for a full batch of full contexts, but at most a share of the memory that the weights leave free.
 
-    Blocks of the part of the model at `place`, of which `sharers` ranks share the host's memory; a GPU has one rank.
-    On a CPU the share is `cpu_share`, and more if one full context needs it.
+    Args:
+        model: the architecture.
+        options: batch size, block size and context.
+        device: where the pool is.
+        dtype: of weights and cache.
+        place: the part of the model that the blocks belong to; None: the whole.
+        sharers: ranks that share the host's memory; a GPU has one rank.
+        cpu_share: share of the memory on a CPU, where one full context may take more.
     """
     place = place or Place.whole(model)
     context = min(model.max_model_len, options.max_model_len or model.max_model_len)
@@ -68,7 +74,7 @@ def default_num_host_blocks(
     place: Place | None = None,
     sharers: int = 1,
 ) -> int:
-    """As many blocks as on the device; beside a GPU no more than a share of the host's memory, being page-locked.
+    """As many blocks as on the device; beside a GPU at most a share of host memory, since they are page-locked.
 
     `place` and `sharers` as for `default_num_blocks`.
     """

@@ -1,4 +1,4 @@
-"""One rank: a model or a part of it, a KV pool on its device and one in host memory."""
+"""Worker: a model or a part of it, with a KV pool on its device and one in host memory."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from fastserve.runtime.worker.sizing import rank_bytes
 
 
 class Worker:
-    """Runs iterations, on blocks of `gpu_cache`. Others may be copied meanwhile (`fastserve.runtime.worker.copier`).
+    """Runs iterations on blocks of `gpu_cache`; other blocks may be copied meanwhile (`runtime.worker.copier`).
 
     Args:
         model_config: the architecture.
-        num_gpu_blocks: blocks of the pool on `device` (with "cpu": a pool of its own in host memory).
+        num_gpu_blocks: blocks of the pool on `device`; with "cpu" it is another pool in host memory.
         num_host_blocks: blocks of the host pool; may be 0.
         block_size: tokens per block.
         device: "cpu", "cuda" or "cuda:N".
         dtype: "float32", "bfloat16" or "float16", of weights and cache.
-        seed: of the dummy weights, where `model_dir` is None.
+        seed: of the dummy weights, if `model_dir` is None.
         model_dir: directory in Hugging Face format with the weights.
-        max_batch_size: decode batches of up to so many requests, on a GPU, run as CUDA graphs; None: none does.
-        max_model_len: tokens of the longest request in those; None: the model's own limit.
-        place: the part of the model it has, and the cache of which; None: the whole.
+        max_batch_size: largest decode batch that runs as a CUDA graph, on a GPU; None: no graphs.
+        max_model_len: tokens of the longest request in such batches; None: the model's own limit.
+        place: the part of the model that this worker holds; None: the whole.
         ranks: how it reaches the other ranks; None: there are none.
 
     Raises:
-        ConfigError: an option out of range, or weights or pools that do not fit the memory available.
+        ConfigError: an option out of range, or weights or pools that do not fit the available memory.
         CheckpointError: `model_dir` is incomplete or does not match `model_config`.
     """
 
@@ -85,15 +85,15 @@ class Worker:
         spare_blocks = 0 if most_in_place is None else 1
         self._cache = torch.zeros(num_gpu_blocks + spare_blocks, *layout, dtype=torch_dtype, device=self.device)
         if self.device.type == "cuda":
-            self._cache.normal_()  # A GPU computes zeros faster than what caches hold, and is timed before they do.
+            self._cache.normal_()  # A GPU computes zeros faster than real caches, and is timed while they are empty.
         self.gpu_cache = self._cache[:num_gpu_blocks]
-        # Page-locked, or a copy to or from the GPU would neither reach link speed nor run beside the compute.
+        # Page-locked, for copies at link speed during the computation.
         host_zeros = pinned_zeros if self.device.type == "cuda" else torch.zeros
         self.host_cache = host_zeros(num_host_blocks, *layout, dtype=torch_dtype)
 
         self._decodes: DecodeRunner | None = None
         self.linear_choices: list[LinearChoice] = []
-        """Which kernels compute the linear layers of decode batches, where that was measured."""
+        """Measured kernels of the linear layers in decode batches; empty where none were measured."""
         if most_in_place is not None:
             self.linear_choices = tune_linears(self.model, graph_sizes(most_in_place))
             context = min(max_model_len or model_config.max_model_len, model_config.max_model_len)
@@ -110,7 +110,7 @@ class Worker:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The whole model's, of which this may be a part."""
+        """Architecture of the whole model, also if this is a part."""
         return self.model.config
 
     @property
@@ -143,7 +143,7 @@ class Worker:
         require_runner("worker", self, own, model_config, cache, (str(find_device(device)), dtype))
 
     def execute(self, sequences: Sequence[SequenceInput], sampling: Sequence[SamplingLike]) -> list[int]:
-        """`launch`, and wait for its tokens."""
+        """Launch an iteration and wait for its tokens."""
         return self.launch(sequences, sampling)().tokens
 
     @torch.inference_mode()
@@ -152,11 +152,15 @@ class Worker:
     ) -> Callable[[], Computed]:
         """Start an iteration: compute the tokens of `sequences`, store their keys and values, sample each next token.
 
-        `extras` is what some of them ask for beyond that, by their place; None: nothing.
+        Args:
+            sequences: the tokens to compute.
+            sampling: how to sample the next token of each sequence.
+            extras: what sequences need beyond that, by index; None: nothing.
 
-        Returns a function, to be called before the next launch, that waits for it (a CPU computes only then) and gives
-        the next tokens in the order of `sequences`; none if a later stage has them. That of a chunk which is not a
-        prompt's last is of no use. When it returns, the blocks are written and may be copied.
+        Returns:
+            A function to call before the next launch. It waits for the iteration (a CPU computes only then) and
+            returns the next tokens in the order of `sequences`, none if a later stage has them. The token of a chunk
+            is meaningless unless the chunk is the prompt's last. Afterwards the blocks may be copied.
         """
         scores_prompts = extras is not None and any(one.prompt is not None for one in extras.values())
         if self._decodes is not None and not scores_prompts and self._decodes.takes(sequences):
@@ -180,10 +184,10 @@ class Worker:
         return wait
 
     def prepare(self, sequences: Sequence[SequenceInput]) -> None:
-        """Use the time until the tokens of one launch are there for the next, which will probably be of these.
+        """Prepare a launch of `sequences` while the device still computes the last one.
 
-        Their token ids are not read yet, and their block tables may still grow. If the next launch is given this very
-        list, less is left to do; if it is given another, nothing is lost.
+        Token ids are not read yet, and block tables may still grow. A launch of this very list is then faster; a
+        launch of another list is not affected.
         """
         if self._decodes is not None and self._decodes.takes(sequences):
             self._decodes.prepare(sequences)
@@ -198,7 +202,7 @@ class Worker:
     def _next_tokens(
         self, batch: ForwardBatch, sampling: Sequence[SamplingLike], extras: Extras | None
     ) -> tuple[Tensor | None, Scorer | None]:
-        """`[num_requests]`, in the batch's order, and what scores them; None if a later stage has them."""
+        """The next tokens, `[num_requests]` in the batch's order, and their scorer; None if a later stage has them."""
         neighbours, received = self._ranks.neighbours, None
         if not self.place.is_first_stage:
             assert neighbours is not None
@@ -229,13 +233,13 @@ class Worker:
 
 
 def _computed(batch: ForwardBatch, tokens: Tensor | None, scorer: Scorer | None) -> Computed:
-    """What was computed, in the caller's order."""
+    """The result in the caller's order."""
     in_order = [] if tokens is None else batch.in_callers_order(tokens.tolist())
     return Computed(in_order, None if scorer is None else scorer.results())
 
 
 def _before_targets(batch: ForwardBatch, extras: Extras) -> list[int]:
-    """Indices of the query tokens whose logits score a prompt token, rows in the batch's order."""
+    """Indices of the query tokens whose logits score a prompt token, in the batch's order."""
     found: list[int] = []
     start = 0
     for place, query_len in zip(batch.order, batch.attention.host_query_lens, strict=True):

@@ -1,4 +1,4 @@
-"""The kernels in Triton, for GPUs: `fastserve.runtime.kernels.Kernels` says what each does."""
+"""Kernels in Triton, for GPUs; see `fastserve.runtime.kernels.Kernels`."""
 
 from fastserve.runtime.kernels.triton_kernels.attention import paged_attention
 from fastserve.runtime.kernels.triton_kernels.elementwise import rotate, silu_mul

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: decodes by one kernel, the rest of the batch by another."""
+"""Attention on the paged cache: one kernel for decodes, another for the rest of the batch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Attention of single queries over the paged cache, each context split over several programs (flash-decoding).
+"""Attention of single queries on the paged cache, each context split over several programs (flash-decoding).
 
-How many programs share a context is fixed by the launch, since a CUDA graph replays it with other contexts; which part
-of it each takes is found on the device. Only reading the keys and values, once, costs time here: what counts is how
-many bytes are on their way at any moment.
+The launch fixes how many programs share a context, since a CUDA graph replays it with other contexts. The device
+computes each program's part. The time goes into reading keys and values once, so the number of bytes in flight matters.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from fastserve.runtime.kernels.metadata import AttentionMetadata
 from fastserve.runtime.kernels.triton_kernels.primitives import chip, dot, power_of_two, token_offsets
 
 MIN_CHUNK = 128
-"""Tokens of a context worth a program of their own."""
+"""Fewest tokens of a context for one program."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
-"""As many as run side by side; more splits than that only add partial results."""
+"""Programs that run at the same time; more splits only add partial results."""
 MAX_SPLITS = 64
 
 _LOWEST = tl.constexpr(-3.0e38)
@@ -31,24 +30,24 @@ _SPLITS_AT_ONCE = tl.constexpr(16)
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiling:
-    """How one program walks its part of a context."""
+    """How one program reads its part of a context."""
 
     block_n: int
-    """Tokens a step."""
+    """Tokens of a step."""
     num_warps: int
     num_stages: int
-    """Steps under way at once, through shared memory; 1 for loads straight to registers."""
+    """Steps loaded ahead through shared memory; 1: load to registers."""
     use_dot: bool
-    """Multiply on the tensor cores, a KV head's queries padded to 16; or element by element, for a single query."""
+    """Whether to use tensor cores, with a KV head's queries padded to 16; otherwise multiply elementwise."""
 
 
 @memoize
 def decode_tiling(dtype: torch.dtype, head_dim: int, group: int) -> DecodeTiling:
-    """The tiling for heads of `head_dim`, `group` query heads to a KV head: 16 KiB of keys and values a step, two of
-    them on their way while one is used, and few enough registers for five programs on a multiprocessor.
+    """The tiling for heads of `head_dim` with `group` query heads to a KV head.
 
-    A single query too goes to the tensor cores: the 15 rows of padding are free there, where element by element a byte
-    costs twice the instructions.
+    A step reads 16 KiB of keys and values, and two more steps are in flight. Registers suffice for five programs on a
+    multiprocessor. A single query also uses tensor cores: 15 rows of padding are free there, and elementwise products
+    take twice the instructions a byte.
     """
     if dtype == torch.float32:
         return DecodeTiling(16, 4, 3, group > 1)
@@ -56,14 +55,14 @@ def decode_tiling(dtype: torch.dtype, head_dim: int, group: int) -> DecodeTiling
 
 
 def split_count(num_decodes: int, num_kv_heads: int, max_context: int, multiprocessors: int) -> int:
-    """Programs that share one context, such that the GPU is full, as far as contexts can be that long."""
+    """Programs that share one context: enough to fill the GPU, if contexts can be long enough."""
     wanted = round(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / (num_decodes * num_kv_heads))
     return max(1, min(wanted, -(-max_context // MIN_CHUNK), MAX_SPLITS))
 
 
 @triton.jit
 def _chunk(context, num_splits, CHUNK: tl.constexpr):
-    """Tokens that each program but the last takes of a context."""
+    """Tokens of a context for each program but the last."""
     share = (context + num_splits - 1) // num_splits
     return (share + CHUNK - 1) // CHUNK * CHUNK
 
@@ -85,8 +84,8 @@ def _attend_elementwise(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """One query `[BLOCK_D]`. Each row of a tile keeps a softmax of its own over the tokens it meets, and they are
-    merged once, at the end: no warp waits for another in the loop."""
+    """One query `[BLOCK_D]`. Each row of a tile keeps its own softmax, and they are merged once at the end, so that no
+    warp waits for another in the loop."""
     rows = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     query = tl.load(queries + cols, mask=cols < HEAD_DIM, other=0.0).to(tl.float32) * scale_log2
@@ -288,13 +287,13 @@ def attend_decodes(
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`.
-        cache: any strides, so long as heads are contiguous.
-        layer: which layer of the cache to read.
+        cache: any strides, with contiguous heads.
+        layer: index of the layer in the cache.
         metadata: of the whole batch.
         scale: factor on the scores.
         out: `[num_tokens, num_heads, head_dim]`, contiguous.
-        tiling: `decode_tiling`'s, unless given.
-        num_splits: `split_count`'s, unless given.
+        tiling: None: by `decode_tiling`.
+        num_splits: None: by `split_count`.
     """
     num_decodes = metadata.num_decodes
     _, num_heads, head_dim = query.shape

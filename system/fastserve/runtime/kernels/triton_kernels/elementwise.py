@@ -43,7 +43,7 @@ def _rotate_kernel(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, in place; `cos` and `sin` have the same strides."""
+    """Rotary embedding, in place; `cos` and `sin` must have the same strides."""
     num_tokens, num_heads, head_dim = x.shape
     half = head_dim // 2
     block = power_of_two(half)
@@ -75,7 +75,7 @@ def _silu_mul_kernel(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up`; `gate_up` is contiguous."""
+    """`silu(gate) * up`; `gate_up` must be contiguous."""
     rows, width = gate_up.shape
     inner = width // 2
     out = torch.empty((rows, inner), dtype=gate_up.dtype, device=gate_up.device)

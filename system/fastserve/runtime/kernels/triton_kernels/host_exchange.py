@@ -1,5 +1,5 @@
-"""What a decode iteration takes from the host and gives back, read and written by kernels in page-locked host memory:
-a copy of these few bytes would queue behind the swapping's."""
+"""Move a decode batch's inputs and tokens with kernels that access page-locked host memory: a copy of these few bytes
+would queue behind swaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storing keys and values in the paged cache."""
+"""Store keys and values in the paged cache."""
 
 from __future__ import annotations
 

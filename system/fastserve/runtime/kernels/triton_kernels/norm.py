@@ -1,4 +1,4 @@
-"""Adding the residual and normalizing, in one pass over the rows."""
+"""Add the residual and normalize, in one pass over the rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _add_norm_kernel(
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize; the sum, rounded to its type, replaces `x`."""
+    """Add and normalize; the sum, rounded to the type of `x`, replaces `x`."""
     rows, hidden = x.shape
     normed = torch.empty_like(x)
     block = power_of_two(hidden)

@@ -1,4 +1,4 @@
-"""Attention of several queries a request over the paged cache: causal, after whatever prefix is there."""
+"""Causal attention of several queries for each request on the paged cache, after a prefix if there is one."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiling:
-    """What one program computes at a time."""
+    """The size of a program's work."""
 
     block_m: int
     """Queries of a program."""
     block_n: int
-    """Tokens of the context a step."""
+    """Tokens of the context for a step."""
     num_warps: int
     num_stages: int
-    """Steps whose loads are under way at once."""
+    """Steps loaded ahead."""
 
 
 @memoize
@@ -61,7 +61,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the tokens from `low` to `high`; unless MASKED, every query sees them all."""
+    """Online softmax over the tokens from `low` to `high`; unless MASKED, every query attends to all of them."""
     rows = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     for start in tl.range(low, high, BLOCK_N):
@@ -119,7 +119,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Later queries see more: they start first, so that no long program is left over at the end.
+    # Later queries attend to more tokens: start them first, so that no long program runs alone at the end.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1)
     request = (first_request + tl.program_id(2)).to(tl.int64)
@@ -169,12 +169,12 @@ def attend_prefills(
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`.
-        cache: any strides, so long as heads are contiguous.
-        layer: which layer of the cache to read.
+        cache: any strides, with contiguous heads.
+        layer: index of the layer in the cache.
         metadata: of the whole batch.
         scale: factor on the scores.
         out: `[num_tokens, num_heads, head_dim]`, contiguous.
-        tiling: `prefill_tiling`'s, unless given.
+        tiling: None: by `prefill_tiling`.
     """
     _, num_heads, head_dim = query.shape
     block_size, num_kv_heads = cache.shape[3:5]

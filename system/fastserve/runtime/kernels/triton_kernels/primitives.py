@@ -1,4 +1,4 @@
-"""What several kernels share."""
+"""Functions that several kernels share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def dot(a, b):
     """`a @ b`, accumulated in float32 and not rounded to tf32."""
-    if _INTERPRETED:  # There bfloat16 numbers are kept as integers, and would be multiplied as such.
+    if _INTERPRETED:  # The interpreter keeps bfloat16 numbers as integers, and would multiply these.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -24,29 +24,29 @@ def dot(a, b):
 
 @triton.jit
 def token_offsets(table, tokens, mask, stride_block, stride_token, BLOCK_SIZE: tl.constexpr):
-    """Where the tokens of a request lie in the cache, in elements: int64, since a cache has more than 2^31."""
+    """Offsets of a request's tokens in the cache, in elements: int64, since a cache has more than 2^31 elements."""
     place = tokens.to(tl.uint32)
     blocks = tl.load(table + place // BLOCK_SIZE, mask=mask, other=None if mask is None else 0)
     return blocks.to(tl.int32).to(tl.int64) * stride_block + (place % BLOCK_SIZE).to(tl.int32) * stride_token
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not less: the length of a Triton tile that holds `number` elements."""
+    """The smallest power of two that is at least `number`: the length of a Triton tile for so many elements."""
     return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What the choice of tiles and splits needs to know of a GPU."""
+    """Properties of a GPU that decide tiles and splits."""
 
     multiprocessors: int
     major: int
-    """Of the compute capability: 8 for Ampere, 9 for Hopper."""
+    """Major compute capability: 8 for Ampere, 9 for Hopper."""
 
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """Of a GPU; for the interpreter on a CPU a small one, so that it too splits long contexts."""
+    """The properties of a GPU; on a CPU those of a small GPU, so that the interpreter also splits long contexts."""
     if device.type != "cuda":
         return Chip(multiprocessors=4, major=9)
     properties = torch.cuda.get_device_properties(device)

@@ -1,8 +1,8 @@
-"""A linear layer for a few rows: what limits it is reading the weight, once.
+"""A linear layer for few rows, whose time goes into reading the weight once.
 
-Libraries choose tiles for arithmetic, and with 16 rows leave a part of the memory's bandwidth unused. Here a program
-computes `BLOCK_N` columns over a share of the inner dimension, so that there are enough of them to keep every
-multiprocessor loading; the last one to finish a tile adds up the shares.
+Libraries choose tiles for arithmetic, and with 16 rows leave part of the memory's bandwidth unused. Here a program
+computes `BLOCK_N` columns over a share of the inner dimension, so that enough programs keep all multiprocessors
+loading. The last program to finish a tile adds up the shares.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from torch import Tensor
 from fastserve.runtime.kernels.triton_kernels.primitives import dot
 
 ROW_TILES = (16, 32, 64)
-"""Rows are padded to the next of these; no more are taken."""
+"""Rows are padded to the next of these; the last is the most."""
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Tiling(NamedTuple):
-    """How the work is divided among programs."""
+    """How to divide the work among programs."""
 
     block_n: int
     block_k: int
     num_splits: int
     """Shares of the inner dimension."""
     num_stages: int
-    """Tiles of the weight on their way at a time."""
+    """Tiles of the weight loaded ahead."""
     num_warps: int = 4
 
 
 class Workspace:
-    """What programs of one launch leave for each other; launches of one stream can share it."""
+    """Partial results that the programs of a launch exchange; launches on one stream can share it."""
 
     def __init__(self, device: torch.device, max_columns: int, max_splits: int) -> None:
         self.partial = torch.empty(max_splits * ROW_TILES[-1] * max_columns, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(max_columns, dtype=torch.int32, device=device)
-        """Shares of each tile that are there. The last to arrive leaves a 0."""
+        """Number of finished shares of each tile; the last program resets it to 0."""
 
 
 def tilings(num_columns: int, num_inner: int, num_processors: int) -> list[Tiling]:
-    """Ways that may be the fastest for a weight `[num_columns, num_inner]`: programs for about two, four and eight
-    rounds of every multiprocessor, in two sizes of tile. None where no tile divides the inner dimension."""
+    """Candidate tilings for a weight `[num_columns, num_inner]`: programs for about two, four and eight rounds of all
+    multiprocessors, in two tile sizes. Empty if no tile size divides the inner dimension."""
     found = []
     for block_n, block_k, num_stages in ((64, 128, 3), (128, 64, 4)):
         if num_inner % block_k:
@@ -58,22 +58,22 @@ def tilings(num_columns: int, num_inner: int, num_processors: int) -> list[Tilin
 
 
 def row_tile(rows: int) -> int:
-    """Rows that so many are padded to."""
+    """The number of rows to which `rows` are padded."""
     return next(tile for tile in ROW_TILES if rows <= tile)
 
 
 def skinny_linear(
     x: Tensor, weight: Tensor, bias: Tensor, floor: float, tiling: Tiling, workspace: Workspace
 ) -> Tensor:
-    """`x @ weight.T + bias`, and where that is less, `floor`. (One kernel for all, since compiling takes seconds.)
+    """`max(x @ weight.T + bias, floor)`. (One kernel with and without ReLU, since compiling takes seconds.)
 
     Args:
-        x: `[rows, num_inner]`, contiguous, at most `ROW_TILES[-1]` rows; float16 or bfloat16, as all others.
+        x: `[rows, num_inner]`, contiguous, at most `ROW_TILES[-1]` rows; float16 or bfloat16, as all tensors.
         weight: `[num_columns, num_inner]`, contiguous; `num_inner` is a multiple of the tiling's `block_k`.
         bias: `[num_columns]`.
         floor: 0 for a ReLU, minus infinity for none.
         tiling: one of `tilings`.
-        workspace: for at least so many columns and splits.
+        workspace: for at least these columns and splits.
 
     Returns:
         `[rows, num_columns]`.
@@ -129,7 +129,7 @@ def _skinny_linear(
     in_rows, in_columns = row < num_rows, column < num_columns
     weight_at = weight + column[:, None].to(tl.int64) * num_inner + inner[None, :]
     x_at = x + row[None, :] * num_inner + inner[:, None]
-    # Transposed, so that the many columns, not the few rows, fill the matrix unit's long side.
+    # Transposed, so that the many columns fill the matrix unit's long side.
     sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(share * num_steps // num_shares, (share + 1) * num_steps // num_shares):
         w_tile = tl.load(weight_at + step * BLOCK_K, mask=in_columns[:, None], other=0.0, eviction_policy="evict_first")
@@ -141,11 +141,11 @@ def _skinny_linear(
     if SPLIT:
         size = num_rows * num_columns
         tl.store(partial + share * size + at, sums, mask=inside)
-        tl.debug_barrier()  # All of the program's stores come before the one thread's arrival.
+        tl.debug_barrier()  # All stores of the program come before its arrival.
         is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == num_shares - 1
         if is_last:
             sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for other in range(num_shares):  # In this order always, lest results depend on who came last.
+            for other in range(num_shares):  # Always in this order, for reproducible results.
                 sums += tl.load(partial + other * size + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrived + tile, 0)
     if is_last:
