@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import Request
-from fastserve.kvcache import Location
+from fastserve.kvcache import KVCacheManager, Location
+from fastserve.latency import LatencyModel
 from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ, SkipJoinMLFQOptions
-from fastserve.scheduler import Scheduler, register
-from fastserve.scheduler.plan import IterationPlan
-from fastserve.scheduler.swapping import ProactiveSwapping, Reserve
+from fastserve.scheduler import NeedOrder, register
+from fastserve.scheduler.moving import MoveAhead
+from fastserve.scheduler.need import InServiceOrder
+from fastserve.scheduler.options import Reserve
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ArtifactOptions(SkipJoinMLFQOptions):
     """The released defaults."""
 
@@ -26,7 +29,7 @@ class ArtifactOptions(SkipJoinMLFQOptions):
     starvation_check_every: int = 1000
     """Decisions from one check to the next."""
     insertion: Literal["back", "front"] = "front"
-    """Where an unfinished request goes back to; a new one goes to the back."""
+    """End of its queue that an unfinished request returns to; a new request joins at the back."""
     reserve: Reserve = "batch"
     """A block for each place in the batch."""
     max_passed_over: int = 0
@@ -36,40 +39,40 @@ class ArtifactOptions(SkipJoinMLFQOptions):
     every request joins the highest queue and skip-join does nothing; `profiled` takes true times instead."""
 
 
-class TailSwapping(ProactiveSwapping):
-    """No estimate of who is needed when: out goes the tail of the lowest queue, in comes the front of the highest."""
+class MoveTail(MoveAhead):
+    """No estimate of need: the tail of the lowest queue is swapped out, the front of the highest swapped in."""
 
-    def bring_in(self, plan: IterationPlan, request: Request, *, is_first: bool) -> bool:
-        """Being due changes nothing: it waits its turn."""
+    def bring_in(self, request: Request, *, is_first: bool) -> bool:
+        """A request that is due waits its turn."""
         return False
 
-    def make_room(self, plan: IterationPlan, request: Request, needed: int) -> None:
-        """It waits until enough is free."""
-        plan.short.append(request)
-        plan.claimed_blocks = max(plan.claimed_blocks, needed)
+    def make_room(self, request: Request, needed: int) -> None:
+        """The request waits until enough is free."""
+        self.short.append(request)
+        self.claimed_blocks = max(self.claimed_blocks, needed)
 
-    def move_ahead(self, plan: IterationPlan, *, exchange: bool) -> None:
-        """Out, until the reserve (and room for whoever found none) is free; or else in, up to a batch at once."""
-        kv, scheduler = self._kv, self._scheduler
-        reserve = self.reserve(plan.now)
-        short = reserve + plan.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
+    def move_ahead(self, *, exchange: bool) -> None:
+        """Swap out until the reserve, and room for requests that found none, is free; or else swap in up to a batch."""
+        kv = self._kv
+        reserve = self.reserve(self.now)
+        short = reserve + self.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
         if short > 0:
-            for victim in scheduler.offloads(plan.now):
-                if self._may_leave(plan, victim):
+            for victim in self._need.victims(self.now):
+                if self._may_leave(victim):
                     blocks = kv.num_blocks(victim)
-                    if not plan.evict(victim, or_drop=False):
+                    if not self.evict(victim, or_drop=False):
                         return
                     short -= blocks
                     if short <= 0:
                         return
             return
-        quota = scheduler.config.max_batch_size
-        for request in scheduler.uploads(plan.now):
+        quota = self._max_batch_size
+        for request in self._need.swapped_out(self.now):
             if not quota:
                 return
             if kv.location(request) is Location.HOST:
                 quota -= 1
-                if not self._start(plan, request, kv.blocks_for(request.num_tokens), reserve):
+                if not self._start(request, kv.blocks_for(request.num_tokens), reserve):
                     return
 
 
@@ -77,17 +80,20 @@ class TailSwapping(ProactiveSwapping):
 class FastServeArtifact(SkipJoinMLFQ):
     """FastServe as released: skip-join made inert by the shipped profile, no ENST, no history, rare promotion.
 
-    A request is demoted by exactly one queue when it has used more than its quantum. One that has never run counts as
-    starved at every check.
+    A request is demoted by exactly one queue when it has used more than its quantum. A request that has never run
+    counts as starved at every check.
     """
 
     name = "fastserve-artifact"
     Options = ArtifactOptions
-    Swapping = TailSwapping
+    Mover = MoveTail
+    options: ArtifactOptions
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._decisions_to_check = self.options.starvation_check_every
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: ArtifactOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options)
+        self._decisions_to_check = options.starvation_check_every
         # More than the quantum, not all of it.
         self._used_up = [*(quantum * (1 + 1e-9) for quantum in self.quanta[:-1]), math.inf]
 
@@ -96,23 +102,13 @@ class FastServeArtifact(SkipJoinMLFQ):
         return 0 if self.options.first_iteration == "shipped" else super().entry_level(request)
 
     def demotion_level(self, request: Request) -> int:
-        """One below."""
+        """The next queue below."""
         return request.level + 1
 
-    def promote_starved(self, now: float) -> None:
-        """Whoever has waited long, and whoever has never run."""
-        for request in list(self._waiting):
-            if request.policy_state.deadline <= now or not request.num_output_tokens:
-                self.promote(request)
+    def overdue(self, now: float) -> Sequence[Request]:
+        """Requests that have waited `alpha_s`, and requests that have never run."""
+        return [r for r in self.waiting if r.wait_ends_s <= now or not r.num_output_tokens]
 
-    def uploads(self, now: float) -> Iterator[Request]:
-        """In order."""
-        return Scheduler.uploads(self, now)
-
-    def offloads(self, now: float) -> Iterator[Request]:
-        """Last in order first."""
-        return Scheduler.offloads(self, now)
-
-    def urgency(self, request: Request, now: float) -> tuple[float, ...]:
-        """The order."""
-        return Scheduler.urgency(self, request, now)
+    def need_order(self) -> NeedOrder:
+        """In the order of service."""
+        return InServiceOrder(self.queue)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fastserve.core.request import Request
-from fastserve.scheduler import PreemptiveOptions, Scheduler, register
+from fastserve.scheduler import Policy, PreemptiveOptions, register
 
 
 @register
-class FixedPriority(Scheduler):
+class FixedPriority(Policy):
     """The shorter the prompt, the more urgent, from arrival to the end; a more urgent request preempts at once.
 
     Right when long prompts mean long jobs. Where the output decides, it is arbitrary, and long prompts starve.

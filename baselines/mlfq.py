@@ -17,5 +17,5 @@ class MLFQ(SkipJoinMLFQ):
     name = "mlfq"
 
     def entry_level(self, request: Request) -> int:
-        """The highest."""
+        """The highest queue."""
         return 0

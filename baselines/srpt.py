@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import Request
-from fastserve.scheduler import PreemptiveOptions, Scheduler, register
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import LatencyModel
+from fastserve.scheduler import Policy, PolicyOptions, PreemptiveOptions, register
 
 
 @register
-class SRPT(Scheduler):
-    """Whoever needs the least time to finish runs first, and preempts. Told the output length, as no real system is.
+class SRPT(Policy):
+    """The request with the least time to its end runs first, and preempts. Told output lengths, as no real system is.
 
     Optimal for mean completion time on one server with free preemption; here a batch shares the server and caches
     must move, so it is a strong reference rather than a proven bound.
@@ -23,16 +25,18 @@ class SRPT(Scheduler):
     needs_oracle = True
     max_passed_over = 16
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._decode_time = self.latency.iteration_time((), (1,))
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: PolicyOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options)
+        self._decode_time = latency.iteration_time((), (1,))
 
     def on_add(self, request: Request) -> None:
-        """Join by the time it takes from start to end."""
+        """Join by the time to its end."""
         self.queue.join(request, self.remaining_iterations(request))
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
-        """A step nearer its end."""
+        """Move a step nearer its end."""
         self.queue.move(request, self.remaining_iterations(request))
 
     def remaining_iterations(self, request: Request) -> int:

@@ -5,60 +5,66 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import SWAPPED_OUT, Request
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import LatencyModel
 from fastserve.policies.fcfs import ArrivalOrder
-from fastserve.scheduler import Iteration, register
-from fastserve.scheduler.plan import IterationPlan
+from fastserve.scheduler import Batch, Outcome, PolicyOptions, Terms, register
 
 
-@dataclass(frozen=True, slots=True)
-class VLLMOptions:
-    """The newest running request gives up its cache when memory runs out, and nobody at any other time."""
+@dataclass(frozen=True)
+class VLLMOptions(PolicyOptions):
+    """What happens to the newest running request when memory runs out."""
 
     swap: Literal["recompute", "reactive"] = "recompute"
-    """Whether it is dropped and recomputed, which is vLLM's default, or swapped."""
+    """Whether its cache is dropped and recomputed, which is vLLM's default, or swapped."""
 
 
 class WaitingAndRunning(ArrivalOrder):
-    """Base of vLLM's policies: who waits is let in from the front, and runs until its end or the loss of its cache.
+    """Base of vLLM's policies: waiting requests are admitted from the front and run until they end or lose their cache.
 
-    In a pipeline, vLLM gives each iteration in flight a scheduler of its own, with a share of the cache and of the
-    requests for good. Here one list of those running, with places for all iterations in flight, and one pool serve
-    them all: an iteration takes those of the list who are not in flight. So no share lies idle while another is full,
-    which is better for the baseline than what it does.
+    In a pipeline, vLLM gives each iteration in flight a scheduler of its own, with a fixed share of the cache and of
+    the requests. Here one list of running requests, with places for all iterations in flight, and one pool serve all:
+    an iteration takes the requests of the list that are not in flight. So no share is idle while another is full, which
+    favours the baseline.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
+    keeps_places = True
+
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: PolicyOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options)
+        self._queued: OrderedDict[str, Request] = OrderedDict()
 
     def on_add(self, request: Request) -> None:
         """Wait at the end."""
         super().on_add(request)
-        self._waiting[request.request_id] = request
+        self._queued[request.request_id] = request
 
     def on_remove(self, request: Request) -> None:
-        """Forget."""
-        self._waiting.pop(request.request_id, None)
+        """Forget the request."""
+        self._queued.pop(request.request_id, None)
 
     def on_start(self, request: Request, now: float) -> None:
-        """Admitted."""
-        del self._waiting[request.request_id]
+        """Admit the request."""
+        del self._queued[request.request_id]
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Back to the front, in order of arrival.
+        """Return to the front, in order of arrival.
 
         The newest running request comes before all that wait; but in a pipeline it may have been in flight, and an
-        older one lost its cache instead.
+        older request lost its cache instead.
         """
-        older = list(itertools.takewhile(lambda other: self.queue.is_before(other, request), self._waiting.values()))
-        self._waiting[request.request_id] = request
+        older = list(itertools.takewhile(lambda other: self.queue.is_before(other, request), self._queued.values()))
+        self._queued[request.request_id] = request
         for first in (request, *reversed(older)):
-            self._waiting.move_to_end(first.request_id, last=False)
+            self._queued.move_to_end(first.request_id, last=False)
 
 
 @register
@@ -73,34 +79,35 @@ class VLLM(WaitingAndRunning):
     name = "vllm"
     Options = VLLMOptions
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: VLLMOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options)
         self._resumes = False
 
-    def decide(self, now: float) -> Iteration:
-        """Prompts if any can be admitted, else a decode step of all that run."""
-        places = self.config.num_places - len(self.running)
-        plan = IterationPlan(self, now, min(places, self.config.max_batch_size))
-        self._admit(plan, swapped=False)
-        if not plan.batch:
-            plan = IterationPlan(self, now)
+    def fill(self, batch: Batch) -> bool:
+        """Prompts if any can be admitted, else a decode step of all running requests."""
+        batch.places = min(self.config.num_places - len(self.running), self.config.max_batch_size)
+        self._admit(batch, swapped=False)
+        if not batch.requests:
+            batch.places = self.config.max_batch_size
             for request in self.running.values():
-                plan.offer(request)
-            num_decoding = len(plan.batch)
-            self._admit(plan, swapped=True)
-            self._resumes = len(plan.batch) > num_decoding
-        return plan.close(others_keep_their_place=True)
+                batch.offer(request)
+            num_decoding = len(batch.requests)
+            self._admit(batch, swapped=True)
+            self._resumes = len(batch.requests) > num_decoding
+        return True
 
-    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
-        """All of them, unless somebody swapped was let in before a prompt, which may be next."""
-        return 1 if self._resumes else super().repeats(times, free_blocks)
+    def repeats(self, times: np.ndarray, is_clear: bool) -> int:
+        """All of them, unless a swapped-out request was admitted before a prompt, which may be next."""
+        return 1 if self._resumes else super().repeats(times, is_clear)
 
-    def _admit(self, plan: IterationPlan, *, swapped: bool) -> None:
-        """Take requests from the front of the waiting ones: those that were swapped, or those with a whole prompt."""
-        for request in self._waiting.values():
+    def _admit(self, batch: Batch, *, swapped: bool) -> None:
+        """Take waiting requests from the front: swapped-out ones, or ones with a whole prompt to compute."""
+        for request in self._queued.values():
             if (request.cache_state == SWAPPED_OUT or request.is_decoding) is not swapped:
                 break
-            # With nobody running, whatever a later request holds must not keep the first from starting.
-            alone = not plan.batch and not self.running
-            if not plan.offer(request, may_evict=alone, keep_free=0 if alone else self.watermark_blocks):
+            # If no request runs, nothing that a later request holds may keep the first from starting.
+            alone = not batch.requests and not self.running
+            if batch.offer(request, Terms(alone, 0 if alone else self.watermark_blocks)) is not Outcome.TAKEN:
                 break

@@ -3,57 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from baselines.vllm import WaitingAndRunning
 from fastserve.core.checks import require_int
-from fastserve.scheduler import Iteration, register
-from fastserve.scheduler.plan import IterationPlan
+from fastserve.core.config import SchedulerConfig
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import LatencyModel
+from fastserve.scheduler import Batch, PolicyOptions, Terms, register
 
 
-@dataclass(frozen=True, slots=True)
-class VLLMChunkedOptions:
-    """Of its own, it has the size of a chunk."""
+@dataclass(frozen=True)
+class VLLMChunkedOptions(PolicyOptions):
+    """The size of a chunk."""
 
     chunk_tokens: int = 512
     """Tokens of an iteration, decoded and prefilled together (never above the engine's token_budget). vLLM 0.6's
     default: prompts are then slow to finish, and no decode step waits long for one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_int("chunk_tokens", self.chunk_tokens, 1)
 
 
 @register
 class VLLMChunked(WaitingAndRunning):
-    """First come, first served; every iteration decodes all that run and fills up with chunks of prompts.
+    """First come, first served; every iteration decodes all running requests and fills up with chunks of prompts.
 
-    No iteration computes more than `chunk_tokens` tokens, so a long prompt does not hold up those that decode. When
-    memory runs out, the newest running request is dropped and recomputed, from its old place in the order.
+    No iteration computes more than `chunk_tokens` tokens, so a long prompt does not delay decoding. When memory runs
+    out, the newest running request is dropped and recomputed, from its old place in the order.
     """
 
     name = "vllm-chunked"
     Options = VLLMChunkedOptions
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.tokens_per_iteration = min(self.options.chunk_tokens, self.config.token_budget)
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: VLLMChunkedOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options)
+        self.tokens_per_iteration = min(options.chunk_tokens, config.token_budget)
 
-    def decide(self, now: float) -> Iteration:
-        """Those that run, then those that wait, each as far as the tokens go."""
-        plan = IterationPlan(self, now)
+    def fill(self, batch: Batch) -> bool:
+        """Running requests, then waiting ones, as far as the tokens go."""
         left = self.tokens_per_iteration
-        # Whoever decodes goes first: it needs one token, and a chunk takes what there is.
+        # Decoding requests go first: each needs one token, and a chunk takes what there is.
         for request in sorted(self.running.values(), key=lambda request: not request.is_decoding):
             if left:
-                left -= plan.offer_chunk(request, left)
-        # Nobody new in an iteration that takes cache away: whoever lost it comes first.
-        for request in () if plan.evicts else self._waiting.values():
-            alone = not plan.batch and not self.running
-            if not left or not (
-                taken := plan.offer_chunk(
-                    request, left, may_evict=alone, keep_free=0 if alone else self.watermark_blocks
-                )
-            ):
+                left -= batch.offer_chunk(request, left)
+        # No admission in an iteration that takes caches away: the requests that lost them come first.
+        for request in () if batch.lost else self._queued.values():
+            alone = not batch.requests and not self.running
+            taken = batch.offer_chunk(request, left, Terms(alone, 0 if alone else self.watermark_blocks)) if left else 0
+            if not taken:
                 break
             left -= taken
-        return plan.close(others_keep_their_place=True)
+        return True

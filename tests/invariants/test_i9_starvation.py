@@ -51,8 +51,8 @@ class Wait:
 
 def promoted(scheduler: Scheduler) -> list[Request]:
     """Those who come first for having waited, or would if they fitted one batch."""
-    if scheduler.name == "gittins":
-        return list(scheduler._starved.values())
+    if scheduler.policy.name == "gittins":
+        return list(scheduler.policy._starved.values())
     return [request for request in scheduler.queue.in_order() if request.level == 0]
 
 
@@ -60,7 +60,7 @@ def waits(engine: Engine, jobs: list[tuple[float, int, int]], alpha_s: float) ->
     """Run the jobs (gap to the one before, prompt, output), and return every wait there was."""
     scheduler, kv = engine.scheduler, engine.kv
     watch(engine)
-    room = kv.config.num_gpu_blocks - scheduler._swapping.most_reserved
+    room = kv.config.num_gpu_blocks - scheduler.mover._most_reserved
     arrivals = []
     at = 0.0
     for i, (gap, prompt, output) in enumerate(jobs):

@@ -6,7 +6,7 @@ from fastserve.scheduler import Scheduler
 
 
 def place(
-    scheduler: Scheduler, name: str, at: float, prompt: int, part: CacheState = NO_CACHE, level: int | None = None
+    scheduler: Scheduler, name: str, at: float, prompt: int, state: CacheState = NO_CACHE, level: int | None = None
 ) -> Request:
     """A request that has its cache there: all its prompt computed and one token generated, unless it has none.
 
@@ -15,21 +15,21 @@ def place(
     request = Request(name, at, prompt)
     if level is None:
         scheduler.add(request)
-    elif isinstance(scheduler, SkipJoinMLFQ):
-        entry_level = scheduler.entry_level
-        scheduler.entry_level = lambda request: level
+    elif isinstance(policy := scheduler.policy, SkipJoinMLFQ):
+        entry_level = policy.entry_level
+        policy.entry_level = lambda request: level
         scheduler.add(request)
-        scheduler.entry_level = entry_level
+        policy.entry_level = entry_level
     else:
         scheduler.add(request)
         scheduler.queue.move(request, level)
     kv = scheduler.kv
-    if part != NO_CACHE:
+    if state != NO_CACHE:
         kv.extend(request, prompt)
         request.num_computed_tokens = prompt
         request.num_tokens += 1
-    if part == SWAPPED_OUT:
+    if state == SWAPPED_OUT:
         kv.complete(kv.begin_swap_out(request))
-    if part != NO_CACHE:
-        scheduler.queue.put(request, part)
+    if state != NO_CACHE:
+        scheduler.queue.refile(request)
     return request

@@ -75,12 +75,12 @@ class CheckedEngine(Engine):
         first, nobody else during an iteration for prompts.
         """
         scheduler = self.scheduler
-        if len(iteration.requests) >= scheduler.config.max_batch_size or scheduler.name == "run-to-completion":
+        if len(iteration.requests) >= scheduler.config.max_batch_size or scheduler.policy.name == "run-to-completion":
             return
         chosen = {request.request_id for request in iteration.requests}
         dropped = [drop.request for drop in iteration.dropped]
         left_out = [request for request in self._order if request.request_id not in chosen]
-        if scheduler.name.startswith("vllm"):
+        if scheduler.policy.name.startswith("vllm"):
             # Nobody is let in by an iteration that drops a cache.
             if iteration.dropped or len(scheduler.running) >= scheduler.config.num_places:
                 return
@@ -88,14 +88,14 @@ class CheckedEngine(Engine):
             left_out = [request for request in left_out if request.request_id not in scheduler.running]
             if not chosen <= self._ran_last and decodes:
                 return  # Whoever was swapped out resumes before a prompt is let in.
-            if scheduler.name == "vllm" and not decodes:
+            if scheduler.policy.name == "vllm" and not decodes:
                 # In order: whoever was swapped out holds up the prompts behind it.
                 left_out = list(itertools.takewhile(lambda request: not request.is_decoding, left_out))
         scheduled = zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
         prefilled = sum(n for request, n in scheduled if n > 1 or not request.num_computed_tokens)
         tokens_left = scheduler.config.token_budget - prefilled
-        if scheduler.name == "vllm-chunked":
-            tokens_left = scheduler.tokens_per_iteration - sum(iteration.num_scheduled_tokens)
+        if scheduler.policy.name == "vllm-chunked":
+            tokens_left = scheduler.policy.tokens_per_iteration - sum(iteration.num_scheduled_tokens)
             if not tokens_left:
                 return
         if all(request.is_decoding for request in iteration.requests):
@@ -108,21 +108,21 @@ class CheckedEngine(Engine):
             if request.in_flight:
                 continue
             if request.cache_state == SWAPPED_OUT:
-                admitting = admitting and scheduler.swap == "proactive"
+                admitting = admitting and scheduler.policy.swap == "proactive"
                 continue
             if request.cache_state == NO_CACHE and (not admitting or request in dropped):
                 admitting = False
                 continue
             num_tokens = request.num_tokens - request.num_computed_tokens
-            whole = not request.is_decoding and scheduler.name != "vllm-chunked"
+            whole = not request.is_decoding and scheduler.policy.name != "vllm-chunked"
             if whole and prefilled and num_tokens > tokens_left:
                 passed_over += 1
-                admitting = admitting and passed_over <= scheduler.max_passed_over
+                admitting = admitting and passed_over <= scheduler.policy.max_passed_over
                 continue
-            reserved = getattr(scheduler, "tokens_to_hold", lambda request: request.num_tokens)(request)
-            spare = getattr(scheduler, "watermark_blocks", 0)
+            reserved = getattr(scheduler.policy, "tokens_to_hold", lambda request: request.num_tokens)(request)
+            spare = getattr(scheduler.policy, "watermark_blocks", 0)
             if self.kv.blocks_to_hold(request, reserved) + spare <= self.kv.num_free_gpu_blocks:
                 raise AssertionError(f"I8: {request.request_id} is ready, fits, and idles")
             admitting = admitting and request.cache_state != NO_CACHE
-            if scheduler.name.startswith("vllm"):
+            if scheduler.policy.name.startswith("vllm"):
                 break  # In order of arrival, whoever has a cache already not excepted.

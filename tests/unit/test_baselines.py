@@ -26,7 +26,7 @@ def test_mlfq_knows_no_prompt_lengths() -> None:
     # 70 ms of a quantum of 10: down to level 1, whose 20 ms cover the 10 of the next iteration.
     first = requests[0]
     first.num_computed_tokens, first.num_tokens = 60, 61
-    scheduler.on_progress(first, 0.0, 0.070)
+    scheduler.policy.on_progress(first, 0.0, 0.070)
     assert first.level == 1
 
 
@@ -77,12 +77,12 @@ def test_srpt_runs_whoever_ends_soonest() -> None:
 def test_srpt_counts_what_must_be_computed_again() -> None:
     engine = make_engine("srpt")
     scheduler = engine.scheduler
-    scheduler.oracle = lambda request: 7
+    scheduler.policy.oracle = lambda request: 7
     request = place(scheduler, "a", 0, 15, RESIDENT)
-    assert scheduler.remaining_iterations(request) == 7
+    assert scheduler.policy.remaining_iterations(request) == 7
     engine.kv.drop(request)
     # 16 tokens at once, 26 ms, are 3 steps, with the first of the seven tokens.
-    assert scheduler.remaining_iterations(request) == 3 + 6
+    assert scheduler.policy.remaining_iterations(request) == 3 + 6
 
 
 def test_srpt_alone_is_told_the_future() -> None:
@@ -91,8 +91,8 @@ def test_srpt_alone_is_told_the_future() -> None:
     # What every scheduler sees has no place for it.
     assert {field.name for field in dataclasses.fields(Request)} == {
         *("request_id", "arrival_s", "num_prompt_tokens", "token_ids", "max_output_tokens", "num_tokens"),
-        *("num_computed_tokens", "status", "in_flight", "level", "position", "cache_state", "num_tokens_at_swap_in"),
-        *("cache_capacity", "policy_state"),
+        *("num_computed_tokens", "status", "in_flight", "level", "position", "line", "cache_state", "cache_capacity"),
+        *("num_tokens_at_swap_in", "wait_ends_s", "last_ran_s", "policy_state"),
     }
     assert not hasattr(Request("a", 0, 1), "__dict__")
 
@@ -106,7 +106,7 @@ def test_no_other_policy_can_tell_outputs_apart(policy: str) -> None:
         kept = watch(engine)
         engine.run([arrival(f"{i}", 0.01 * i, 10 + i, output + i) for i in range(3)])
         runs.append(kept.iterations[:9])
-        assert not hasattr(engine.scheduler, "oracle")
+        assert not hasattr(engine.scheduler.policy, "oracle")
     assert runs[0] == runs[1]
 
 
@@ -167,9 +167,9 @@ def test_orca_reserves_no_more_than_was_declared() -> None:
     engine = make_engine("orca", {"max_seq_len": 40}, num_gpu_blocks=25)
     entry = arrival("a", 0, 8, 3)
     entry.request.max_output_tokens = 12
-    assert engine.scheduler.tokens_to_hold(entry.request) == 20
+    assert engine.scheduler.policy.tokens_to_hold(entry.request) == 20
     entry.request.max_output_tokens = 90
-    assert engine.scheduler.tokens_to_hold(entry.request) == 40
+    assert engine.scheduler.policy.tokens_to_hold(entry.request) == 40
 
 
 @pytest.mark.parametrize("policy", ["orca", "run-to-completion"])
@@ -267,31 +267,31 @@ def test_artifact_joins_the_highest_queue_at_any_length() -> None:
     # First iterations of 11, 20, 40, 70 ms. The quanta are 10, 20, 40, 80 ms.
     assert [place(shipped, str(prompt), 0, prompt).level for prompt in (1, 10, 30, 60)] == [0, 0, 0, 0]
     assert [place(profiled, str(prompt), 0, prompt).level for prompt in (1, 10, 30, 60)] == [1, 1, 2, 3]
-    assert shipped.quanta[:4] == pytest.approx([0.010, 0.020, 0.040, 0.080])
+    assert shipped.policy.quanta[:4] == pytest.approx([0.010, 0.020, 0.040, 0.080])
 
 
 def test_artifact_demotes_by_one() -> None:
     scheduler = artifact()
     request = place(scheduler, "a", 0, 64)
     # 74 ms used of 10, and 74 more to come, which level 3 would be the first to cover.
-    scheduler.on_progress(request, 0.0, 0.074)
+    scheduler.policy.on_progress(request, 0.0, 0.074)
     assert request.level == 1
 
 
 def test_artifact_demotes_who_has_used_more_than_the_quantum() -> None:
     scheduler = artifact()
     request = place(scheduler, "a", 0, 4, RESIDENT)
-    scheduler.on_progress(request, 0.0, 0.010)
+    scheduler.policy.on_progress(request, 0.0, 0.010)
     assert request.level == 0  # Not more than 10 ms yet.
-    scheduler.on_progress(request, 0.010, 0.020)
+    scheduler.policy.on_progress(request, 0.010, 0.020)
     assert request.level == 1
 
 
 def test_artifact_puts_the_unfinished_in_front_and_the_new_at_the_back() -> None:
     scheduler = artifact()
     a, b = place(scheduler, "a", 0, 60), place(scheduler, "b", 0, 60)
-    scheduler.on_progress(a, 0.0, 0.070)
-    scheduler.on_progress(b, 0.070, 0.140)
+    scheduler.policy.on_progress(a, 0.0, 0.070)
+    scheduler.policy.on_progress(b, 0.070, 0.140)
     assert names(scheduler.queue.in_order()) == ("b", "a")  # Both in level 1, the later before the earlier.
     place(scheduler, "c", 0, 60)
     place(scheduler, "d", 0, 60)
@@ -303,8 +303,8 @@ def test_artifact_looks_for_the_starved_only_now_and_then() -> None:
     # In level 2, and it has run: its wait counts. One in level 0 has the place.
     place(scheduler, "runs", 0, 4, RESIDENT)
     request = place(scheduler, "waits", 0, 4, RESIDENT, level=2)
-    scheduler.on_start(request, 0.0)
-    scheduler.on_preempt(request, 0.0)
+    scheduler._start(request, 0.0)
+    scheduler._preempt([request], 0.0)
     levels = []
     for now in (0.05, 0.11, 0.12):
         scheduler.schedule(now)
@@ -338,7 +338,7 @@ def test_artifact_reserves_a_block_for_each_place(blocks: int, batch: int, reser
     scheduler = artifact(num_gpu_blocks=blocks, max_batch_size=batch)
     place(scheduler, "a", 0.0, 60)  # 15 blocks, and no matter.
     # The artifact knows no upper bound; ours is an eighth of the pool, or a small cache would stay empty.
-    assert scheduler._swapping.reserve(0.0) == reserve
+    assert scheduler.mover.reserve(0.0) == reserve
 
 
 def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:

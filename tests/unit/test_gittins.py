@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.core.errors import ConfigError
-from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
 from fastserve.engine import Engine
 from fastserve.kvcache import Direction
 from fastserve.policies.gittins.index import gittins_index
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
 from fastserve.policies.gittins.policy import STAGES, Gittins
 from fastserve.policies.gittins.queue import FIRST_OF_ALL, Index, IndexQueue
+from fastserve.scheduler.queue import Wanted
 from support.engines import arrival, make_engine
 from support.profiles import share
 from support.watch import names, watch
@@ -236,10 +237,6 @@ def test_what_must_be_spent_first_counts() -> None:
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-class Open:
-    admitting = counting_away = True
-
-
 @share(1 / 10)
 @given(st.data())
 def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
@@ -259,7 +256,7 @@ def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
     for step in range(data.draw(st.integers(1, 25))):
         at += data.draw(st.sampled_from([0.0, 0.1, 3.0]))
         queue.now = at
-        action = data.draw(st.sampled_from(["join", "join", "move", "put", "remove", "weigh"]))
+        action = data.draw(st.sampled_from(["join", "join", "move", "refile", "remove", "weigh"]))
         if action == "join" or not requests:
             request = Request(f"{step}", at, data.draw(st.integers(1, 2)))
             requests.append(request)
@@ -270,15 +267,15 @@ def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
             request = data.draw(st.sampled_from(requests))
             if action == "move":
                 queue.move(request, data.draw(st.integers(0, num_levels - 1)))
-            elif action == "put":
-                part: CacheState = data.draw(st.sampled_from([NO_CACHE, RESIDENT, SWAPPED_OUT]))
-                queue.put(request, part)
+            elif action == "refile":
+                request.cache_state = data.draw(st.sampled_from([NO_CACHE, RESIDENT, SWAPPED_OUT]))
+                queue.refile(request)
             else:
                 requests.remove(request)
                 queue.remove(request)
         in_order = sorted(requests, key=queue.key)
         assert list(queue.in_order()) == in_order
-        assert list(queue.candidates(Open())) == in_order
+        assert list(queue.candidates(Wanted(True, True))) == in_order
         assert list(queue.victims()) == [r for r in reversed(in_order) if r.cache_state == RESIDENT]
         assert list(queue.swapped_out()) == [r for r in in_order if r.cache_state == SWAPPED_OUT]
         assert queue.num_swapped_out == sum(r.cache_state == SWAPPED_OUT for r in requests)
@@ -290,23 +287,21 @@ def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
                 assert queue.is_before(one, other) == (in_order.index(one) < in_order.index(other))
 
 
-def test_a_closed_gate_lets_only_those_on_the_gpu_through() -> None:
+def test_a_walk_that_wants_no_others_yields_only_requests_on_the_gpu() -> None:
     engine = make_engine("gittins")
     scheduler = engine.scheduler
     for i in range(6):
         engine.add_request(*arrival(f"{i}", 0, 8, 5))
     queue = scheduler.queue
     for i, request in enumerate(list(queue.in_order())[:4]):
-        queue.put(request, RESIDENT if i % 2 else SWAPPED_OUT)
+        request.cache_state = RESIDENT if i % 2 else SWAPPED_OUT
+        queue.refile(request)
 
-    class Closing:
-        admitting = counting_away = True
-
-    gate = Closing()
+    wanted = Wanted(True, True)
     seen = []
-    for request in queue.candidates(gate):
+    for request in queue.candidates(wanted):
         seen.append(request.cache_state)
-        gate.admitting = gate.counting_away = False
+        wanted.without_cache = wanted.swapped_out = False
     assert seen.count(RESIDENT) == 2
     assert len(seen) <= 3
 
@@ -317,7 +312,7 @@ def test_a_closed_gate_lets_only_those_on_the_gpu_through() -> None:
 def warm(lengths: list[tuple[int, int]], options: dict[str, object] | None = None, **sizes: int) -> Engine:
     engine = make_engine("gittins", {"alpha_s": "none", **(options or {})}, **sizes)
     for prompt, output in lengths:
-        engine.scheduler.learn(prompt, output)
+        engine.scheduler.policy.learn(prompt, output)
     return engine
 
 
@@ -346,9 +341,9 @@ def test_one_found_to_be_long_makes_way_for_new_ones() -> None:
 def test_it_learns_from_what_it_serves() -> None:
     engine = make_engine("gittins", {"alpha_s": "none"})
     engine.run([arrival(f"{i}", 0.01 * i, 8, 3 if i % 2 else 120) for i in range(40)])
-    history = engine.scheduler.history
+    history = engine.scheduler.policy.history
     assert history.num_finished == 40
-    told = make_engine("gittins").scheduler
+    told = make_engine("gittins").scheduler.policy
     for length in (3, 120) * 20:
         told.learn(8, length)
     kind = kind_of_prompt(8)
@@ -364,9 +359,9 @@ def test_an_aborted_request_counts_as_far_as_it_came() -> None:
     scheduler = engine.scheduler
     stage = engine.jobs["a"].request.policy_state.stage
     engine.abort("a")
-    assert scheduler.history.num_finished == 0
-    assert scheduler.history._all_passed[:stage].tolist() == [1.0] * stage
-    assert scheduler.history._all_passed[stage:].sum() == 0
+    assert scheduler.policy.history.num_finished == 0
+    assert scheduler.policy.history._all_passed[:stage].tolist() == [1.0] * stage
+    assert scheduler.policy.history._all_passed[stage:].sum() == 0
 
 
 def test_the_price_of_a_swap_is_measured() -> None:
@@ -375,7 +370,7 @@ def test_the_price_of_a_swap_is_measured() -> None:
     engine.run([arrival(f"{i}", 0.02 * i, 30, 40) for i in range(10)])
     assert log.transfers
     # A block of 4 tokens takes 1 ms each way.
-    assert engine.scheduler._token_transfer_s == pytest.approx(0.00025)
+    assert engine.scheduler.policy._token_transfer_s == pytest.approx(0.00025)
     weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
     assert (weights[:, RESIDENT] > weights[:, SWAPPED_OUT]).all()
     assert any(transfer.direction is Direction.IN for transfer in log.transfers)
@@ -400,11 +395,11 @@ def test_those_who_waited_too_long_come_first_only_if_they_fit_a_batch() -> None
         for i in range(num_waiting):
             engine.add_request(*arrival(f"waits {i}", now, 8, 500))
         scheduler.prepare(now + 0.31)
-        assert len(scheduler._starved) == num_waiting
-        levels = {request.level for request in scheduler._starved.values()}
+        assert len(scheduler.policy._starved) == num_waiting
+        levels = {request.level for request in scheduler.policy._starved.values()}
         assert levels == ({FIRST_OF_ALL} if first else {1})
         if first:
-            waiting = names(scheduler._starved.values())
+            waiting = names(scheduler.policy._starved.values())
             assert set(waiting) <= set(names(scheduler.decide(now + 0.31).requests))
 
 
@@ -414,10 +409,10 @@ def test_promoted_ones_go_back_where_they_were_when_too_many_follow() -> None:
     for i in range(4):
         engine.add_request(*arrival(f"{i}", 0, 8, 500))
     scheduler.prepare(0.4)
-    assert {request.level for request in scheduler._starved.values()} == {FIRST_OF_ALL}
+    assert {request.level for request in scheduler.policy._starved.values()} == {FIRST_OF_ALL}
     engine.add_request(*arrival("4", 0.05, 8, 500))
     scheduler.prepare(0.5)
-    assert {request.level for request in scheduler._starved.values()} == {1}
+    assert {request.level for request in scheduler.policy._starved.values()} == {1}
 
 
 def test_age_wins_in_the_end() -> None:
@@ -452,7 +447,7 @@ def test_bad_options_are_named(option: str, value: object) -> None:
 
 
 def test_the_default_exponent_is_the_objectives() -> None:
-    assert make_engine("gittins").scheduler.exponent == 3
-    assert make_engine("gittins", {"objective": "jct"}).scheduler.exponent == 1
-    assert make_engine("gittins", {"exponent": 2}).scheduler.exponent == 2
+    assert make_engine("gittins").scheduler.policy.exponent == 3
+    assert make_engine("gittins", {"objective": "jct"}).scheduler.policy.exponent == 1
+    assert make_engine("gittins", {"exponent": 2}).scheduler.policy.exponent == 2
     assert Gittins.learns

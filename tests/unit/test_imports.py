@@ -81,3 +81,20 @@ def test_a_simulation_imports_no_torch() -> None:
     code = f"import sys, {', '.join(modules)}, harness.cli, baselines; sys.exit('torch' in sys.modules)"
     environment = {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}", "PATH": ""}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_no_policy_imports_the_discovery_of_policies() -> None:
+    """Discovery and settings know all policies; nothing that a policy imports knows them."""
+    folder = FOLDERS["fastserve"] / "policies"
+    above = {"discovery", "settings"}
+    left = [path for path in folder.rglob("*.py") if path.stem not in above]
+    seen: set[Path] = set()
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        assert path.parent != folder or path.stem not in above, f"a policy imports {path.name}"
+        for module in imports_of(path):
+            file = FOLDERS["fastserve"].parent.joinpath(*module.split("."))
+            left += [each for each in (file.with_suffix(".py"), file / "__init__.py") if each.is_file()]

@@ -13,8 +13,8 @@ from fastserve.core.console import exit_on_error
 from fastserve.core.errors import ConfigError, PolicyError
 from fastserve.policies import discovery
 from fastserve.policies.discovery import file_name, find_policy, list_policies
-from fastserve.policies.own_policies import blamed, is_own, source_digest
 from fastserve.scheduler import registry
+from fastserve.scheduler.blame import blamed, is_own, source_digest
 from harness.analysis.capacity_result import Objective
 from harness.analysis.capacity_search import find_capacity
 from harness.cli import app
@@ -23,11 +23,11 @@ from harness.run.runner import run
 from support.processes import ENVIRONMENT
 
 POLICY = """
-from fastserve.scheduler import Scheduler, register
+from fastserve.scheduler import Policy, register
 {imports}
 
 @register
-class Mine(Scheduler):
+class Mine(Policy):
     name = "{name}"
 
     def on_add(self, request):
@@ -107,7 +107,7 @@ def test_a_file_that_has_changed_is_loaded_anew(tmp_path: Path) -> None:
             "cannot import policy 'no.such:Mine': No module named 'no'; for a policy in a file, write FILE",
         ),
         ("..mine:Mine", "cannot import policy '..mine:Mine'"),
-        ("os:path", "'os:path' is not a subclass of fastserve.scheduler.Scheduler"),
+        ("os:path", "'os:path' is not a subclass of fastserve.scheduler.Policy"),
         ("twice.py:Mine", "two policies are called 'fcfs-twice'.*rename one"),
         ("unnamed.py:Mine", "has no name"),
     ],
@@ -159,7 +159,7 @@ def test_code_that_fails_is_named_with_its_frames(
         raise caught.value
     *frames, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the code of policy")
-    assert not any("runner.py" in frame or "own_policies.py" in frame for frame in frames)
+    assert not any("runner.py" in frame or "loading.py" in frame for frame in frames)
     if "(mine.py" in message:
         assert any("mine.py" in frame for frame in frames)
 

@@ -53,7 +53,7 @@ def test_skip_join_enters_by_first_iteration_time() -> None:
 
 
 def test_the_default_quantum_is_the_shortest_iteration() -> None:
-    assert make_engine("fastserve").scheduler.quanta[:3] == pytest.approx([0.010, 0.020, 0.040])
+    assert make_engine("fastserve").scheduler.policy.quanta[:3] == pytest.approx([0.010, 0.020, 0.040])
 
 
 def test_a_short_job_overtakes_a_long_one() -> None:
@@ -77,10 +77,10 @@ def test_demotion_skips_to_the_quantum_that_covers_the_next_iteration() -> None:
     assert request.level == 1
     # Its next iteration computes 64 tokens: 74 ms, which level 3 (80 ms) is the first to cover.
     request.num_tokens = 64
-    scheduler.on_progress(request, 0.0, 0.020)
+    scheduler.policy.on_progress(request, 0.0, 0.020)
     assert request.level == 3
     # Service starts at 0 again.
-    scheduler.on_progress(request, 0.0, 0.079)
+    scheduler.policy.on_progress(request, 0.0, 0.079)
     assert request.level == 3
 
 

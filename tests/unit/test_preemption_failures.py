@@ -115,8 +115,8 @@ def test_a_cache_that_just_came_in_is_not_exchanged_ahead_of_time(policy: str, h
 
 def oracle(engine: Engine) -> Scheduler:
     scheduler = engine.scheduler
-    if scheduler.needs_oracle:
-        scheduler.oracle = lambda request: 10
+    if scheduler.policy.needs_oracle:
+        scheduler.policy.oracle = lambda request: 10
     return scheduler
 
 

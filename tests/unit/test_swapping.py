@@ -40,11 +40,12 @@ def test_expected_waits() -> None:
     # Down to level 2, a and b each take a quantum of 20 ms: 2 * 20 / 2 places = 20.
     # To 3, each takes 20 + 40, c takes 40: (2 * 60 + 40) / 2 = 80.
     # To 4, each takes 20 + 40 + 80, c 40 + 80, d 80: (2 * 140 + 120 + 80) / 2 = 240.
-    assert scheduler.expected_waits() == pytest.approx([0, 0, 0.020, 0.080, 0.240])
+    assert scheduler.policy.enst.expected_waits() == pytest.approx([0, 0, 0.020, 0.080, 0.240])
     # They follow the queues: with c, come to level 0 in front of all, 3 requests are above level 2, two of them in 1.
     # To 1, c takes 10: 10 / 2. To 2, a, b 20, c 10 + 20: 70 / 2. To 3, a, b 60, c 70: 190 / 2. To 4: + 3 * 80 + 80.
-    scheduler.promote(next(request for request in scheduler.queue.in_order() if request.request_id == "c"))
-    assert scheduler.expected_waits() == pytest.approx([0, 0.005, 0.035, 0.095, 0.255])
+    third = next(request for request in scheduler.queue.in_order() if request.request_id == "c")
+    scheduler.policy.on_starved(third, 0.0)
+    assert scheduler.policy.enst.expected_waits() == pytest.approx([0, 0.005, 0.035, 0.095, 0.255])
 
 
 def test_enst_is_the_smaller_of_promotion_and_execution() -> None:
@@ -56,7 +57,7 @@ def test_enst_is_the_smaller_of_promotion_and_execution() -> None:
     e = place(scheduler, "e", 0.24, 60)
 
     def enst(now: float) -> dict[str, float]:
-        return {r.request_id: scheduler.urgency(r, now)[0] for r in (a, b, c, d, e)}
+        return {r.request_id: scheduler.policy.need_order().key(r, now)[0] for r in (a, b, c, d, e)}
 
     # T_execute as above (e is in d's queue and counts for neither): 0, 0, 20, 80, 80 ms.
     # At 250 ms, T_promote is 300 ms after arrival: 150, 250, 100, 50, 290 ms.
@@ -75,15 +76,15 @@ def test_one_that_runs_would_wait_alpha_if_it_stopped() -> None:
     for name in "abc":
         place(scheduler, name, 0.0, 10)
     # Three in level 1 before level 3, one place: 3 * (20 + 40) = 180 ms, but promotion would come after 50.
-    assert scheduler.expected_waits()[3] == pytest.approx(0.180)
-    assert scheduler.urgency(long, 0.0)[0] == pytest.approx(0.050)
+    assert scheduler.policy.enst.expected_waits()[3] == pytest.approx(0.180)
+    assert scheduler.policy.need_order().key(long, 0.0)[0] == pytest.approx(0.050)
 
 
 def test_without_promotion_enst_is_execution_alone() -> None:
     scheduler = make_engine("fastserve", {"quantum_base_s": 0.010, "alpha_s": "none"}, max_batch_size=1).scheduler
     a, b = place(scheduler, "a", 0.0, 10), place(scheduler, "b", 0.0, 60)
     # a: 20 ms in level 1 and 40 in level 2 before b's level 3.
-    assert [scheduler.urgency(r, 99.0)[0] for r in (a, b)] == pytest.approx([0, 0.060])
+    assert [scheduler.policy.need_order().key(r, 99.0)[0] for r in (a, b)] == pytest.approx([0, 0.060])
 
 
 def test_largest_enst_goes_out_first_and_smallest_comes_in_first() -> None:
@@ -94,9 +95,9 @@ def test_largest_enst_goes_out_first_and_smallest_comes_in_first() -> None:
             place(scheduler, name, at, prompt, part)
         order = ("a", "b", "d", "c", "e")  # a before b, as in their queue.
         if part == RESIDENT:
-            assert names(scheduler.offloads(0.29)) == order[::-1]
+            assert names(scheduler.policy.need_order().victims(0.29)) == order[::-1]
         else:
-            assert names(scheduler.uploads(0.29)) == order
+            assert names(scheduler.policy.need_order().swapped_out(0.29)) == order
 
 
 def test_ties_in_a_queue_are_broken_by_its_order() -> None:
@@ -105,8 +106,8 @@ def test_ties_in_a_queue_are_broken_by_its_order() -> None:
         place(scheduler, name, 0.0, 10, SWAPPED_OUT)
     for name in "xyz":
         place(scheduler, name, 0.0, 10, RESIDENT)
-    assert names(scheduler.uploads(0.0)) == ("a", "b", "c")
-    assert names(scheduler.offloads(0.0)) == ("z", "y", "x")
+    assert names(scheduler.policy.need_order().swapped_out(0.0)) == ("a", "b", "c")
+    assert names(scheduler.policy.need_order().victims(0.0)) == ("z", "y", "x")
 
 
 @pytest.mark.parametrize("part", [SWAPPED_OUT, RESIDENT])
@@ -117,32 +118,34 @@ def test_in_a_queue_too_an_early_promotion_counts(part: CacheState) -> None:
     # Both in level 3, where T_execute is (60 + 40) / 2 = 50 ms. The front one has just been preempted: 300 ms to its
     # promotion. The one behind it has 10 ms left.
     front, behind = place(scheduler, "front", 0.0, 60, part), place(scheduler, "behind", 0.0, 60, part)
-    scheduler.on_start(front, 0.0)
-    scheduler.on_progress(front, 0.28, 0.29)
-    scheduler.on_preempt(front, 0.29)
-    assert [scheduler.urgency(r, 0.29)[0] for r in (front, behind)] == pytest.approx([0.050, 0.010])
+    scheduler._start(front, 0.0)
+    scheduler.policy.on_progress(front, 0.28, 0.29)
+    front.last_ran_s = 0.29
+    scheduler._preempt([front], 0.29)
+    assert [scheduler.policy.need_order().key(r, 0.29)[0] for r in (front, behind)] == pytest.approx([0.050, 0.010])
     if part == SWAPPED_OUT:
-        assert names(scheduler.uploads(0.29)) == ("behind", "front")
+        assert names(scheduler.policy.need_order().swapped_out(0.29)) == ("behind", "front")
     else:
-        assert names(scheduler.offloads(0.29)) == ("front", "behind")
+        assert names(scheduler.policy.need_order().victims(0.29)) == ("front", "behind")
 
 
 @pytest.mark.parametrize(
     "policy", ["fastserve", "mlfq", "fixed-priority", "gittins", "srpt", "fastserve-fcfs", "fastserve-artifact"]
 )
-def test_uploads_and_offloads_agree_with_urgency(policy: str) -> None:
+def test_both_walks_agree_with_the_key(policy: str) -> None:
     engine = make_engine(policy, {"swap": "proactive"}, max_batch_size=2)
     scheduler = engine.scheduler
-    if scheduler.needs_oracle:
-        scheduler.oracle = lambda request: 10
+    if scheduler.policy.needs_oracle:
+        scheduler.policy.oracle = lambda request: 10
     for i, (name, prompt) in enumerate(zip("abcdef", (10, 30, 60, 10, 30, 60), strict=True)):
         place(scheduler, name, 0.04 * i, prompt, SWAPPED_OUT if i % 2 else RESIDENT)
+    need = scheduler.policy.need_order()
     for now in (0.2, 0.25, 0.29, 0.35, 0.45):
-        ups, downs = list(scheduler.uploads(now)), list(scheduler.offloads(now))
+        ups, downs = list(need.swapped_out(now)), list(need.victims(now))
         assert sorted(names(ups)) == ["b", "d", "f"]
         assert sorted(names(downs)) == ["a", "c", "e"]
-        assert ups == sorted(ups, key=lambda r: scheduler.urgency(r, now))
-        assert downs == sorted(downs, key=lambda r: scheduler.urgency(r, now), reverse=True)
+        assert ups == sorted(ups, key=lambda r: need.key(r, now))
+        assert downs == sorted(downs, key=lambda r: need.key(r, now), reverse=True)
 
 
 # -- the reserve ---------------------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def test_uploads_and_offloads_agree_with_urgency(policy: str) -> None:
 
 def test_the_reserve_follows_the_arrivals_of_the_last_second() -> None:
     scheduler = make_engine("fastserve", num_gpu_blocks=160, max_batch_size=4).scheduler
-    swapping = scheduler._swapping
+    swapping = scheduler.mover
     assert swapping.reserve(0.0) == 4  # A block for each place in the batch.
     place(scheduler, "a", 0.0, 10)  # 3 blocks
     place(scheduler, "b", 0.5, 4)  # 1 block
@@ -168,7 +171,7 @@ def test_the_reserve_follows_the_arrivals_of_the_last_second() -> None:
 def test_the_reserve_has_a_window() -> None:
     scheduler = make_engine("fastserve", {"reserve_window_s": 0.2}, num_gpu_blocks=160).scheduler
     place(scheduler, "a", 0.0, 10)
-    assert [scheduler._swapping.reserve(now) for now in (0.1, 0.3)] == [7, 4]
+    assert [scheduler.mover.reserve(now) for now in (0.1, 0.3)] == [7, 4]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_other_reserves_and_small_pools(reserve: str, blocks: int, expected: int
     for i in range(3):
         place(scheduler, str(i), 0.0, 1)
     # Three prompts of a block each, and four places in the batch, at most an eighth of the pool.
-    assert scheduler._swapping.reserve(0.0) == expected
+    assert scheduler.mover.reserve(0.0) == expected
 
 
 def test_the_reserve_is_filled_up_beside_the_computation() -> None:

@@ -312,12 +312,12 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 PUPIL = """
-from fastserve.scheduler import Scheduler
+from fastserve.scheduler import Policy
 
 taught = []
 
 
-class Pupil(Scheduler):
+class Pupil(Policy):
     name = "pupil"
     learns = True
 

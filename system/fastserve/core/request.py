@@ -164,14 +164,22 @@ class Request:
     level: int = field(init=False, default=0)
     """Queue it stands in, smaller is more urgent; stays 0 in policies with one queue."""
     position: int = field(init=False, default=0)
-    """Place in that queue, smaller is nearer the front. Kept, as `level` is, by the queue."""
-    cache_state: CacheState = field(init=False, default=0)
-    num_tokens_at_swap_in: int = field(init=False, default=-1)
-    """Computed tokens when its cache last came back to the GPU: as many still, and it has not run since."""
+    """Place in that queue, smaller is nearer the front."""
+    line: CacheState = field(init=False, default=NO_CACHE)
+    """Line of that queue, one for each cache state: that of its cache when the last decision ended. Kept, as `level`
+    and `position` are, by the queue."""
+    cache_state: CacheState = field(init=False, default=NO_CACHE)
+    """Where its cache is now. Kept, as `cache_capacity` is, by the KVCacheManager."""
     cache_capacity: int = field(init=False, default=0)
-    """Tokens its cache has room for, 0 unless that is wholly on the GPU. Kept by the KVCacheManager."""
+    """Tokens its cache has room for, 0 unless that is wholly on the GPU."""
+    num_tokens_at_swap_in: int = field(init=False, default=-1)
+    """Computed tokens when its cache was last swapped in: if there are no more now, it has not run since."""
+    wait_ends_s: float = field(init=False, default=math.inf)
+    """When it will have waited as long as its policy lets it; infinite while no limited wait runs."""
+    last_ran_s: float = field(init=False, default=0.0)
+    """When its last iteration ended (s)."""
     policy_state: Any = field(init=False, default=None, repr=False)
-    """Belongs to the scheduling policy: whatever it needs to know of the request to order it."""
+    """What the policy notes about the request, to order it."""
 
     def __post_init__(self) -> None:
         require_int(f"request {self.request_id}: num_prompt_tokens", self.num_prompt_tokens, 1)

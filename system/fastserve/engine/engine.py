@@ -16,8 +16,8 @@ from fastserve.engine.lookahead import Lookahead
 from fastserve.engine.observer import Observer
 from fastserve.engine.records import IterationRecord
 from fastserve.kvcache import KVCacheManager
-from fastserve.policies.own_policies import blamed
 from fastserve.scheduler import Iteration, Scheduler
+from fastserve.scheduler.blame import blamed
 from fastserve.scheduler.iteration import IterationResult
 
 NO_LOGPROBS = "logprobs and prompt_logprobs need a model, and a simulation has none; leave them out"
@@ -55,8 +55,8 @@ class Engine:
         self.observer: Observer | None = None
         self.jumps = True
         """Whether to compute identical iterations at once where the executor can predict their ends (Lookahead)."""
-        if scheduler.needs_oracle:
-            scheduler.oracle = self._remaining_tokens
+        if scheduler.policy.needs_oracle:
+            scheduler.policy.oracle = self._remaining_tokens
         self._in_flight: deque[Iteration] = deque()
         self._num_jobs_in_flight = 0
         self._lookahead = Lookahead(scheduler, executor, kv, clock, self.jobs)
@@ -91,7 +91,7 @@ class Engine:
         try:
             self.scheduler.add(request)
         except Exception as error:
-            raise blamed(error, type(self.scheduler)) from error.__cause__
+            raise blamed(error, type(self.scheduler.policy)) from error.__cause__
         if self.observer:
             self.observer.on_arrival(job)
         return job
@@ -202,7 +202,7 @@ class Engine:
         try:
             return self._step(until)
         except Exception as error:
-            cause = blamed(error, type(self.scheduler))
+            cause = blamed(error, type(self.scheduler.policy))
             self._end(cause, RequestStatus.FAILED, failure_reason(cause))
             raise cause from error.__cause__
 
@@ -257,7 +257,7 @@ class Engine:
     def _wait(self, stalled: tuple[Request, ...], until: float) -> None:
         if not self._in_flight and not self.executor.num_transfers_in_flight and math.isinf(until):
             raise RuntimeError(
-                f"policy {self.scheduler.name!r} schedules nothing although {len(self.jobs)} requests wait, "
+                f"policy {self.scheduler.policy.name!r} schedules nothing although {len(self.jobs)} requests wait, "
                 "nothing is in flight and none will arrive: a bug in the policy"
             )
         start = self.clock.now()

@@ -6,7 +6,7 @@ from fastserve.kvcache.errors import BlockOwnershipError, OutOfBlocksError
 
 
 class BlockPool:
-    """Hands out block numbers 0 .. num_blocks - 1, the most recently freed first: likeliest to be in a cache still."""
+    """Hands out block numbers 0 .. num_blocks - 1, the most recently freed first, which is most likely still cached."""
 
     __slots__ = ("_freed", "_num_used", "name", "num_blocks", "num_free")
 
@@ -17,7 +17,7 @@ class BlockPool:
         self._num_used = 0
         """Blocks from here on were never given out, and are not listed: a large pool costs nothing to make."""
         self.num_free = num_blocks
-        """Blocks nobody owns."""
+        """Blocks without an owner."""
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks; OutOfBlocksError, and nothing taken, if fewer are free."""

@@ -1,4 +1,7 @@
-"""KVCacheManager: where every request's cache is, and which blocks hold it."""
+"""KVCacheManager: where every request's cache is, and which blocks hold it.
+
+`Request.cache_state` and `Request.cache_capacity` are set here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastserve.core.config import CacheConfig
-from fastserve.core.request import Request, RequestStatus
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache.block_pool import BlockPool
 from fastserve.kvcache.errors import CacheError, OutOfBlocksError, WrongLocationError
 
@@ -23,14 +26,14 @@ class Location(enum.Enum):
 
 
 class Direction(enum.Enum):
-    """Which way a transfer goes."""
+    """Direction of a transfer, as seen from the GPU."""
 
     OUT = "out"
     IN = "in"
 
 
 class Transfer(NamedTuple):
-    """One request's cache on its way between the pools: block source[i] is copied to block destination[i]."""
+    """One request's cache in transfer between the pools: block source[i] is copied to block destination[i]."""
 
     request: Request
     direction: Direction
@@ -52,8 +55,8 @@ class _Entry:
 class KVCacheManager:
     """Owns the GPU and the host block pool and every request's block table.
 
-    Blocks under a transfer belong to the request on both sides until `complete` is called, so nobody can be given a
-    block whose copy has not ended, and an executor needs no dependencies between blocks.
+    Blocks under a transfer belong to the request on both sides until `complete` is called. So no block is given away
+    before its copy has ended, and an executor needs no dependencies between blocks.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -117,6 +120,7 @@ class KVCacheManager:
         if entry is None:
             blocks = self._gpu.allocate(self.blocks_for(num_tokens))
             self._entries[request.request_id] = _Entry(request, Location.GPU, blocks, [])
+            request.cache_state = RESIDENT
             request.cache_capacity = len(blocks) * self.block_size
             return
         if entry.location is not Location.GPU:
@@ -131,10 +135,11 @@ class KVCacheManager:
         Raises OutOfBlocksError, and changes nothing, when the host pool is full.
         """
         entry = self._resident(request)
-        # Blocks allocated ahead of computation hold nothing and need not travel.
+        # Blocks allocated ahead of computation hold nothing and need no copy.
         used = self.blocks_for(request.num_computed_tokens)
         entry.host_blocks = self._host.allocate(used)
         entry.location = Location.SWAPPING_OUT
+        request.cache_state = SWAPPED_OUT
         request.cache_capacity = 0
         self.num_vacating_blocks += len(entry.gpu_blocks)
         return self._transfer(request, Direction.OUT, entry.gpu_blocks[:used], entry.host_blocks)
@@ -169,8 +174,9 @@ class KVCacheManager:
             self.num_arriving_blocks -= len(entry.gpu_blocks)
             self._host.free(entry.host_blocks)
             entry.host_blocks = []
-            entry.request.cache_capacity = len(entry.gpu_blocks) * self.block_size
             entry.location = Location.GPU
+            entry.request.cache_state = RESIDENT
+            entry.request.cache_capacity = len(entry.gpu_blocks) * self.block_size
         if transfer.request.status is not RequestStatus.ACTIVE:
             self.release(transfer.request)
 
@@ -188,6 +194,7 @@ class KVCacheManager:
         if entry is None or entry.location in (Location.SWAPPING_OUT, Location.SWAPPING_IN):
             return
         del self._entries[request.request_id]
+        request.cache_state = NO_CACHE
         request.cache_capacity = 0
         self._gpu.free(entry.gpu_blocks)
         self._host.free(entry.host_blocks)
@@ -208,6 +215,8 @@ class KVCacheManager:
                 raise CacheError(f"{moving} GPU blocks are {location.value}, {counted} were counted")
         for entry in entries:
             request, resident = entry.request, entry.location is Location.GPU
+            if request.cache_state != (RESIDENT if resident else SWAPPED_OUT):
+                raise CacheError(f"request {request.request_id}: wrong cache_state {request.cache_state}")
             if request.cache_capacity != (len(entry.gpu_blocks) * self.block_size if resident else 0):
                 raise CacheError(f"request {request.request_id}: wrong cache_capacity {request.cache_capacity}")
             if resident and request.num_computed_tokens > request.cache_capacity:

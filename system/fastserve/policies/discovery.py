@@ -16,8 +16,9 @@ from fastserve.core.errors import ConfigError, FastServeError
 from fastserve.core.options import build_options
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel
-from fastserve.policies.own_policies import failed, is_own, load_class
-from fastserve.scheduler import Scheduler, registry
+from fastserve.policies.loading import load_class
+from fastserve.scheduler import Policy, Scheduler, registry
+from fastserve.scheduler.blame import failed, is_own
 
 ENTRY_POINT_GROUP = "fastserve.policies"
 """Packages name the modules that define their policies in this entry-point group."""
@@ -28,21 +29,21 @@ _skipped: dict[str, str] = {}
 _discovered = False
 
 
-def list_policies() -> dict[str, type[Scheduler]]:
+def list_policies() -> dict[str, type[Policy]]:
     """Every policy that can be found, by name."""
     _discover()
     return dict(sorted(registry.policies.items()))
 
 
-def find_policy(name: str) -> type[Scheduler]:
+def find_policy(name: str) -> type[Policy]:
     """The policy called `name`, or, written `FILE.py:Class` or `package.module:Class`, the one there.
 
     Raises ConfigError if there is none, PolicyError if its code cannot be imported.
     """
     if ":" in name or name.endswith(".py"):
         policy = load_class(name)
-        if not (isinstance(policy, type) and issubclass(policy, Scheduler)):
-            raise ConfigError(f"policy {name!r} is not a subclass of fastserve.scheduler.Scheduler")
+        if not (isinstance(policy, type) and issubclass(policy, Policy)):
+            raise ConfigError(f"policy {name!r} is not a subclass of fastserve.scheduler.Policy")
         if not dataclasses.is_dataclass(policy.Options):
             raise ConfigError(f"policy {name!r}: its Options must be a dataclass, not {policy.Options!r}")
         return policy
@@ -72,7 +73,7 @@ def make_scheduler(
     policy = find_policy(name)
     made = build_options(policy.Options, options, f"policy {name!r}")
     try:
-        return policy(config, kv, latency, made)
+        return Scheduler(policy(config, kv, latency, made))
     except FastServeError:
         raise
     except Exception as error:
@@ -99,7 +100,7 @@ def _discover() -> None:
 
 
 def _load(entry_point: importlib.metadata.EntryPoint) -> None:
-    """Register what a package offers. One that fails is named and skipped: others are not to suffer from it."""
+    """Register what a package offers. A package that fails is named and skipped, so that others can be used."""
     known = dict(registry.policies)
     try:
         entry_point.load()

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import Request
-from fastserve.scheduler.base import Scheduler
-from fastserve.scheduler.plan import IterationPlan
-from fastserve.scheduler.registry import register
+from fastserve.kvcache import KVCacheManager
+from fastserve.latency import LatencyModel
+from fastserve.scheduler import Batch, Policy, PolicyOptions, Terms, register
+from fastserve.scheduler.batch import DEFAULT_TERMS
 
 WATERMARK = 0.01
 """Share of the GPU's blocks that must stay free after an admission, so that the next token does not evict it again."""
 
 
-class ArrivalOrder(Scheduler):
+class ArrivalOrder(Policy):
     """Base of policies with one queue in order of arrival; a preempted request keeps its place in it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.watermark_blocks = int(WATERMARK * self.kv.config.num_gpu_blocks)
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: PolicyOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options)
+        self.watermark_blocks = int(WATERMARK * kv.config.num_gpu_blocks)
 
     def on_add(self, request: Request) -> None:
         """Join at the back."""
         self.queue.join(request, 0)
 
-    def is_first(self, plan: IterationPlan) -> bool:
-        """Whether nobody runs that whoever is offered next would have to leave room for."""
-        return not plan.batch and self.is_idle
+    def is_first(self, batch: Batch) -> bool:
+        """Whether no request runs, in the batch or in flight, that one offered next must leave room for."""
+        return not batch.requests and self.is_idle
 
-    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
-        """All of them: whoever waits for room waits on while those who run take more of it."""
-        if self._swapping is not None and not self.is_clear:
-            return 1
-        return self.decisions_without_moves(times, free_blocks)
+    def repeats(self, times: np.ndarray, is_clear: bool) -> int:
+        """All of them: a request that waits for room still waits when the running ones take more of it."""
+        return len(times) - 1
 
 
 @register
@@ -43,8 +43,8 @@ class FCFS(ArrivalOrder):
 
     name = "fastserve-fcfs"
 
-    def offer(self, plan: IterationPlan, request: Request) -> bool:
+    def terms(self, request: Request, batch: Batch) -> Terms:
         """A running request may take cache from later ones to grow, and the first always may; an admission may not."""
-        if request.request_id in self.running or self.is_first(plan):
-            return plan.offer(request)
-        return plan.offer(request, may_evict=False, keep_free=self.watermark_blocks)
+        if request.request_id in self.running or self.is_first(batch):
+            return DEFAULT_TERMS
+        return Terms(may_evict=False, keep_free=self.watermark_blocks)

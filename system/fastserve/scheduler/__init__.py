@@ -1,17 +1,25 @@
-"""Which requests run next: the interface, what all policies share, and how policies are named."""
+"""Which requests run next: what the author of a policy needs (`Policy`), and what the engine talks to (`Scheduler`)."""
 
-from fastserve.scheduler.base import NoOptions, Scheduler
+from fastserve.scheduler.batch import Batch, Outcome, Terms
 from fastserve.scheduler.iteration import Drop, Iteration
+from fastserve.scheduler.need import NeedOrder
+from fastserve.scheduler.options import MemoryOptions, PolicyOptions, PreemptiveOptions, SwapMode
+from fastserve.scheduler.policy import Policy
 from fastserve.scheduler.registry import register
-from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions, SwapMode
+from fastserve.scheduler.scheduler import Scheduler
 
 __all__ = [
+    "Batch",
     "Drop",
     "Iteration",
     "MemoryOptions",
-    "NoOptions",
+    "NeedOrder",
+    "Outcome",
+    "Policy",
+    "PolicyOptions",
     "PreemptiveOptions",
     "Scheduler",
     "SwapMode",
+    "Terms",
     "register",
 ]

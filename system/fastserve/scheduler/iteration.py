@@ -11,7 +11,7 @@ from fastserve.kvcache import Transfer
 
 
 class Drop(NamedTuple):
-    """A request whose cache was given up, and the computed tokens that were lost with it."""
+    """A request whose cache was dropped, and the computed tokens that were lost with it."""
 
     request: Request
     num_lost_tokens: int
@@ -20,7 +20,7 @@ class Drop(NamedTuple):
 class Iteration(NamedTuple):
     """What runs next, and what moves meanwhile.
 
-    With `requests` empty it is a decision to wait.
+    Without `requests` it is the decision to wait.
     """
 
     requests: tuple[Request, ...] = ()
@@ -32,7 +32,7 @@ class Iteration(NamedTuple):
     preempted: tuple[Request, ...] = ()
     """Unfinished requests that held a place in the batch and lost it."""
     stalled: tuple[Request, ...] = ()
-    """Requests that were due to run and do not, because of a transfer that has not ended."""
+    """Requests that were due and do not run, because of a transfer that has not ended."""
     padded: bool = False
     """Every prompt takes the time of the longest and every decode token that of the longest context."""
 

@@ -1,8 +1,8 @@
-"""The order of service: queues by level, each first in, first out, and in each who has its cache where.
+"""The order of service: queues by level, each first in, first out, with a line for each cache state.
 
-Deciding a batch must not cost the length of the queue. So every level keeps apart those without cache (of whom there
-may be a hundred thousand), those on the GPU and those in host memory (of whom there are as many as fit there): the next
-to run, to upload or to offload is found at an end, without walking over the others.
+A decision must not cost the length of the queue. So every level keeps three lines: requests without a cache (there may
+be a hundred thousand), on the GPU, and swapped out. The next to run, to swap in or to swap out is found at an end of a
+line, without a walk over the others.
 """
 
 from __future__ import annotations
@@ -12,27 +12,47 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Protocol
 
-from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
 
 
-class Gate(Protocol):
-    """Who is still looked for in a walk over the queue; may close while it lasts."""
+class Wanted:
+    """Which requests a walk still looks for, besides those on the GPU; the caller may want less while it lasts."""
 
-    admitting: bool
-    """Those without cache."""
-    counting_away: bool
-    """Those whose cache is away."""
+    __slots__ = ("swapped_out", "without_cache")
+
+    def __init__(self, without_cache: bool, swapped_out: bool) -> None:
+        self.without_cache = without_cache
+        self.swapped_out = swapped_out
 
 
 class ServiceOrder(ABC):
-    """What filling a batch and moving caches need of a policy's queue. A walk must be over before it is changed."""
+    """What filling a batch and moving caches need of a policy's queue.
+
+    A walk must end before the queue is changed. A cache may change its state during a walk: the queue follows when it
+    is told (`refile`).
+    """
 
     num_swapped_out: int
-    """Requests whose cache is away."""
+    """Requests in the lines of those swapped out."""
     version: int
     """Changes whenever the queue does."""
+
+    @abstractmethod
+    def join(self, request: Request, level: int) -> None:
+        """Take in a new request at the back of a level."""
+
+    @abstractmethod
+    def move(self, request: Request, level: int) -> None:
+        """Move a request to the back of a level, be it its own."""
+
+    @abstractmethod
+    def remove(self, request: Request) -> None:
+        """Take a request out."""
+
+    @abstractmethod
+    def refile(self, request: Request) -> None:
+        """Follow `request.cache_state`, which has changed."""
 
     @abstractmethod
     def key(self, request: Request) -> tuple[float, ...]:
@@ -44,39 +64,31 @@ class ServiceOrder(ABC):
 
     @abstractmethod
     def fits(self, request: Request, places: int) -> bool:
-        """Whether those no less urgent than this request, itself among them, are no more than so many."""
-
-    @abstractmethod
-    def put(self, request: Request, part: CacheState) -> None:
-        """Its cache has gone elsewhere."""
-
-    @abstractmethod
-    def remove(self, request: Request) -> None:
-        """Take a request out."""
+        """Whether the requests in its level and above, itself among them, are no more than `places`."""
 
     @abstractmethod
     def in_order(self) -> Iterator[Request]:
-        """Everyone, most urgent first."""
+        """All requests, most urgent first."""
 
     @abstractmethod
-    def candidates(self, gate: Gate) -> Iterator[Request]:
-        """Everyone whom the gate lets through, most urgent first."""
+    def candidates(self, wanted: Wanted) -> Iterator[Request]:
+        """The wanted requests, most urgent first."""
 
     @abstractmethod
     def victims(self) -> Iterator[Request]:
-        """Those on the GPU, least urgent first."""
+        """Requests on the GPU, least urgent first."""
 
     @abstractmethod
     def swapped_out(self) -> Iterator[Request]:
-        """Those whose cache is away, most urgent first."""
+        """Requests that are swapped out, most urgent first."""
 
     @abstractmethod
     def sizes(self) -> list[tuple[int, int, int, int]]:
-        """Of each level that has anyone: its number, and how many have no cache, have it on the GPU, have it away."""
+        """Of each level with requests: its number, and how many have no cache, are on the GPU, are swapped out."""
 
 
 class _Line:
-    """Requests in order of position. Most join at an end; those put back in their old place are kept beside."""
+    """Requests in order of position. Most join at an end; those that return to their place are kept beside."""
 
     __slots__ = ("main", "put_back")
 
@@ -122,7 +134,7 @@ class _Line:
 
 
 class Level:
-    """One queue: a line for each part, and the number of requests in all."""
+    """One queue: a line for each cache state, and the number of requests in all."""
 
     __slots__ = ("lines", "size")
 
@@ -145,14 +157,14 @@ class MultiLevelQueue(ServiceOrder):
         self._last = 0
         self._first = 0
         self.fixed_levels: list[Level] = []
-        """Those of `fix_levels`."""
+        """The levels of `fix_levels`."""
         self.deepest = 0
-        """The least urgent level anyone has been in."""
+        """The least urgent level that has held a request."""
         self.num_swapped_out = 0
         self.version = 0
 
     def fix_levels(self, count: int) -> None:
-        """Keep levels 0 .. count - 1 although empty. To be called before anyone joins."""
+        """Keep levels 0 .. count - 1 although empty. Call it before the first request joins."""
         self._num_fixed_levels = count
         self._in_order = list(range(count))
         self.fixed_levels = [Level() for _ in self._in_order]
@@ -161,18 +173,19 @@ class MultiLevelQueue(ServiceOrder):
     # -- changes -----------------------------------------------------------------------------------------------
 
     def join(self, request: Request, level: int, *, front: bool = False) -> None:
-        """Take a new request in at the back of a level (or its front)."""
+        """Take in a new request at the back of a level (or its front)."""
         self.version += 1
-        self.num_swapped_out += request.cache_state == SWAPPED_OUT
+        request.line = request.cache_state
+        self.num_swapped_out += request.line == SWAPPED_OUT
         self._enter(request, level, front)
 
     def remove(self, request: Request) -> None:  # noqa: D102 (as in ServiceOrder; so below)
         self.version += 1
-        self.num_swapped_out -= request.cache_state == SWAPPED_OUT
+        self.num_swapped_out -= request.line == SWAPPED_OUT
         self._leave(request)
 
     def move(self, request: Request, level: int, *, front: bool = False) -> None:
-        """Take a request to the back of a level (or its front), be it the one it stands in."""
+        """Move a request to the back of a level (or its front), be it its own."""
         self.version += 1
         old, new = self._levels[request.level], self._levels.get(level)
         if front or new is None or old.size == 1:
@@ -180,8 +193,8 @@ class MultiLevelQueue(ServiceOrder):
             self._enter(request, level, front)
             return
         # The same without the calls: at a burst, this is what a simulation spends most of its time on.
-        part = request.cache_state
-        line = old.lines[part]
+        state = request.line
+        line = old.lines[state]
         if line.main.pop(request.position, None) is None:
             line.remove(request)
         old.size -= 1
@@ -190,16 +203,16 @@ class MultiLevelQueue(ServiceOrder):
         if level > self.deepest:
             self.deepest = level
         self._last = request.position = position = self._last + 1
-        new.lines[part].main[position] = request
+        new.lines[state].main[position] = request
 
-    def put(self, request: Request, part: CacheState) -> None:
-        """Its cache has gone elsewhere; its place in the order stays."""
+    def refile(self, request: Request) -> None:  # noqa: D102
+        state = request.cache_state
         self.version += 1
-        self.num_swapped_out += (part == SWAPPED_OUT) - (request.cache_state == SWAPPED_OUT)
-        parts = self._levels[request.level].lines
-        parts[request.cache_state].remove(request)
-        request.cache_state = part
-        parts[part].insert(request)
+        self.num_swapped_out += (state == SWAPPED_OUT) - (request.line == SWAPPED_OUT)
+        lines = self._levels[request.level].lines
+        lines[request.line].remove(request)
+        request.line = state
+        lines[state].insert(request)
 
     def _enter(self, request: Request, level: int, front: bool) -> None:
         queue = self._levels.get(level)
@@ -211,15 +224,15 @@ class MultiLevelQueue(ServiceOrder):
             self.deepest = level
         if front:
             self._first = request.position = self._first - 1
-            queue.lines[request.cache_state].insert(request)
+            queue.lines[request.line].insert(request)
         else:
             self._last = request.position = position = self._last + 1
-            queue.lines[request.cache_state].main[position] = request
+            queue.lines[request.line].main[position] = request
 
     def _leave(self, request: Request) -> None:
         level = request.level
         queue = self._levels[level]
-        line = queue.lines[request.cache_state]
+        line = queue.lines[request.line]
         if line.main.pop(request.position, None) is None:
             line.remove(request)
         queue.size -= 1
@@ -235,7 +248,7 @@ class MultiLevelQueue(ServiceOrder):
         return request.level < other.level or (request.level == other.level and request.position < other.position)
 
     def fits(self, request: Request, places: int) -> bool:
-        """Whether those in its level and the more urgent ones are no more than so many."""
+        """As in ServiceOrder, counted level by level."""
         for number in self._in_order:
             if number > request.level or places < 0:
                 break
@@ -252,23 +265,23 @@ class MultiLevelQueue(ServiceOrder):
         for level in self._in_order:
             yield from _merged([iter(line) for line in self._levels[level].lines])
 
-    def candidates(self, gate: Gate) -> Iterator[Request]:  # noqa: D102
+    def candidates(self, wanted: Wanted) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
             level = self._levels[number]
             if not level.size:
                 continue
-            fresh, resident, away = level.lines
+            without_cache, resident, swapped_out = level.lines
             lines = []
-            if gate.admitting and fresh:
-                lines.append(iter(fresh))
-            if gate.counting_away and away:
-                lines.append(iter(away))
+            if wanted.without_cache and without_cache:
+                lines.append(iter(without_cache))
+            if wanted.swapped_out and swapped_out:
+                lines.append(iter(swapped_out))
             if not lines:
                 yield from resident
                 continue
             if resident:
                 lines.append(iter(resident))
-            yield from _merged(lines, gate)
+            yield from _merged(lines, wanted)
 
     def victims(self) -> Iterator[Request]:  # noqa: D102
         for number in reversed(self._in_order):
@@ -278,9 +291,9 @@ class MultiLevelQueue(ServiceOrder):
 
     def swapped_out(self) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
-            away = self._levels[number].lines[SWAPPED_OUT]
-            if away:
-                yield from away
+            line = self._levels[number].lines[SWAPPED_OUT]
+            if line:
+                yield from line
 
     # -- levels that come and go -------------------------------------------------------------------------------
 
@@ -294,9 +307,11 @@ class MultiLevelQueue(ServiceOrder):
         del self._in_order[bisect_left(self._in_order, level)]
 
 
-def _merged(lines: list[Iterator[Request]], gate: Gate | None = None, *, last_first: bool = False) -> Iterator[Request]:
-    """Up to three lines as one, by position; a line the gate closes is left."""
-    if len(lines) == 1 and gate is None:
+def _merged(
+    lines: list[Iterator[Request]], wanted: Wanted | None = None, *, last_first: bool = False
+) -> Iterator[Request]:
+    """Up to three lines as one, by position; a line that is no longer wanted is left."""
+    if len(lines) == 1 and wanted is None:
         yield from lines[0]
         return
     sign = -1 if last_first else 1
@@ -309,10 +324,10 @@ def _merged(lines: list[Iterator[Request]], gate: Gate | None = None, *, last_fi
         head = min(heads)
         heads.remove(head)
         _, request, line = head
-        # As long as nobody of the others comes before.
+        # As long as no request of the other lines comes before.
         next_of_others = min(heads)[0] if heads else math.inf
-        while gate is None or (
-            gate.admitting if request.cache_state == NO_CACHE else request.cache_state == RESIDENT or gate.counting_away
+        while wanted is None or (
+            wanted.without_cache if request.line == NO_CACHE else request.line == RESIDENT or wanted.swapped_out
         ):
             yield request
             following = next(line, None)

@@ -6,12 +6,12 @@ import dataclasses
 from typing import TypeVar
 
 from fastserve.core.errors import ConfigError
-from fastserve.scheduler.base import Scheduler
+from fastserve.scheduler.policy import Policy
 
-policies: dict[str, type[Scheduler]] = {}
+policies: dict[str, type[Policy]] = {}
 """Every policy registered so far; `fastserve.policies.discovery` finds the modules that register the others."""
 
-S = TypeVar("S", bound=type[Scheduler])
+S = TypeVar("S", bound=type[Policy])
 
 
 def register(cls: S) -> S:

@@ -108,7 +108,7 @@ class ServedModel:
     @property
     def policy(self) -> str:
         """Name of the scheduling policy."""
-        return self.engine.scheduler.name
+        return self.engine.scheduler.policy.name
 
 
 def load_served_model(options: ModelOptions) -> ServedModel:

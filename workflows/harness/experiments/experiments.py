@@ -19,8 +19,8 @@ import numpy as np
 from fastserve.core.errors import ConfigError
 from fastserve.latency import load_profile
 from fastserve.policies.discovery import file_name, find_policy
-from fastserve.policies.own_policies import is_own, source_digest
 from fastserve.policies.settings import resolve_settings
+from fastserve.scheduler.blame import is_own, source_digest
 from harness.run.config import SAME_TRACE, RunConfig, check_history
 from harness.workload.traces import load_trace
 

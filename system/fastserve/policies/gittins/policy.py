@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from fastserve.core.checks import require_int, require_positive
+from fastserve.core.config import SchedulerConfig
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
-from fastserve.kvcache import Transfer
+from fastserve.kvcache import KVCacheManager, Transfer
+from fastserve.latency import LatencyModel
 from fastserve.policies.gittins.index import gittins_index
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
 from fastserve.policies.gittins.queue import FIRST_OF_ALL, IndexQueue
-from fastserve.scheduler.base import Scheduler
-from fastserve.scheduler.iteration import Iteration
-from fastserve.scheduler.registry import register
-from fastserve.scheduler.swapping import MemoryOptions, PreemptiveOptions
-from fastserve.scheduler.waiting import WaitList
+from fastserve.scheduler import Policy, PreemptiveOptions, register
 
 STAGES = Stages()
 _EXPONENTS = {"slowdown": 3.0, "jct": 1.0}
@@ -29,27 +28,26 @@ _NEWEST_TRANSFER = 0.05
 """Share of the newest transfer in the running mean of what moving a token takes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GittinsOptions(PreemptiveOptions):
-    """What is minimized, and how the past counts."""
+    """What to minimize, and how the past counts."""
 
     objective: Literal["slowdown", "jct"] = "slowdown"
-    """What a request suffers from: its completion time over its output length, or its completion time."""
+    """Cost of a request: its completion time over its output length (slowdown), or its completion time (jct)."""
     exponent: float | None = None
-    """The power of that which is minimized in the mean. 1 is the plain mean; the higher, the more the worst off count,
-    and so the time that one has waited. None takes 3 for slowdown and 1 for jct."""
+    """p in mean(cost ** p). 1 is the plain mean; a larger p favours requests that wait longest. None takes 3 for
+    slowdown and 1 for jct."""
     alpha_s: float | None = 0.3
-    """Whoever has waited this many seconds comes first, as long as all of those fit one batch; none never does that."""
+    """Requests that have waited this many seconds come first, as long as all of them fit one batch; none: never."""
     memory_requests: float = 1000.0
-    """Finished requests after which an old one counts 1/e: enough to know a distribution, few enough to follow it."""
+    """Finished requests after which an old one counts 1/e: enough to know a distribution and to follow its changes."""
     switching_cost: float = 1.0
-    """How much of the measured time of a swap counts against one whose cache is away; 0 makes swapping free."""
+    """Share of the measured time of a swap that counts against a swapped-out request; 0 makes swapping free."""
     max_passed_over: int = 16
     """Prompts beyond the token budget that a decision passes over before it tries no more of them; bounds its cost."""
 
     def __post_init__(self) -> None:
-        # Not super(): the class that slots=True makes is not the one this body was written in.
-        MemoryOptions.__post_init__(self)
+        super().__post_init__()
         if self.alpha_s is not None:
             require_positive("alpha_s", self.alpha_s)
         require_positive("memory_requests", self.memory_requests)
@@ -63,22 +61,18 @@ class GittinsOptions(PreemptiveOptions):
 
 @dataclass(slots=True)
 class _PolicyState:
-    """Where a request stands in its life, and in its wait."""
+    """How far a request has come."""
 
     kind: int
     """That of its prompt."""
     stage: int = 0
     stage_ends: int = STAGES.ends[0]
     """Output tokens with which the next stage begins."""
-    deadline: float = math.inf
-    """When its current wait will have lasted alpha (s); infinite while it does not wait."""
-    ended_s: float = 0.0
-    """When its last iteration ended."""
 
 
 @register
-class Gittins(Scheduler):
-    """Serves first whoever promises the most relief for the time it takes of the machine, as far as can be known.
+class Gittins(Policy):
+    """Serves first the request that promises the most relief for the machine time it takes, as far as is known.
 
     A request's Gittins index is the largest ratio, over how long it may be served, of the cost that its finishing is
     expected to end to the time until it finishes or is given up. What is expected rests on its prompt length and on
@@ -86,17 +80,20 @@ class Gittins(Scheduler):
     prompt not computed yet, and a cache that is away, are time to be spent before anything comes of it.
 
     The cost of a request is a power of its slowdown (or completion time) and grows while it waits, as in the
-    generalized c-mu rule. Levels are the stages of a request's progress; level 0 is for those who have waited alpha.
+    generalized c-mu rule. Levels are the stages of a request's progress; level 0 is for requests that waited `alpha_s`.
     """
 
     name = "gittins"
     Options = GittinsOptions
     needs_latency = True
     learns = True
+    options: GittinsOptions
+    queue: IndexQueue
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        options: GittinsOptions = self.options
+    def __init__(
+        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: GittinsOptions
+    ) -> None:
+        super().__init__(config, kv, latency, options, longest_wait_s=options.alpha_s)
         self.max_passed_over = options.max_passed_over
         self.history = LengthHistory(STAGES, options.memory_requests)
         self._length_power = self.exponent if options.objective == "slowdown" else 0.0
@@ -107,17 +104,15 @@ class Gittins(Scheduler):
         self._step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
         self._token_transfer_s = 0.0
         """Measured: seconds the link needs to move the cache of a token, one way."""
-        self._waiting = WaitList(options.alpha_s)
         self._starved: dict[str, Request] = {}
-        """Those who have waited alpha and do not run."""
+        """Requests that have waited `alpha_s` and do not run."""
         self._are_first = False
-        """Whether they come before all others."""
+        """Whether the starved requests come before all others."""
 
     @property
     def exponent(self) -> float:
         """The power of the slowdown or completion time that a request costs."""
-        options: GittinsOptions = self.options
-        return options.exponent or _EXPONENTS[options.objective]
+        return self.options.exponent or _EXPONENTS[self.options.objective]
 
     def make_queue(self) -> IndexQueue:
         """By index."""
@@ -133,9 +128,8 @@ class Gittins(Scheduler):
             self.history.passed(kind, stage)
         self.history.finished(kind, last)
 
-    def complete(self, transfer: Transfer, duration_s: float) -> None:
-        """A transfer has ended: what swapping costs is measured on it."""
-        super().complete(transfer, duration_s)
+    def on_transfer(self, transfer: Transfer, duration_s: float) -> None:
+        """Measure the cost of swapping."""
         per_token = duration_s / (len(transfer.source) * self.kv.block_size)
         newest = _NEWEST_TRANSFER if self._token_transfer_s else 1.0
         self._token_transfer_s += newest * (per_token - self._token_transfer_s)
@@ -174,7 +168,7 @@ class Gittins(Scheduler):
         token_costs, prompt_costs = self._costs[kind]
         setup_costs = np.zeros((len(STAGES), 3))
         setup_costs[:, NO_CACHE] = prompt_costs
-        # While a cache moves out and back, its place in the batch stands empty at the worst.
+        # While a cache moves out and in, its place in the batch stands empty at worst.
         contexts = prompt_of_kind(kind) + np.array(STAGES.starts)
         moving_s = 2 * self._token_transfer_s * contexts
         setup_costs[:, SWAPPED_OUT] = self.options.switching_cost * moving_s / self.config.max_batch_size
@@ -191,51 +185,45 @@ class Gittins(Scheduler):
     # -- the life of a request ---------------------------------------------------------------------------------
 
     def on_add(self, request: Request) -> None:
-        """Join, and start to wait."""
+        """Join."""
         kind = self._kind(request.num_prompt_tokens)
         self._refresh_if_stale(kind)
         request.policy_state = _PolicyState(kind)
         self.queue.join(request, 1)
-        self._waiting.start(request, request.arrival_s)
 
     def on_start(self, request: Request, now: float) -> None:
-        """Wait no longer."""
-        self._end_wait(request)
-
-    def on_preempt(self, request: Request, now: float) -> None:
-        """Start to wait."""
-        self._waiting.start_preempted(request, now)
+        """It starves no longer."""
+        self._starved.pop(request.request_id, None)
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Move on when a stage of its life is over."""
-        policy_state: _PolicyState = request.policy_state
-        policy_state.ended_s = end
+        state: _PolicyState = request.policy_state
         num_output_tokens = request.num_output_tokens
-        if num_output_tokens < policy_state.stage_ends and request.level:
+        if num_output_tokens < state.stage_ends and request.level:
             return
-        while num_output_tokens >= policy_state.stage_ends and policy_state.stage < len(STAGES) - 1:
-            self.history.passed(policy_state.kind, policy_state.stage)
-            policy_state.stage += 1
-            policy_state.stage_ends = STAGES.ends[policy_state.stage]
-        self.queue.move(request, 1 + policy_state.stage)
+        while num_output_tokens >= state.stage_ends and state.stage < len(STAGES) - 1:
+            self.history.passed(state.kind, state.stage)
+            state.stage += 1
+            state.stage_ends = STAGES.ends[state.stage]
+        self.queue.move(request, 1 + state.stage)
 
     def on_remove(self, request: Request) -> None:
-        """Learn from one that has finished. One that was aborted counts as far as it came."""
-        self._end_wait(request)
+        """Learn from a finished request. An aborted request counts as far as it came."""
+        self._starved.pop(request.request_id, None)
         if request.status is RequestStatus.FINISHED:
-            policy_state: _PolicyState = request.policy_state
-            self.history.finished(policy_state.kind, policy_state.stage)
-            self._refresh_if_stale(policy_state.kind)
+            state: _PolicyState = request.policy_state
+            self.history.finished(state.kind, state.stage)
+            self._refresh_if_stale(state.kind)
 
     # -- starvation --------------------------------------------------------------------------------------------
 
+    def on_starved(self, request: Request, now: float) -> None:
+        """Count it among the starved until it runs."""
+        self._starved[request.request_id] = request
+
     def prepare(self, now: float) -> None:
-        """Let indices be those of now, and look who has waited too long."""
-        self._waiting.decide(now)
+        """Set the time of the indices, and put starved requests first if they fit one batch."""
         self.queue.now = now
-        for request in self._waiting.due(now):
-            self._waiting.end(request)
-            self._starved[request.request_id] = request
         if self._starved or self._are_first:
             self._put_starved_first(self._fit_one_batch(self._starved))
 
@@ -244,11 +232,11 @@ class Gittins(Scheduler):
         if len(requests) > self.config.max_batch_size:
             return False
         kv = self.kv
-        room = kv.config.num_gpu_blocks - (self._swapping.most_reserved if self._swapping else 0)
+        room = kv.config.num_gpu_blocks - self.options.most_reserved(kv.config.num_gpu_blocks)
         return sum([kv.blocks_for(request.num_tokens) for request in requests.values()]) <= room
 
     def _put_starved_first(self, first: bool) -> None:
-        """With more of them than can be served at once nothing can be promised, and the index decides again."""
+        """More starved requests than fit one batch cannot all come first: then the index decides again."""
         if not first and not self._are_first:
             return
         self._are_first = first
@@ -257,25 +245,21 @@ class Gittins(Scheduler):
             if request.level != level:
                 self.queue.move(request, level)
 
-    def _end_wait(self, request: Request) -> None:
-        self._waiting.end(request)
-        self._starved.pop(request.request_id, None)
-
     # -- identical decisions -----------------------------------------------------------------------------------
 
-    def steady_until(self, now: float) -> float:
-        """As long as everyone runs; `now` if somebody waits."""
-        return math.inf if self._everyone_runs() else now
+    def steady_until(self, now: float, is_clear: bool) -> float:
+        """Without limit if all requests run; `now` if one waits."""
+        return math.inf if self._all_run(is_clear) else now
 
-    def repeats(self, times: np.ndarray, free_blocks: np.ndarray) -> int:
-        """All of them if everyone runs and nothing moves."""
-        return self.decisions_without_moves(times, free_blocks) if self._everyone_runs() else 1
+    def repeats(self, times: np.ndarray, is_clear: bool) -> int:
+        """All of them if all requests run."""
+        return len(times) - 1 if self._all_run(is_clear) else 1
 
-    def update_repeated(self, iteration: Iteration, times: np.ndarray) -> None:
-        """Only where they have come to matters."""
+    def on_repeated(self, requests: Sequence[Request], times: np.ndarray) -> None:
+        """Only the progress at the end matters."""
         start, end = times[-2:].tolist()
-        for request in iteration.requests:
+        for request in requests:
             self.on_progress(request, start, end)
 
-    def _everyone_runs(self) -> bool:
-        return self.is_clear and len(self.running) == self.num_requests
+    def _all_run(self, is_clear: bool) -> bool:
+        return is_clear and len(self.running) == len(self.queue)

@@ -1,8 +1,8 @@
 """The order of service by an index that rises with age: requests alike in all but their age share a line.
 
-A request's index is `weight · (age + lead)^growth`, where weight and lead are those of its kind (fixed when it
-arrives), its level (its progress) and where its cache is. Within a line the oldest comes first whatever the time, so a
-decision looks at the heads of the lines only, and a change of weights touches no request.
+A request's index is `weight · (age + lead)^growth`. Weight and lead depend on its kind (fixed when it arrives), its
+level (its progress) and the state of its cache. Within a line the oldest comes first at any time, so a decision looks
+at the heads of the lines only, and a change of weights touches no request.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
-from fastserve.scheduler.queue import Gate, ServiceOrder
+from fastserve.scheduler.queue import ServiceOrder, Wanted
 
 FIRST_OF_ALL = 0
-"""The level of those who come before all others, in the order in which they got there."""
+"""The level of requests that come before all others, in the order in which they got there."""
 _FEW = 24
 """Lines that Python sorts sooner than numpy."""
 _SLACK = 1e-6
@@ -32,7 +32,7 @@ _Sorted = tuple[tuple[int, float], list[tuple[float, int]]]
 
 
 class Index(NamedTuple):
-    """What the requests of one kind and level are worth: a row for each level, a column for each part."""
+    """What the requests of one kind are worth: a row for each level, a column for each cache state."""
 
     log_weights: np.ndarray
     leads_s: np.ndarray
@@ -41,8 +41,8 @@ class Index(NamedTuple):
 class IndexQueue(ServiceOrder):
     """Requests by index at the time `now` (s), the highest first; equals in order of arrival.
 
-    `kind_of` tells a request's kind, a small number. Levels are 0 to `num_levels` - 1; whoever stands in level 0 comes
-    before all others.
+    `kind_of` tells a request's kind, a small number. Levels are 0 to `num_levels` - 1; requests in level 0 come before
+    all others.
     """
 
     def __init__(self, num_levels: int, growth: float, kind_of: Callable[[Request], int]) -> None:
@@ -56,9 +56,9 @@ class IndexQueue(ServiceOrder):
         self._entries: dict[Request, tuple[int, int]] = {}
         """Of each request, the first line of its kind and its position by arrival."""
         self._lines: list[list[tuple[int, Request]]] = []
-        """By kind, level and part, in this order: requests and their positions, in order of these."""
+        """By kind, level and cache state, in this order: requests and their positions, in order of these."""
         self._occupied: tuple[set[int], set[int], set[int]] = (set(), set(), set())
-        """The lines that hold anyone, by part."""
+        """The lines that hold requests, by cache state."""
         self._log_weights: list[float] = []
         self._leads_s: list[float] = []
         # The same again, to compute with at once, and when the first and the last of each line arrived.
@@ -70,7 +70,7 @@ class IndexQueue(ServiceOrder):
         self._backward: _Sorted = (-1, 0.0), []
 
     def add_kind(self) -> None:
-        """Make room for one kind more; a request's must be known before it joins."""
+        """Add a kind; a request's kind must be known before it joins."""
         lines_of_kind = 3 * self._num_levels
         self._lines += [[] for _ in range(lines_of_kind)]
         self._log_weights += [0.0] * lines_of_kind
@@ -82,7 +82,7 @@ class IndexQueue(ServiceOrder):
         self._tails = np.concatenate((self._tails, nothing))
 
     def set_index(self, kind: int, index: Index) -> None:
-        """Weigh the requests of a kind anew, those that wait included."""
+        """Weigh all requests of a kind anew."""
         self.version += 1
         first = 3 * kind * self._num_levels
         rows = slice(first, first + 3 * self._num_levels)
@@ -93,40 +93,43 @@ class IndexQueue(ServiceOrder):
         self._log_weights[rows] = self._weights[rows].tolist()
         self._leads_s[rows] = self._leads[rows].tolist()
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     # -- changes -----------------------------------------------------------------------------------------------
 
-    def join(self, request: Request, level: int) -> None:
-        """Take a new request in."""
+    def join(self, request: Request, level: int) -> None:  # noqa: D102 (as in ServiceOrder; so below)
         self.version += 1
-        self.num_swapped_out += request.cache_state == SWAPPED_OUT
+        request.line = request.cache_state
+        self.num_swapped_out += request.line == SWAPPED_OUT
         self.now = max(self.now, request.arrival_s)
         self._last_position += 1
         self._entries[request] = 3 * self._num_levels * self._kind_of(request), self._last_position
         request.position = self._last_position
         self._enter(request, level)
 
-    def move(self, request: Request, level: int) -> None:
-        """Take a request to another level."""
+    def move(self, request: Request, level: int) -> None:  # noqa: D102
         self.version += 1
         self._leave(request)
         self._enter(request, level)
 
-    def remove(self, request: Request) -> None:  # noqa: D102 (as in ServiceOrder; so below)
+    def remove(self, request: Request) -> None:  # noqa: D102
         self.version += 1
-        self.num_swapped_out -= request.cache_state == SWAPPED_OUT
+        self.num_swapped_out -= request.line == SWAPPED_OUT
         self._leave(request)
         del self._entries[request]
 
-    def put(self, request: Request, part: CacheState) -> None:
-        """Its cache has gone elsewhere, and its weight with it."""
+    def refile(self, request: Request) -> None:  # noqa: D102
+        # Its weight changes with the state of its cache.
+        state = request.cache_state
         self.version += 1
-        self.num_swapped_out += (part == SWAPPED_OUT) - (request.cache_state == SWAPPED_OUT)
+        self.num_swapped_out += (state == SWAPPED_OUT) - (request.line == SWAPPED_OUT)
         self._leave(request)
-        request.cache_state = part
+        request.line = state
         self._enter(request, request.level)
 
     def _line_of(self, request: Request) -> int:
-        return self._entries[request][0] + 3 * request.level + request.cache_state
+        return self._entries[request][0] + 3 * request.level + request.line
 
     def _enter(self, request: Request, level: int) -> None:
         if level != FIRST_OF_ALL:
@@ -138,7 +141,7 @@ class IndexQueue(ServiceOrder):
         number = self._line_of(request)
         line = self._lines[number]
         if not line:
-            self._occupied[request.cache_state].add(number)
+            self._occupied[request.line].add(number)
         insort(line, (request.position, request))
         self._note_ends(number, line)
 
@@ -149,7 +152,7 @@ class IndexQueue(ServiceOrder):
         if line:
             self._note_ends(number, line)
         else:
-            self._occupied[request.cache_state].remove(number)
+            self._occupied[request.line].remove(number)
 
     def _note_ends(self, number: int, line: list[tuple[int, Request]]) -> None:
         self._heads[number] = line[0][1].arrival_s
@@ -164,9 +167,9 @@ class IndexQueue(ServiceOrder):
         return self.key(request) < self.key(other)
 
     def fits(self, request: Request, places: int) -> bool:
-        """Whether it comes before all others, who let no more do so; or all are no more than so many.
+        """Whether the request is in level 0, or all requests are no more than `places`.
 
-        With more, anyone else may come before the request in a while.
+        Otherwise any other request may come before it in a while.
         """
         return request.level == FIRST_OF_ALL or len(self._entries) <= places
 
@@ -186,8 +189,8 @@ class IndexQueue(ServiceOrder):
     def in_order(self) -> Iterator[Request]:  # noqa: D102
         return self._walk(self._lines_in_order())
 
-    def candidates(self, gate: Gate) -> Iterator[Request]:  # noqa: D102
-        return self._walk(self._lines_in_order(), gate)
+    def candidates(self, wanted: Wanted) -> Iterator[Request]:  # noqa: D102
+        return self._walk(self._lines_in_order(), wanted)
 
     def swapped_out(self) -> Iterator[Request]:  # noqa: D102
         return self._walk([line for line in self._lines_in_order() if line[1] % 3 == SWAPPED_OUT])
@@ -202,9 +205,10 @@ class IndexQueue(ServiceOrder):
             self._forward = (self.version, self.now), self._sorted((NO_CACHE, RESIDENT, SWAPPED_OUT), self._heads, 1)
         return self._forward[1]
 
-    def _sorted(self, parts: tuple[CacheState, ...], arrivals: np.ndarray, sign: int) -> list[tuple[float, int]]:
-        """The lines of these parts by the key of the one who arrived then, and that key or a little less."""
-        occupied = [number for part in parts for number in self._occupied[part]]
+    def _sorted(self, states: tuple[CacheState, ...], arrivals: np.ndarray, sign: int) -> list[tuple[float, int]]:
+        """The lines of these cache states in the order of the returned bounds: of a line, the key of a request that
+        arrived at its time in `arrivals`, or a little less."""
+        occupied = [number for state in states for number in self._occupied[state]]
         if len(occupied) <= _FEW:
             end = 0 if sign > 0 else -1
             return sorted(
@@ -218,15 +222,15 @@ class IndexQueue(ServiceOrder):
         by_bound = np.argsort(bounds, kind="stable")
         return list(zip(bounds[by_bound].tolist(), numbers[by_bound].tolist(), strict=True))
 
-    def _walk(self, lines: list[tuple[float, int]], gate: Gate | None = None, sign: int = 1) -> Iterator[Request]:
-        """The requests of these lines as one, forward (1) or backward (-1); a line the gate closes is left."""
+    def _walk(self, lines: list[tuple[float, int]], wanted: Wanted | None = None, sign: int = 1) -> Iterator[Request]:
+        """The requests of these lines as one, forward (1) or backward (-1); a line that is no longer wanted is left."""
         heads: list[tuple[float, int, Request, Iterator[tuple[int, Request]], int]] = []
         unopened = iter(lines)
         bound, line = next(unopened, (math.inf, -1))
         while True:
-            # Every line that may hold the next one is opened before one is taken.
+            # Every line that may hold the next request is opened before one is taken.
             while line >= 0 and not (heads and heads[0][0] < bound):
-                if gate is None or _is_open(gate, line % 3):
+                if wanted is None or _is_wanted(wanted, line % 3):
                     rest = iter(self._lines[line]) if sign > 0 else reversed(self._lines[line])
                     position, request = next(rest)
                     key = -sign * self._log_index(request, line)
@@ -235,7 +239,7 @@ class IndexQueue(ServiceOrder):
             if not heads:
                 return
             _, _, request, rest, number = heads[0]
-            if gate is None or _is_open(gate, request.cache_state):
+            if wanted is None or _is_wanted(wanted, request.line):
                 yield request
                 for position, following in rest:
                     key = -sign * self._log_index(following, number)
@@ -247,5 +251,5 @@ class IndexQueue(ServiceOrder):
                 heapq.heappop(heads)
 
 
-def _is_open(gate: Gate, part: int) -> bool:
-    return part == RESIDENT or (gate.admitting if part == NO_CACHE else gate.counting_away)
+def _is_wanted(wanted: Wanted, state: int) -> bool:
+    return state == RESIDENT or (wanted.without_cache if state == NO_CACHE else wanted.swapped_out)

@@ -60,7 +60,7 @@ class EngineBackend(InProcessBackend):
             Progress(self.title, len(workload)) as progress,
         ):
             llm.engine.observer = self.observer
-            self.teach(llm.engine.scheduler)
+            self.teach(llm.engine.scheduler.policy)
             arrivals = list(arrivals_of(workload, llm.model_config.vocab_size))
             with suppress(RankError, KeyboardInterrupt):  # The engine keeps it in `error`, and the jobs in `last_run`.
                 llm.engine.run(arrivals, progress.advance)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from fastserve.core.request import Request, RequestStatus, SamplingParams
 from fastserve.engine import Arrival, Engine, Job, Observer
 from fastserve.policies.settings import resolve_settings
-from fastserve.scheduler import Scheduler
+from fastserve.scheduler import Policy
 from harness.run.backends.interface import Measurement
 from harness.run.config import RunConfig, backend_options
 from harness.run.inputs import Lengths, history_of
@@ -40,10 +40,10 @@ class InProcessBackend(ABC):
     def serve(self, workload: Workload) -> tuple[Sequence[Job], Engine]:
         """Serve the workload; return a job for each request, and the engine."""
 
-    def teach(self, scheduler: Scheduler) -> None:
+    def teach(self, policy: Policy) -> None:
         """Teach the policy the lengths of the requests that finished before."""
         for num_prompt_tokens, num_output_tokens in self._history:
-            scheduler.learn(num_prompt_tokens, num_output_tokens)
+            policy.learn(num_prompt_tokens, num_output_tokens)
 
     def measure(self, workload: Workload) -> Measurement:
         """Serve the workload and measure."""
@@ -52,7 +52,7 @@ class InProcessBackend(ABC):
         resolved = {
             **backend_options(self.config),
             "engine": asdict(self.options),
-            "policy_options": asdict(engine.scheduler.options),
+            "policy_options": asdict(engine.scheduler.policy.options),
         }
         resolved["engine"] |= asdict(engine.kv.config)
         del resolved["settings"]

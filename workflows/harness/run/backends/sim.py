@@ -28,6 +28,6 @@ class SimBackend(InProcessBackend):
         profile = load_profile(self._profile_name)
         engine = simulated_engine(profile, self.config.policy, self.policy_settings, self.options)
         engine.observer = self.observer
-        self.teach(engine.scheduler)
+        self.teach(engine.scheduler.policy)
         with Progress(self.title, len(workload)) as progress:
             return engine.run(arrivals_of(workload, None), progress.advance), engine
