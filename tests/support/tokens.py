@@ -80,8 +80,16 @@ EVERY_WAY = [
 
 
 def generate(
-    directory: Path, policy: str, options: dict, device: str = "cpu", **arguments: Any
+    directory: Path,
+    policy: str,
+    options: dict,
+    device: str = "cpu",
+    *,
+    num_requests: int = NUM_REQUESTS,
+    num_tokens: int = NUM_TOKENS,
+    **arguments: Any,
 ) -> tuple[list[list[int]], dict[str, int]]:
+    """Serve the first `num_requests` of `prompts`; return the tokens of each, and sums of their metrics."""
     arguments = {"num_gpu_blocks": TINY_POOL, "num_host_blocks": 100, "max_batch_size": 4} | arguments
     known = option_names(find_policy(policy).Options)
     options = {name: value for name, value in IMPATIENT.items() if name in known} | options
@@ -90,8 +98,8 @@ def generate(
         directory, policy=policy, policy_options=options, profile="a100-80g/opt-13b-tp1", block_size=16, device=device,
         **arguments,
     ) as llm:  # fmt: skip
-        params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-        outputs = llm.generate(prompt_token_ids=prompts(), sampling_params=params)
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        outputs = llm.generate(prompt_token_ids=prompts()[:num_requests], sampling_params=params)
         llm.engine.kv.check_invariants()
         assert llm.engine.kv.num_free_gpu_blocks == arguments["num_gpu_blocks"]
         assert llm.engine.kv.num_free_host_blocks == arguments["num_host_blocks"]
@@ -103,14 +111,26 @@ def generate(
     return [output.token_ids for output in outputs], counts | {"most_tokens": most_tokens}
 
 
-def check_short_of_cache(reference: Reference, policy: str, swap: str, device: str, **arguments: Any) -> None:
+def check_short_of_cache(
+    reference: Reference,
+    policy: str,
+    swap: str,
+    device: str,
+    *,
+    num_requests: int = NUM_REQUESTS,
+    num_tokens: int = NUM_TOKENS,
+    num_gpu_blocks: int = TINY_POOL,
+    **arguments: Any,
+) -> None:
+    """Assert that a pool too small for the batch changes no token, and that caches move as `swap` says."""
     directory, expected = reference
     options = {"chunk_tokens": CHUNK} if policy == "vllm-chunked" else {}
     # With a pool as tiny as the others', the artifact finds hardly anyone to move, and is left to drop.
-    blocks = 16 if (policy, swap) == ("fastserve-artifact", "proactive") else TINY_POOL
+    blocks = 16 if (policy, swap) == ("fastserve-artifact", "proactive") else num_gpu_blocks
     options |= {} if swap == "as it is" else {"swap": swap}
-    tokens, counts = generate(directory, policy, options, device, num_gpu_blocks=blocks, **arguments)
-    assert tokens == expected
+    sizes = {"num_requests": num_requests, "num_tokens": num_tokens, "num_gpu_blocks": blocks}
+    tokens, counts = generate(directory, policy, options, device, **sizes, **arguments)
+    assert tokens == [row[:num_tokens] for row in expected[:num_requests]]
     assert (counts["swap_out_bytes"] > 0) == (swap in ("proactive", "reactive"))
     assert counts["swap_in_bytes"] == counts["swap_out_bytes"]
     if swap == "reactive":
