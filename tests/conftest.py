@@ -20,6 +20,9 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
+# Test processes share few cores, and so do the processes they start: threads that wait for each other's work spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Where no GPU can be, Triton's kernels are tested in its interpreter, which it must be told before anything imports it.
 try:
     ctypes.CDLL("libcuda.so.1")
