@@ -1,4 +1,4 @@
-"""What is written below a figure: where it comes from; and in the report: what was found."""
+"""Captions: the provenance below a figure, and the findings in the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.experiments.experiments import Experiment, points_of
 
 
 def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
-    """Workloads, seeds, whose iteration times or which machine, the note, the commit; from the runs' meta.json."""
+    """Describe an experiment's runs, from their meta.json: requests, seeds, profile or machine, note, commit."""
     seeds = experiment["seeds"]
     configs = [point.config for point in points_of(experiment)]
     counts = sorted(
@@ -37,7 +37,7 @@ def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]
 
 
 def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) -> str:
-    """What recorded runs are and which machine and code made them, from their table and their meta.json."""
+    """Describe recorded runs, from their table and their meta.json: model, requests, machine, date, commit."""
     counts, run = table["num_requests"], metas[0]["configuration"]
     machines = dict.fromkeys(_machine(meta) for meta in metas)
     commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
@@ -53,7 +53,7 @@ def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) ->
 
 
 def findings(claims: pd.DataFrame) -> dict[str, str]:
-    """By experiment, the verdicts on the claims measured on it, as reStructuredText."""
+    """Map each experiment to the verdicts on the claims that it measures, as reStructuredText."""
     texts: dict[str, str] = {}
     for experiment, rows in claims.dropna(subset=["experiment"]).groupby("experiment", sort=False):
         lines = []
@@ -68,17 +68,17 @@ def findings(claims: pd.DataFrame) -> dict[str, str]:
 
 
 class Finding:
-    """The finding of an experiment, read when it is printed: a report is made after the claims have been weighed."""
+    """The finding of an experiment. It is read when the report is made, since the verdicts come after the figures."""
 
     def __init__(self, experiment: str, captions: str) -> None:
         self.experiment, self.captions = experiment, captions
 
     def __repr__(self) -> str:
-        """The same whatever was found, since Snakemake repeats a step whose parameters change."""
+        """Give a text that is independent of the finding, since Snakemake repeats a step whose parameters change."""
         return f"Finding({self.experiment!r})"
 
     def text(self) -> str:
-        """reStructuredText; empty if no claim is measured on the experiment."""
+        """The finding as reStructuredText; empty if the experiment measures no claim."""
         path = Path(self.captions)
         return json.loads(path.read_text(encoding="utf-8")).get(self.experiment, "") if path.exists() else ""
 
@@ -88,14 +88,14 @@ def _interval(row: Any) -> str:
 
 
 def claimed(row: Any) -> str:
-    """What the paper claims, of a row of the table of claims: a value or a range; empty for a finding of our own."""
+    """The paper's value or range in a row of the table of claims; empty for a finding beyond the paper."""
     if pd.isna(row.paper_low) or row.paper_low == row.paper_high:
         return three_digits(row.paper_low)
     return f"{three_digits(row.paper_low)} to {three_digits(row.paper_high)}"
 
 
 def three_digits(value: float) -> str:
-    """A number of the table of claims; empty where there is none."""
+    """Format a number of the table of claims; a missing number is empty."""
     return "" if pd.isna(value) else f"{value:.3g}"
 
 
@@ -108,7 +108,7 @@ def _machine(meta: Mapping[str, Any]) -> str:
 
 
 def _short(commit: str | None) -> str:
-    """A commit's first ten digits, and its -dirty."""
+    """The first ten digits of a commit, and whether the code had changes."""
     if not commit:
         return "unknown"
     digits, _, dirty = commit.partition("-")

@@ -1,4 +1,4 @@
-"""The table of claims as a page that needs nothing else."""
+"""The table of claims as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ small{color:#666}
 
 
 def claims_page(claims: pd.DataFrame) -> str:
-    """HTML of the table `harness.analysis.claims.claims_table` made, one section a group."""
+    """Write the table of `harness.analysis.claims.claims_table` as HTML, with a section for each group."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Claims</title><style>{_STYLE}</style><body>"]
     for group, rows in claims.groupby("group", sort=False):
         parts.append(

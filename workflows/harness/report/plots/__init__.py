@@ -1,6 +1,6 @@
-"""Figures of experiments, in one style. Only measured points are drawn: nothing is smoothed, extended or left out.
+"""Figures of experiments, in one style. All measured points are drawn, and no others; no curve is smoothed or extended.
 
-`draw` makes the figure that an experiment names, and `flags_of` the warnings to write below it.
+`draw` makes the figure that an experiment names; `flags_of` gives the warnings below it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ KINDS: Mapping[str, Callable[[Tables], Page]] = {
     "fidelity": draw_fidelity,
     "ratios": draw_ratios,
 }
-"""The kinds of figures, by what an experiment calls them."""
+"""The kinds of figures, by their names in experiments."""
 RECORDED_VIEWS: Mapping[str, Callable[[pd.DataFrame, str], Page]] = {
     "latency": draw_latency,
     "agreement": draw_agreement,
@@ -71,15 +71,15 @@ def draw(
     flags: Sequence[str],
     stem: Path,
 ) -> list[Path]:
-    """Draw the experiment's figure to `stem`.png and `stem`.pdf, whole, and return the two paths.
+    """Draw the experiment's figure to `stem`.png and `stem`.pdf and return the two paths.
 
-    `points` and `capacity` are the tables of the experiment; a fidelity figure takes the table of comparisons for
-    `points`. `reported` are the paper's points as columns panel, system, rate, value, and quantity for a breakdown:
-    load and breakdown figures show these. `caption` is written below the figure and `flags` above the caption, in
-    red. The same input gives the same bytes.
+    `points` and `capacity` are the tables of the experiment; a fidelity figure takes the table of comparisons as
+    `points`. `reported` has the paper's points, which load and breakdown figures show: columns panel, system, rate,
+    value, and quantity for a breakdown. `caption` is written below the figure, and `flags` above the caption in red.
+    The same input gives the same bytes.
 
-    Raises ConfigError for an unknown kind of figure and for tables that lack what it draws, OutputError where the files
-    cannot be written.
+    Raises ConfigError for an unknown kind of figure and for tables that lack a column, OutputError if the files cannot
+    be written.
     """
     figure = figure_of(experiment, points, capacity, reported, caption, flags)
     with matplotlib.rc_context(RC):
@@ -94,7 +94,7 @@ def figure_of(
     caption: str = "",
     flags: Sequence[str] = (),
 ) -> Figure:
-    """The figure that `draw` writes, for a notebook or a test."""
+    """Make the figure that `draw` writes, for a notebook or a test."""
     kind = experiment["figure"]
     if kind not in KINDS:
         raise ConfigError(f"unknown figure {kind!r}; known: {', '.join(KINDS)}")
@@ -103,9 +103,9 @@ def figure_of(
 
 
 def draw_headline(claims: pd.DataFrame, stem: Path) -> list[Path]:
-    """Draw the table of claims to `stem`.png and `stem`.pdf and return the paths: each value over the paper's.
+    """Draw each claim's value over the paper's to `stem`.png and `stem`.pdf and return the two paths.
 
-    Raises ConfigError for a table that lacks what is drawn, OutputError where the files cannot be written.
+    Raises ConfigError for a table that lacks a column, OutputError if the files cannot be written.
     """
     figure = headline_of(claims)
     with matplotlib.rc_context(RC):
@@ -113,15 +113,15 @@ def draw_headline(claims: pd.DataFrame, stem: Path) -> list[Path]:
 
 
 def headline_of(claims: pd.DataFrame) -> Figure:
-    """The figure that `draw_headline` writes."""
+    """Make the figure that `draw_headline` writes."""
     with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
         return draw_claims(claims).finish([], "")
 
 
 def draw_recorded(view: str, table: pd.DataFrame, title: str, caption: str, stem: Path) -> list[Path]:
-    """Draw one of `RECORDED_VIEWS` of recorded runs to `stem`.png and `stem`.pdf and return the paths.
+    """Draw one of `RECORDED_VIEWS` of recorded runs to `stem`.png and `stem`.pdf and return the two paths.
 
-    `table` is that of `harness.studies.agreement`. Raises ConfigError for an unknown view, OutputError where the files
+    `table` is that of `harness.studies.agreement`. Raises ConfigError for an unknown view, OutputError if the files
     cannot be written.
     """
     figure = recorded_of(view, table, title, caption)
@@ -130,7 +130,7 @@ def draw_recorded(view: str, table: pd.DataFrame, title: str, caption: str, stem
 
 
 def recorded_of(view: str, table: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """The figure that `draw_recorded` writes."""
+    """Make the figure that `draw_recorded` writes."""
     if view not in RECORDED_VIEWS:
         raise ConfigError(f"unknown figure {view!r} of recorded runs; known: {', '.join(RECORDED_VIEWS)}")
     with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):

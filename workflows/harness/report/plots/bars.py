@@ -1,4 +1,4 @@
-"""Real runs: a group of bars each rate, a bar each series."""
+"""Real runs: a group of bars for each rate, a bar for each series."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from harness.report.plots.style import SMALL, metric_label, metric_scale, series
 from harness.report.plots.tables import Tables
 
 METRICS = ("mean_normalized_latency_s", "p95_normalized_latency_s", "output_tokens_per_s")
-"""What is drawn where the experiment has no `metrics`."""
+"""The metrics drawn if the experiment names none."""
 _WHISKER: dict[str, Any] = {"ecolor": "#808080", "elinewidth": 1.6, "capsize": 3}
 
 
 def draw_bars(tables: Tables) -> Page:
-    """A row each panel, a column each metric; latencies in milliseconds. Whiskers are 95 % intervals over seeds."""
+    """Draw a row for each panel, a column for each metric; latencies in milliseconds, 95 % intervals over seeds."""
     metrics = tables.experiment.get("metrics") or METRICS
     page = Page(tables.experiment["title"], len(tables.panels), len(metrics), 3.6)
     styles = series_styles(tables.series)

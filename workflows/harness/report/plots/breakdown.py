@@ -1,4 +1,4 @@
-"""Where the time goes: queueing, swapping and execution over the rate (the paper's figure 17b)."""
+"""The parts of the completion time over the rate: queueing, swapping, execution (the paper's figure 17b)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SWAPPING = "mean_swapping_s"
 
 
 def draw_breakdown(tables: Tables) -> Page:
-    """A column each panel and series. Stacked bars, then each part on a logarithmic axis, then swapping's share.
+    """Draw a column for each panel and series: stacked bars, each part on a logarithmic axis, the share of swapping.
 
     The paper's points are a table with a column `quantity`: queueing_s (or queuing_s), swapping_s or execution_s.
     Raises ConfigError for another quantity.
@@ -96,7 +96,7 @@ def _points(
 
 
 def _paper_parts(tables: Tables, panel: str, series: Mapping[str, Any]) -> pd.DataFrame:
-    """The paper's times by rate, a column each part; no rows where it has none for the series."""
+    """The paper's times by rate, with a column for each part; no rows if the paper has none for the series."""
     reported = tables.paper(panel, series)
     if reported.empty:
         return pd.DataFrame(columns=list(PARTS))

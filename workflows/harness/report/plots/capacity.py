@@ -1,4 +1,4 @@
-"""The highest rate within the SLO over whatever the panels vary: memory, batch size, model, burst length."""
+"""The highest rate within the SLO, over what the panels vary: memory, batch size, model, burst length."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _EXPLAINED = {
 
 
 def draw_capacity(tables: Tables) -> Page:
-    """Capacity with its 95 % interval per series: a line over numbers, points over categories.
+    """Draw the capacity of each series with its 95 % interval: a line over numbers, points over categories.
 
-    A capacity or an end of an interval that lies beyond the rates measured is an arrow at the last of them. One that is
-    not known either way is a cross at the bottom. Raises ConfigError without a table of capacities.
+    If a capacity or an end of an interval lies beyond the measured rates, an arrow starts at the last of them. An
+    unknown capacity is a cross at the bottom. Raises ConfigError without a table of capacities.
     """
     if tables.capacity is None or tables.capacity.empty:
         raise ConfigError("figure 'capacity' draws capacities: give the experiment an slo")
@@ -99,7 +99,7 @@ def _draw_interval(
     where: Transform,
     style: SeriesStyle,
 ) -> set[str]:
-    """Whiskers, arrows and the paper's point of one capacity; which explanations these need."""
+    """Draw whiskers, arrows and the paper's point of one capacity; return the explanations that they need."""
     kinds = set()
     if (paper := row.get("paper_capacity")) is not None and not math.isnan(paper):
         kinds.add("paper")
@@ -121,7 +121,7 @@ def _draw_interval(
 def _arrow(
     axes: Axes, x: float, measured: tuple[float, float], end: float, where: Transform, style: SeriesStyle
 ) -> str:
-    """An arrow from the last rate measured towards an open end, and the name of its explanation."""
+    """Draw an arrow from the last measured rate towards an open end; return the name of its explanation."""
     arrow = axes.annotate(
         "",
         xy=(x, measured[int(end > 0)]),
@@ -135,7 +135,7 @@ def _arrow(
 
 
 def _make_room_for_arrows(axes: Axes, kinds: set[str]) -> None:
-    """Wider limits where arrows leave the range of the values."""
+    """Widen the limits where arrows leave the range of the values."""
     low, high = axes.get_ylim()
     linear = axes.get_yscale() == "linear"
     if "above" in kinds:

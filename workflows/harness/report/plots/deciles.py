@@ -1,4 +1,4 @@
-"""Who pays: the mean slowdown of requests by output length, in tenths from the shortest to the longest."""
+"""Fairness by length: the mean slowdown of requests by output length, in tenths from the shortest to the longest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DECILES = tuple(range(1, NUM_DECILES + 1))
 
 
 def draw_deciles(tables: Tables) -> Page:
-    """A subplot each panel and x; the slowdown is of the time a request takes alone on the idle machine."""
+    """Draw a subplot for each panel and x. Slowdown is completion time over the time alone on an idle machine."""
     cells = [(panel, x) for panel in tables.panels for x in tables.xs(panel["name"])]
     columns = min(len(cells), 3) if len(cells) != 4 else 2
     page = Page(
@@ -40,7 +40,7 @@ def draw_deciles(tables: Tables) -> Page:
 
 
 def _by_decile(tables: Tables, panel: str, series: str, x: X) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over seeds and its interval, each of ten; NaN where the series has no point at x."""
+    """Mean over seeds and its interval, [10] each; NaN if the series has no point at x."""
     mean, low, high = (np.full(len(DECILES), np.nan) for _ in range(3))
     for i, decile in enumerate(DECILES):
         curve = tables.curve(panel, series, f"slowdown_decile_{decile}")

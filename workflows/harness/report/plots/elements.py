@@ -1,4 +1,4 @@
-"""What several kinds of figures are made of: an x axis with categories, curves, legend entries, capacities in words."""
+"""Elements that several kinds of figures share: an x axis, curves, legend entries, capacities as text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _HOLLOW = SeriesStyle("#444444", "o", ())
 
 
 class XAxis:
-    """Where each x is drawn: numbers at their value, categories evenly spaced right of them; all evenly for bars."""
+    """The position of each x: numbers at their value, categories evenly spaced at their right; bars evenly spaced."""
 
     def __init__(self, xs: Iterable[object], log: bool = False, even: bool = False) -> None:
-        """Raises ConfigError for a number that a logarithmic axis cannot show."""
+        """Place all x. Raises ConfigError for a number that a logarithmic axis cannot show."""
         self.values = ordered(list(xs))
         numbers = [] if even else [x for x in self.values if isinstance(x, float)]
         if log and numbers and numbers[0] <= 0:
@@ -45,11 +45,11 @@ class XAxis:
         return self._position[x]
 
     def apply(self, axes: Axes, label: str) -> None:
-        """Scale, ticks and label. Ticks are at the values unless the axis is linear and has numbers only."""
+        """Set scale, ticks and label. Ticks are at the values unless the axis is linear and has numbers only."""
         if self._log:
             axes.set_xscale("log")
         if self._log or not self.numeric or isinstance(self.values[-1], str):
-            length = max(6, int(_characters(axes)) // len(self.values) - 1)  # of a line under bars, side by side
+            length = max(6, int(_characters(axes)) // len(self.values) - 1)  # Of the line of a label under its bars.
             labels = {x: f"{x:g}" if isinstance(x, float) else x for x in self.values}
             if not self.numeric:
                 labels = {x: "\n".join(textwrap.wrap(label, length)) for x, label in labels.items()}
@@ -64,7 +64,7 @@ class XAxis:
         axes.set_xlabel("\n".join(textwrap.wrap(label, int(0.95 * _characters(axes)), break_long_words=False)))
 
     def _limits(self) -> tuple[float, float]:
-        """From the first to the last position with a margin, from 0 where that is near."""
+        """The first and last position with a margin, or from 0 if 0 is near."""
         low, high = min(self._position.values()), max(self._position.values())
         if not self.numeric:
             return low - 0.6, high + 0.6
@@ -75,7 +75,7 @@ class XAxis:
         return (-margin if 0 <= low < 0.3 * high else low - margin), high + margin
 
     def _spaced(self, labels: Mapping[X, str], characters: float) -> list[X]:
-        """The values to label: all categories, and numbers whose label leaves room for the one right of it."""
+        """The values to label: all categories, and numbers whose label leaves room for the next label."""
         place = {x: math.log10(p) if self._log else p for x, p in self._position.items()}
         width = (max(place.values()) - min(place.values())) or 1.0
         kept: list[X] = []
@@ -89,16 +89,16 @@ class XAxis:
 
 
 def _characters(axes: Axes) -> float:
-    """How many characters of the smallest text are as wide as the axes, about."""
+    """The width of the axes in characters of the smallest text, roughly."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     return axes.get_position().width * figure.get_figwidth() * 72 / (0.63 * SMALL)
 
 
 def plot_curve(axes: Axes, at: XAxis, curve: Curve, style: SeriesStyle, scale: float = 1.0, dodge: float = 0.0) -> None:
-    """A line through a series' numbers with its band, and a point with whiskers at each category.
+    """Draw a line through a series' numbers with its band, and a point with whiskers at each category.
 
-    `dodge` shifts the points at categories by as many printer's points, so that several series do not hide each other.
+    `dodge` shifts the points at categories by printer's points, so that several series do not hide each other.
     """
     numeric = np.array([isinstance(x, float) for x in curve.x], dtype=bool)
     positions = np.array([at.of(x) for x in curve.x], dtype=float)
@@ -114,7 +114,7 @@ def plot_curve(axes: Axes, at: XAxis, curve: Curve, style: SeriesStyle, scale: f
 def whisker_points(
     axes: Axes, x: np.ndarray, mean: np.ndarray, low: np.ndarray, high: np.ndarray, style: SeriesStyle, dodge: float
 ) -> None:
-    """Points with whiskers from `low` to `high`, none where those are NaN, shifted by `dodge` printer's points."""
+    """Draw points with whiskers from `low` to `high` (none for NaN), shifted by `dodge` printer's points."""
     where = shifted(axes, dodge)
     axes.vlines(x, low, high, color=style.color, linewidth=1.8, transform=where, zorder=2)
     axes.plot(x, mean, transform=where, zorder=3, **style.points())
@@ -133,7 +133,7 @@ def dodges(count: int, step: float = 9.0) -> list[float]:
 
 
 def plot_paper(axes: Axes, tables: Tables, panel: str, series: Mapping[str, Any], style: SeriesStyle) -> None:
-    """The paper's points for a series, hollow."""
+    """Draw the paper's points for a series, hollow."""
     points = tables.paper(panel, series)
     if len(points):
         axes.plot(points["rate"].astype(float), points["value"].astype(float), zorder=4, **style.hollow())
@@ -170,7 +170,7 @@ def hide_unused(axes: Sequence[Axes], used: int) -> None:
 
 
 def below(axes: Axes, handles: Sequence[Artist], title: str, columns: int) -> float:
-    """Legend entries under a panel, below its x label, and their height in inches."""
+    """Draw legend entries under a panel, below its x label; return their height in inches."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     legend = axes.legend(
@@ -191,9 +191,9 @@ def below(axes: Axes, handles: Sequence[Artist], title: str, columns: int) -> fl
 
 
 def capacity_text(tables: Tables, panel: str, series: Mapping[str, Any], metric: str) -> str:
-    """A capacity, its interval and the paper's, as in "4.0 [3.7, 4.4]; paper 4.9"; empty where there is none.
+    """Write a capacity, its interval and the paper's as "4.0 [3.7, 4.4]; paper 4.9"; empty without a capacity.
 
-    What lies beyond the rates measured is written as "< lowest" or "> highest".
+    A capacity beyond the measured rates is written as "< lowest" or "> highest".
     """
     row = tables.capacity_of(panel, series["name"], metric)
     if row is None:
@@ -217,7 +217,7 @@ def capacity_text(tables: Tables, panel: str, series: Mapping[str, Any], metric:
 
 
 def capacity_or_bound(tables: Tables, panel: str, series: str, metric: str, row: Mapping[str, Any]) -> float:
-    """The capacity; inf or -inf where every or no rate measured meets the SLO; NaN where that is not known either."""
+    """The capacity; inf or -inf if every or no measured rate meets the SLO; NaN if that is unknown too."""
     if _known(row["capacity"]):
         return float(row["capacity"])
     mean = tables.curve(panel, series, metric).mean
@@ -228,7 +228,7 @@ def capacity_or_bound(tables: Tables, panel: str, series: str, metric: str, row:
 
 
 def draw_slo(axes: Axes, slo: float | None, metric: str) -> None:
-    """The SLO as a dashed line."""
+    """Draw the SLO as a dashed line."""
     if slo is not None:
         axes.axhline(slo * metric_scale(metric), zorder=1, **SLO_LINE)
 

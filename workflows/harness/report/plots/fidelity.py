@@ -18,7 +18,7 @@ from harness.report.plots.tables import Tables
 
 TOLERANCE = 0.1
 _TIMES: Mapping[str, str] = {"mean_jct_s": "full", "p95_jct_s": "right"}
-"""What the left panel shows, and how far its markers are filled."""
+"""Quantities of the left panel, and how its markers are filled."""
 _ERROR_STYLES = (
     ("#222222", "o"),
     ("#222222", "D"),
@@ -30,10 +30,10 @@ _ERROR_STYLES = (
 
 
 def draw_fidelity(tables: Tables) -> Page:
-    """Left simulated over real completion times, right the errors, (simulated - real) / real, a line each run.
+    """Draw simulated over real completion times at the left, the errors (simulated - real) / real at the right.
 
-    `points` is the table of comparisons: policy, label, load (or rate), and for each quantity real_, sim_ and error_.
-    Raises ConfigError where one of these is missing for completion times.
+    A run is a line at the right. `points` is the table of comparisons: policy, label, load (or rate), and real_, sim_
+    and error_ of each quantity. Raises ConfigError if one of these is missing for completion times.
     """
     table = tables.points
     for name in (f"{kind}_{quantity}" for quantity in _TIMES for kind in ("real", "sim", "error")):

@@ -1,4 +1,4 @@
-"""What a reader must be warned of, next to the figure."""
+"""Warnings to the reader, written below the figure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from harness.report.plots.style import percent
 from harness.report.plots.tables import Tables, ordered
 
 OTHERS = 0.1
-"""More cores than this, busy for others while servers were measured, are told."""
+"""Other processes that keep more cores than this busy while servers are measured cause a warning."""
 _OVER_LOAD = ("load", "slo", "capacity")
-"""Kinds whose metric should only get worse as the load rises."""
+"""Kinds of figures whose metric should only get worse as the load rises."""
 
 
 def flags_of(experiment: Mapping[str, Any], points: pd.DataFrame, capacity: pd.DataFrame | None) -> list[str]:
-    """Warnings that follow from the tables: curves that are not monotone, values that are missing, failed requests."""
+    """List the warnings: curves that are not monotone, missing values, failed requests."""
     if experiment["figure"] == "fidelity":
         return []
     tables = Tables(experiment, points, capacity)
@@ -52,7 +52,7 @@ def _not_monotone(tables: Tables) -> Iterator[str]:
 
 
 def _falls(tables: Tables, panel: str, metric: str) -> Iterator[str]:
-    """The curves of a panel that get better as the load rises, and by how much at most."""
+    """Name the curves of a panel that get better as the load rises, and the largest improvement."""
     for series in tables.series:
         mean = tables.curve(panel, series["name"], metric).mean
         mean = mean[~np.isnan(mean)]
@@ -66,7 +66,7 @@ def _falls(tables: Tables, panel: str, metric: str) -> Iterator[str]:
 
 
 def _missing(tables: Tables) -> Iterator[str]:
-    """Points without a value, where no request finished."""
+    """Name points without a value, where no request finished."""
     metrics = [metric for metric in _metrics(tables) if metric in tables.points]
     missing = tables.points[tables.points[metrics].isna().any(axis=1)]
     named = []
@@ -78,7 +78,7 @@ def _missing(tables: Tables) -> Iterator[str]:
 
 
 def _unpaired(tables: Tables) -> Iterator[str]:
-    """Points of a figure of ratios where the series that all are held against has none, or is 0."""
+    """Name points of a figure of ratios where the reference series has no value, or is 0."""
     if tables.experiment["figure"] != "ratios":
         return
     over = next(series for series in tables.series if series["name"] == tables.experiment["over"])
@@ -97,7 +97,7 @@ def _unpaired(tables: Tables) -> Iterator[str]:
 
 
 def _failed(tables: Tables) -> Iterator[str]:
-    """Series that lost requests: their latencies are of the others only."""
+    """Name series with failed requests: their latencies cover only the finished requests."""
     if "failed" not in tables.points:
         return
     lost = tables.points[tables.points["failed"] > 0]
@@ -110,7 +110,7 @@ def _failed(tables: Tables) -> Iterator[str]:
 
 
 def _disturbed(tables: Tables) -> Iterator[str]:
-    """Runs of servers during which the machine did something else as well."""
+    """Name runs of servers during which other processes kept cores busy."""
     if "other_cores" in tables.points:
         others = tables.points["other_cores"]
         if len(disturbed := others[others > OTHERS]):
@@ -121,7 +121,7 @@ def _disturbed(tables: Tables) -> Iterator[str]:
 
 
 def _metrics(tables: Tables) -> list[str]:
-    """The columns a figure is made of."""
+    """The columns that a figure draws."""
     kind = tables.experiment["figure"]
     if kind == "slo":
         return [f"slo_attainment_{scale:g}" for scale in SLO_SCALES]
@@ -131,7 +131,7 @@ def _metrics(tables: Tables) -> list[str]:
 
 
 def _by_series(tables: Tables, rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """The rows of each panel and series that has any, with what these are called."""
+    """The rows of each panel and series that has rows, with the names of both."""
     for panel, title in _titles(tables).items():
         for series in tables.series:
             own = rows[(rows["panel"] == panel) & (rows["series"] == series["name"])]
@@ -140,12 +140,12 @@ def _by_series(tables: Tables, rows: pd.DataFrame) -> Iterator[tuple[str, str, p
 
 
 def _titles(tables: Tables) -> dict[str, str]:
-    """What a panel is called, by its name."""
+    """The title of a panel, found by its name."""
     return {panel["name"]: str(panel.get("title") or panel.get("x") or panel["name"]) for panel in tables.panels}
 
 
 def _by_panel(named: Iterable[tuple[str, str]]) -> str:
-    """(panel, series) pairs as "panel: series, series; panel: series"."""
+    """Format (panel, series) pairs as "panel: series, series; panel: series"."""
     groups: dict[str, list[str]] = {}
     for panel, series in named:
         groups.setdefault(panel, []).append(series)

@@ -1,4 +1,4 @@
-"""Every claim of the paper on one page: ours over the paper's value, with its interval and the verdict."""
+"""Every claim of the paper on one page: our value over the paper's, with its interval and the verdict."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _LINE = 1.45 * SMALL / 72
 
 
 def draw_claims(claims: pd.DataFrame) -> Page:
-    """A row each claim that has a number of the paper's, in the order of the table; x is ours over the paper's.
+    """Draw a row for each claim with a number of the paper's, in the order of the table; x is ours over the paper's.
 
-    A claimed range is a hollow bar, and its geometric mean the 1 of its row. A claim without a value has none drawn,
-    and says so at the right. Raises ConfigError for a table that lacks a column, or where no claim has a number.
+    A claimed range is a hollow bar, whose geometric mean is the 1 of its row. A claim without a value says so at the
+    right. Raises ConfigError if the table lacks a column, or if no claim has a number.
     """
     for column in _NEEDED:
         if column not in claims:
@@ -90,7 +90,7 @@ def _draw_row(axes: Axes, row: Mapping[Hashable, Any], y: float) -> None:
 
 
 def _numbers(row: Mapping[Hashable, Any]) -> str:
-    """The row in numbers, as in "2.10 [1.95, 2.22]; paper 2.03"."""
+    """Write the row's numbers as "2.10 [1.95, 2.22]; paper 2.03"."""
     text = "no value" if pd.isna(row["value"]) else f"{row['value']:.3g}"
     if not pd.isna(row["low"]) and not pd.isna(row["high"]):
         text += f" [{row['low']:.3g}, {row['high']:.3g}]"

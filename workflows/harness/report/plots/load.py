@@ -1,4 +1,4 @@
-"""A metric over the request rate: a panel each model and data set, the paper's points beside ours, the SLO across."""
+"""A metric over the request rate, with a panel for each model and data set, the paper's points and the SLO."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAPACITY_TITLE = "Highest rate within the SLO [95 %] (requests/s)"
 
 
 def draw_load(tables: Tables) -> Page:
-    """Panels in rows of three, all with one y axis. With an SLO, each panel has its capacities beside or below it."""
+    """Draw panels in rows of three with a common y axis. With an SLO, each panel shows its capacities."""
     metric, slo = tables.metrics[0], tables.experiment.get("slo")
     count = len(tables.panels)
     columns = min(count, 3) if count != 4 else 2
@@ -56,7 +56,7 @@ def draw_load(tables: Tables) -> Page:
 
 
 def draw_panel(axes: Axes, tables: Tables, panel: str, metric: str) -> None:
-    """The curves of one panel, and the paper's points where they are of this metric."""
+    """Draw the curves of one panel, and the paper's points if they are of this metric."""
     styles = series_styles(tables.series)
     shows_paper = metric == tables.experiment.get("metric")
     theirs = [rate for series in tables.series for rate in tables.paper(panel, series)["rate"]] if shows_paper else []
@@ -70,7 +70,7 @@ def draw_panel(axes: Axes, tables: Tables, panel: str, metric: str) -> None:
 
 
 def capacities_below(axes: Axes, tables: Tables, panel: str, metric: str, columns: int) -> float:
-    """The capacities of a panel's series under it, and how many inches they take."""
+    """Write the capacities of a panel's series below it; return their height in inches."""
     styles = series_styles(tables.series)
     entries: list[Artist] = [
         Line2D([], [], label=text, **styles[series["name"]].line())
@@ -84,7 +84,7 @@ def capacities_below(axes: Axes, tables: Tables, panel: str, metric: str, column
 
 
 def _legend_beside(axes: Axes, tables: Tables, handles: list[Artist], extra: list[Artist], metric: str) -> None:
-    """The legend of a single panel right of it, with the capacities in it."""
+    """Draw the legend of a single panel at its right, with the capacities."""
     for series, handle in zip(tables.series, handles, strict=True):
         if text := capacity_text(tables, tables.panels[0]["name"], series, metric):
             handle.set_label(f"{series['label']}\n{text}")

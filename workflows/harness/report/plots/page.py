@@ -44,13 +44,13 @@ class Page:
         return list(self.axes.flat)
 
     def grow(self, height: float) -> None:
-        """Make the panels' part of the page higher, by inches."""
+        """Make the part of the page that holds the panels higher, by inches."""
         self._body += height
 
     def name(self, axes: Axes, *parts: str | None, separator: str = ", ", beside: float = 0.0) -> None:
-        """Give a panel its title, of the parts there are, in lines that its column is wide enough for.
+        """Give a panel its title, made of the given parts and wrapped to the width of its column.
 
-        `beside` is how much of the page's width something else takes, in inches.
+        `beside` is the width in inches that other elements take from the page.
         """
         text = separator.join(part for part in parts if part)
         length = max(8, int(108 * (1 - beside / WIDTH)) // self.axes.shape[1] - 2)
@@ -61,7 +61,7 @@ class Page:
         self._handles = list(handles)
 
     def finish(self, flags: Sequence[str], caption: str) -> Figure:
-        """Set the page's height and write what stands above and below the panels."""
+        """Set the page's height and write the texts above and below the panels."""
         figure = self.figure
         legend, legend_height = self._make_legend()
         warnings = [line for flag in flags for line in self._wrapped(f"⚑ {flag}", indent="    ")]
@@ -82,11 +82,11 @@ class Page:
         assert engine is not None
         engine.set(rect=(0.006, footer / height, 0.988, self._body / height), h_pad=0.06, w_pad=0.06)  # type: ignore[call-arg]
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # the same places in both files
+        figure.set_layout_engine("none")  # The same places in both files.
         return figure
 
     def _make_legend(self) -> tuple[Any, float]:
-        """The legend in as many columns as the page is wide enough for, and its height in inches."""
+        """Draw the legend in as many columns as fit the page; return its height in inches."""
         if not self._handles:
             return None, 0.0
         count = len(self._handles)
@@ -102,7 +102,7 @@ class Page:
         return legend, size.height / self.figure.dpi
 
     def _wrapped(self, text: str, indent: str = "") -> list[str]:
-        """The text in lines that the page is wide enough for."""
+        """Wrap the text to the width of the page."""
         lines: list[str] = []
         for length in range(160, 40, -5):
             lines = textwrap.wrap(text, length, subsequent_indent=indent)
@@ -114,7 +114,7 @@ class Page:
         return lines
 
     def _write(self, lines: Sequence[str], top: float, step: float, **style: Any) -> None:
-        """Lines from `top` inches downwards."""
+        """Write lines from `top` inches downwards."""
         for i, line in enumerate(lines):
             text = self.figure.text(
                 _MARGIN, top - i * step, line, va="top", transform=self.figure.dpi_scale_trans, **style
@@ -123,7 +123,7 @@ class Page:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.pdf. Same figure, same bytes, and both are drawn before either is put there."""
+    """Write `stem`.png and `stem`.pdf, both or none. The same figure gives the same bytes."""
     png, pdf = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf"))
     with atomic_write(png) as staged_png, atomic_write(pdf) as staged_pdf:
         figure.savefig(staged_png, format="png", dpi=160)

@@ -1,4 +1,4 @@
-"""Many settings on one page: every series over one of them, a row each panel and x, a column each metric."""
+"""Many settings on one page: each series over a reference series, by panel and x (rows) and metric (columns)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from harness.report.plots.style import SMALL, SeriesStyle, metric_label, rises_t
 from harness.report.plots.tables import Tables, X
 
 LIMITS = (1 / 20, 20.0)
-"""Ratios beyond these are drawn at them, with an arrow."""
-_SHOWN = (0.5, 2.0)  # At least: no difference must look like a large one.
+"""Ratios beyond these limits are drawn at the limit, with an arrow."""
+_SHOWN = (0.5, 2.0)  # The least range of the axis, so that small differences do not look large.
 _LINE, _CHARACTER = 1.2 * SMALL / 72, 0.6 * SMALL / 72
 _MARKER: dict[str, Any] = {"markersize": 6.5, "markeredgewidth": 0.4}
 _LEFT, _RIGHT = r"$\leftarrow$", r"$\rightarrow$"
 Row = tuple[str, X]
-"""A panel and an x at which the reference has a point."""
+"""A row: a panel, and an x at which the reference has a point."""
 
 
 def draw_ratios(tables: Tables) -> Page:
-    """Ratios of means over seeds on a logarithmic axis, with their 95 % intervals; the reference is the line at 1.
+    """Draw ratios of means over seeds on a logarithmic axis, with 95 % intervals; the reference is the line at 1.
 
-    Raises ConfigError where the experiment does not say which series that is, or it has no points.
+    Raises ConfigError if the experiment does not name the reference series, or if that has no points.
     """
     series = {each["name"]: each for each in tables.series}
     reference = series.pop(tables.experiment.get("over"), None)
@@ -81,7 +81,7 @@ def _labels(tables: Tables, rows: Sequence[Row]) -> list[str]:
 
 
 def _draw(axes: Axes, y: np.ndarray, values: np.ndarray, style: SeriesStyle) -> None:
-    """Points with whiskers: `values` are ratios and the ends of their intervals, [3, points]."""
+    """Draw points with whiskers: `values` are ratios and the ends of their intervals, [3, points]."""
     ratio, low, high = np.clip(values, *LIMITS)
     axes.hlines(y, low, high, color=style.color, linewidth=1.6, zorder=2)
     axes.plot(ratio, y, zorder=3, **style.points() | _MARKER)
@@ -91,7 +91,7 @@ def _draw(axes: Axes, y: np.ndarray, values: np.ndarray, style: SeriesStyle) -> 
 
 
 def _scale_x(axes: Axes, values: np.ndarray, columns: int) -> None:
-    """A logarithmic axis on which all that is drawn can be seen, with as many ticks as have room."""
+    """Set a logarithmic axis that shows all points, with as many ticks as fit."""
     drawn = np.clip(values[np.isfinite(values)], *LIMITS)
     low, high = min(drawn.min(initial=1), _SHOWN[0]), max(drawn.max(initial=1), _SHOWN[1])
     margin = (high / low) ** 0.06
@@ -105,7 +105,7 @@ def _scale_x(axes: Axes, values: np.ndarray, columns: int) -> None:
 
 
 def _rule(axes: Axes, rows: Sequence[Row]) -> None:
-    """Rows from above to below, every other one shaded, and a line between panels."""
+    """Order the rows from top to bottom, shade every second row, and draw a line between panels."""
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)

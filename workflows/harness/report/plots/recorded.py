@@ -1,4 +1,4 @@
-"""Recorded runs of the real engine: their latency over the rate, and how far the simulator is from them."""
+"""Recorded runs of the real engine: their latency over the rate, and the simulator's errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.report.plots.style import SeriesStyle, axis_label, metric_label, sc
 from harness.studies.agreement import BOUND
 
 SHOWN = "mean_normalized_latency_s"
-"""What is drawn over the rate."""
+"""The metric drawn over the rate."""
 _COMPARED = tuple(
     f"{statistic}_{quantity}"
     for statistic in ("mean", "p95")
@@ -28,11 +28,11 @@ _SETTING = ["max_batch_size", "trace", "memory"]
 _LINEAR = 2 * BOUND
 """Errors up to here are on a linear axis, larger ones on a logarithmic one."""
 _RING: Mapping[str, Any] = {"markersize": 11.5, "markeredgewidth": 1.4, "zorder": 2}
-"""Around a point of the same value the simulation's marker is a ring."""
+"""The simulation's marker: a ring, which encloses the measured point if both agree."""
 
 
 def draw_latency(table: pd.DataFrame, title: str) -> Page:
-    """A panel each setting: measured as lines, simulated as rings."""
+    """Draw a panel for each setting: measured values as lines, simulated values as rings."""
     settings = list(table.groupby(_SETTING, sort=False))
     columns = min(len(settings), 4)
     page = Page(title, -(-len(settings) // columns), columns, 3.3 if len(settings) > 2 else 4.4)
@@ -54,7 +54,7 @@ def draw_latency(table: pd.DataFrame, title: str) -> Page:
 
 
 def draw_agreement(table: pd.DataFrame, title: str) -> Page:
-    """A panel each quantity: the simulation's relative error over the value measured, a point each run."""
+    """Draw a panel for each quantity: the simulation's relative error over the measured value, a point for each run."""
     page = Page(title, 2, 3, 3.3, sharey=True)
     styles = _styles(table)
     largest = max(float(table[f"error_{metric}"].abs().max()) for metric in _COMPARED)
@@ -111,7 +111,7 @@ def _name(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def flags_of_recorded(table: pd.DataFrame) -> Sequence[str]:
-    """What a reader must be warned of."""
+    """List the warnings: runs with failed requests."""
     lost = table[table["real_failed"] > 0]
     if lost.empty:
         return []

@@ -13,7 +13,7 @@ _TARGET = 0.95
 
 
 def draw_slo_attainment(tables: Tables) -> Page:
-    """A row each panel, a column each strictness; a dashed line at the target share (`slo`, 0.95 unless given)."""
+    """Draw a row for each panel, a column for each SLO, and a dashed line at the target share (`slo`, default 0.95)."""
     target = tables.experiment.get("slo") or _TARGET
     page = Page(tables.experiment["title"], len(tables.panels), len(SLO_SCALES), 2.9, sharey=True)
     heights = [0.0]

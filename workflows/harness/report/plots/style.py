@@ -1,4 +1,4 @@
-"""The one look of all figures: fonts, a colour and a marker for every policy, the names of metrics."""
+"""The style of all figures: fonts, a colour and a marker for every policy, the names of metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from harness.analysis.derived import SETTLED
 
-# Okabe and Ito's colours and three dark ones, which those with a colour vision deficiency tell apart too.
+# Okabe and Ito's colours and three dark ones, which readers with a colour vision deficiency can tell apart.
 _POLICIES = {
     "fastserve": ("#0072B2", "o"),
     "fastserve-fcfs": ("#E69F00", "s"),
@@ -29,7 +29,7 @@ _POLICIES = {
 POLICIES = tuple(_POLICIES)
 """Policies whose colour and marker are fixed."""
 _OTHER_POLICIES = (("#A6761D", "h"), ("#666666", "d"), ("#1B9E77", ">"), ("#E7298A", "H"))
-# What tells several series of one policy apart, who share its colour.
+# Dashes and markers of further series of a policy, which share its colour.
 _VARIANTS: tuple[tuple[tuple[float, ...], str], ...] = (
     ((4.0, 2.0), "d"),
     ((1.0, 1.5), ">"),
@@ -60,7 +60,7 @@ RC: Any = {
     "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
 }
-# From this ratio of the largest to the smallest value on, a linear axis no longer shows the small ones.
+# If the ratio of the largest to the smallest value is higher, a linear axis does not show the small ones.
 _LOG_FROM_RATIO = 20.0
 _QUANTITIES = {
     "jct_s": ("completion time", "s"),
@@ -82,12 +82,12 @@ _OTHER_METRICS = {
 }
 
 
-# Markers at the edge are drawn whole; the layout goes by the axes alone.
+# Markers at the edge are drawn whole; the layout depends on the axes only.
 _WHOLE: dict[str, Any] = {"clip_on": False, "in_layout": False}
 
 
 class SeriesStyle(NamedTuple):
-    """How a series is drawn; `dashes` is empty for a solid line."""
+    """The style of a series; `dashes` is empty for a solid line."""
 
     color: str
     marker: str
@@ -110,7 +110,7 @@ class SeriesStyle(NamedTuple):
 
 
 def policy_style(policy: str, others: Sequence[str] = ()) -> tuple[str, str]:
-    """Colour and marker of a policy: always the same for `POLICIES`, by its place in `others` for a user's own."""
+    """Colour and marker of a policy: fixed for `POLICIES`; for a user's own policy, by its place in `others`."""
     if policy in _POLICIES:
         return _POLICIES[policy]
     unknown = [other for other in dict.fromkeys(others) if other not in _POLICIES]
@@ -121,7 +121,7 @@ def series_styles(series: Sequence[Mapping[str, Any]]) -> dict[str, SeriesStyle]
     """The style of each series, by name.
 
     Of several series of a policy, the first that is no variant has the policy's marker and a solid line. The others
-    share its colour, and each of up to six has dashes and a marker of its own. A variant is always dashed.
+    share its colour; up to six of them have different dashes and markers. A variant is always dashed.
     """
     policies = [each["policy"] for each in series]
     styles = {}
@@ -142,7 +142,7 @@ def _is_variant(series: Mapping[str, Any]) -> bool:
 
 
 def metric_label(metric: str) -> str:
-    """`p95_ttft_s` as "P95 time to first token (s)"; a column without a name of its own in words."""
+    """Write `p95_ttft_s` as "P95 time to first token (s)"; an unknown column as its words."""
     if metric in _OTHER_METRICS:
         return _OTHER_METRICS[metric][0]
     if metric.startswith("slo_attainment_"):
@@ -156,12 +156,12 @@ def metric_label(metric: str) -> str:
 
 
 def axis_label(metric: str) -> str:
-    """The metric's label for a y axis: its unit on a line of its own."""
+    """The metric's label for a y axis, with the unit on a second line."""
     return metric_label(metric).replace(" (", "\n(")
 
 
 def bound(metric: str, slo: float) -> str:
-    """An SLO as a condition: "mean normalized latency ≤ 0.3 s/token"."""
+    """Write an SLO as a condition: "mean normalized latency ≤ 0.3 s/token"."""
     name, _, unit = metric_label(metric).partition(" (")
     sign = "≥" if rises_to_the_good(metric) else "≤"
     name = name if name[:1] == "P" else name[:1].lower() + name[1:]
@@ -174,16 +174,16 @@ def rises_to_the_good(metric: str) -> bool:
 
 
 def metric_scale(metric: str) -> float:
-    """What a column is multiplied by to be in the unit that `metric_label` names."""
+    """The factor from a column to the unit that `metric_label` names."""
     if metric.startswith("slo_attainment_"):
         return 100.0
     return _OTHER_METRICS.get(metric, ("", 1.0))[1]
 
 
 def scale_y(axes: Sequence[Axes], values: np.ndarray) -> None:
-    """Axes on which all `values` can be seen: from 0 where that does, else logarithmic, linear near 0 if any is 0.
+    """Scale axes to show all `values`: from 0 if that is enough, else logarithmic, and linear near 0 if a value is 0.
 
-    Ticks are at 1, 2 and 5 times powers of ten where there is room, since decades alone are too few to read from.
+    Ticks are at 1, 2 and 5 times powers of ten if they fit, since decades alone are too few to read values.
     """
     values = values[np.isfinite(values)]
     positive = values[values > 0]
@@ -210,10 +210,10 @@ def scale_y(axes: Sequence[Axes], values: np.ndarray) -> None:
 
 
 def number(value: float) -> str:
-    """A rate or a time as a figure's text: one decimal, or two digits below 1."""
+    """Format a rate or a time for a figure: one decimal, or two digits below 1."""
     return f"{value:.1f}" if value >= 1 else f"{value:#.2g}"
 
 
 def percent(share: float) -> str:
-    """A share in percent, which no line break parts from its sign."""
+    """Format a share in percent, with a space that does not break."""
     return f"{100 * share:.0f}\u00a0%" if share >= 0.01 else "<1\u00a0%"

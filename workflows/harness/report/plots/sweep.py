@@ -1,4 +1,4 @@
-"""Metrics over something other than the rate: a starvation bound, a length ratio, the burstiness of arrivals."""
+"""Metrics over another variable than the rate: a starvation bound, a length ratio, the burstiness of arrivals."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from harness.report.plots.tables import Tables
 
 
 def draw_sweep(tables: Tables) -> Page:
-    """A subplot each metric: side by side for one panel, else a row each metric and a column each panel.
+    """Draw a subplot for each metric: side by side for one panel, else in rows, with a column for each panel.
 
-    Categories such as "never" stand right of the numbers, and no line leads to them.
+    Categories such as "never" stand right of the numbers, without a line to them.
     """
     metrics, panels = tables.metrics, tables.panels
     count = len(metrics) * len(panels)

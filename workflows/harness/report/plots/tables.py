@@ -1,4 +1,4 @@
-"""An experiment and its tables, as the figures read them. Means and ratios over seeds; nothing else is computed."""
+"""An experiment and its tables, as the figures read them; computes means and ratios over seeds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from harness.analysis.intervals import Estimate, mean_estimate, ratio_of_means
 from harness.analysis.points import paired
 
 X = float | str
-"""Where a point is: a number, or a category such as "never"."""
+"""The x of a point: a number, or a category such as "never"."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """A metric over x for one series: the mean over seeds at each x, and its 95 % interval.
 
-    `x` holds numbers in rising order, then categories as the table has them. The mean is NaN where any seed has no
-    value, the interval also where there are fewer than two seeds.
+    `x` holds numbers in rising order, then categories in the table's order. The mean is NaN if a seed has no value; the
+    interval is NaN then, and for fewer than two seeds.
     """
 
     x: tuple[X, ...]
@@ -35,7 +35,7 @@ class Curve:
 class Tables:
     """An experiment with its points, capacities and the paper's points.
 
-    The tables may come from CSV files: names that these turned into something else are mended.
+    The tables may come from CSV files, which turn some names into numbers or missing values; these are restored.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Tables:
 
     @property
     def metrics(self) -> list[str]:
-        """The columns drawn: `metrics`, or `metric` alone."""
+        """The drawn columns: `metrics`, or `metric` alone."""
         return list(self.experiment.get("metrics") or [self.experiment["metric"]])
 
     def x_label(self) -> str:
@@ -83,16 +83,16 @@ class Tables:
         return self.points[(self.points["panel"] == panel) & (self.points["series"] == series)]
 
     def xs(self, panel: str) -> list[X]:
-        """Where any series of a panel has a point: numbers in rising order, then categories."""
+        """Every x of a panel with a point of any series: numbers in rising order, then categories."""
         return ordered(self.points.loc[self.points["panel"] == panel, "x"])
 
     def measured(self, panel: str, series: str) -> tuple[float, float] | None:
-        """The lowest and the highest number at which a series has a point."""
+        """The lowest and the highest number at which a series has a point; None without one."""
         numbers = [x for x in ordered(self.rows(panel, series)["x"]) if isinstance(x, float)]
         return (numbers[0], numbers[-1]) if numbers else None
 
     def curve(self, panel: str, series: str, metric: str) -> Curve:
-        """`metric` over x, over seeds. Raises ConfigError if the points have no such column."""
+        """`metric` over x, as mean over seeds. Raises ConfigError if the points have no such column."""
         known = self._curves.get((panel, series, metric))
         if known is not None:
             return known
@@ -109,7 +109,7 @@ class Tables:
         return curve
 
     def ratio(self, panel: str, series: str, over: str, metric: str) -> Curve:
-        """`metric` of one series over that of another, of the same seeds, where both have points.
+        """The ratio of two series' `metric`, of the same seeds, at every x where both have points.
 
         Raises ConfigError if the points have no such column.
         """
@@ -119,13 +119,13 @@ class Tables:
         return Curve(tuple(found), *np.array(ratios).reshape(-1, 3).T)
 
     def paper(self, panel: str, series: Mapping[str, Any]) -> pd.DataFrame:
-        """The points the paper reports for a series: rate and value, by rate; none where it has none."""
+        """The points that the paper reports for a series: rate and value, by rate; may be empty."""
         reported = self.reported
         system = series.get("paper_system")
         return reported[(reported["panel"] == panel) & (reported["system"] == system)].sort_values("rate")
 
     def capacity_of(self, panel: str, series: str, metric: str) -> Mapping[str, Any] | None:
-        """The row of the capacity table for one series, None where there is none."""
+        """The row of the capacity table for one series; None without one."""
         if self.capacity is None:
             return None
         table = self.capacity
@@ -136,7 +136,7 @@ class Tables:
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % interval; NaN for what `harness.analysis.intervals` does not give."""
+    """Mean over seeds and its 95 % interval; NaN if `harness.analysis.intervals` gives None."""
     if not len(values):
         return math.nan, math.nan, math.nan
     return _numbers(mean_estimate(values))
@@ -148,7 +148,7 @@ def _numbers(estimate: Estimate) -> tuple[float, float, float]:
 
 
 def as_x(value: object) -> X:
-    """A table's x as a number, or as a category if it is none. Raises ConfigError where it is missing."""
+    """Read a table's x as a number, or else as a category. Raises ConfigError if it is missing."""
     try:
         x = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -159,13 +159,13 @@ def as_x(value: object) -> X:
 
 
 def ordered(values: Sequence[object] | pd.Series) -> list[X]:
-    """Numbers in rising order, then categories in the order given; each once."""
+    """Sort values: numbers in rising order, then categories in the order given; each once."""
     xs = list(dict.fromkeys(as_x(value) for value in values))
     return sorted(x for x in xs if isinstance(x, float)) + [x for x in xs if isinstance(x, str)]
 
 
 def _with_names(table: pd.DataFrame) -> pd.DataFrame:
-    """Names of panels and series as text: a CSV gives back "" as missing and "16" as a number."""
+    """Turn names of panels and series into text: a CSV reads "" as missing and "16" as a number."""
     if "panel" not in table:
         table = table.assign(panel="")
     named = {column: table[column].map(_name).astype(object) for column in ("panel", "series") if column in table}
