@@ -1,11 +1,11 @@
-"""Write the profiles shipped under system/fastserve/latency/profiles, and say how good the predicted ones are.
+"""Write the profiles shipped under system/fastserve/latency/profiles, and show the errors of predicted profiles.
 
-    python tools/make_profiles.py --fits a100_80g_fits.json   measured ones from their source, and derived
-    python tools/make_profiles.py                             derived ones, from the measured ones shipped
-    python tools/make_profiles.py --check                     the tables of docs/calibration.md; no writing
+    python tools/make_profiles.py --fits a100_80g_fits.json   measured profiles from their source, and derived ones
+    python tools/make_profiles.py                             derived profiles from the shipped measured ones
+    python tools/make_profiles.py --check                     print the tables of docs/calibration.md, write nothing
 
-A derived profile starts from the measured fit of its engine, model and tensor-parallel size where there is one: carried
-over to the GPU's memory bandwidth, and divided by the number of pipeline stages. Elsewhere it is the roofline's.
+A derived profile starts from the measured fit of its engine, model and tensor-parallel size, if there is one: scaled to
+the GPU's memory bandwidth, and divided by the number of pipeline stages. Without a fit, the roofline predicts it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ PUBLISHED_CAPACITY = {
     ("opt-66b", 2, 2): 78_512,
     ("opt-175b", 8, 2): 192_784,
 }
-"""KV cache in tokens on A100-80GB as DistServe's table gives it, by model, tensor- and pipeline-parallel size."""
+"""KV cache in tokens on A100-80GB from DistServe's table, by model, tensor- and pipeline-parallel size."""
 USABLE_BYTES = {A100_80G: 79.6e9, A100_40G: 0.9 * A100_40G.memory_bytes}
 USABLE_REASON = {
     A100_80G: "79.6 GB usable a GPU, as the published capacities imply",
     A100_40G: "0.9 of 40 GB usable a GPU, as FastServe's artifact sets",
 }
-"""What is left of a GPU for weights and cache. Of 80 GB, both published one-stage capacities leave about as much:
-79.9e9 bytes (OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
+"""Bytes of a GPU for weights and cache. For 80 GB, both published one-stage capacities imply about the same: 79.9e9
+bytes (OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
 BLOCK = 16
 PCIE_LATENCY_S = 10e-6
 GPUS_PER_NODE = 8
@@ -60,7 +60,7 @@ MIXED = "not measured: the larger constant plus the sum of both fits' other term
 
 
 def measured_profiles(data: dict) -> Iterator[Profile]:
-    """The usable fits of the source (milliseconds there), one profile each."""
+    """Make a profile from each usable fit of the source, which is in milliseconds."""
     for engine in ENGINES:
         for model, by_parallel in data[engine].items():
             for parallel, fits in by_parallel.items():
@@ -83,13 +83,13 @@ def measured_profiles(data: dict) -> Iterator[Profile]:
 
 
 def load_measured() -> dict[tuple[str, str, int], Profile]:
-    """The shipped profiles that are measured, by engine, model and tensor-parallel size."""
+    """Load the shipped measured profiles, by engine, model and tensor-parallel size."""
     profiles = (load_profile(name) for name in list_profiles() if name.startswith("a100-80g/"))
     return {(p.engine, p.model, p.tensor_parallel_size): p for p in profiles if "measured" in p.provenance}
 
 
 def derived_profiles(measured: dict[tuple[str, str, int], Profile]) -> Iterator[Profile]:
-    """The profiles of `DERIVED`, calibrated on every measured one."""
+    """Make the profiles of `DERIVED`, calibrated on all measured profiles."""
     calibrations = calibrate(measured.values())
     errors = held_out_errors(measured)
     for folder, cases in DERIVED.items():
@@ -110,7 +110,7 @@ def derived_profiles(measured: dict[tuple[str, str, int], Profile]) -> Iterator[
 
 
 def held_out_errors(measured: dict[tuple[str, str, int], Profile]) -> dict[tuple[str, str, int], list[float]]:
-    """Relative errors for OPT-66B with a calibration that saw OPT-13B only, by engine, model and TP size."""
+    """Relative errors for OPT-66B with a calibration on OPT-13B only, by engine, model and TP size."""
     calibrations = calibrate(profile for (_, model, _), profile in measured.items() if model == "opt-13b")
     return {
         key: relative_errors(profile, calibrations[profile.engine])
@@ -120,7 +120,7 @@ def held_out_errors(measured: dict[tuple[str, str, int], Profile]) -> dict[tuple
 
 
 def _divided(whole: FittedLatency, num_stages: int) -> FittedLatency:
-    """One of several stages with an equal share of the layers: all of the time is taken to be in layers."""
+    """One of several stages with equal shares of the layers; all of the time is assumed to be in the layers."""
     prefill = PrefillFit(*(value / num_stages for value in asdict(whole.prefill).values()))
     decode = tuple(
         DecodeFit(
@@ -207,7 +207,7 @@ def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: Fitt
 
 
 def error_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
-    """Markdown: error of each measured profile's prediction by a calibration on OPT-13B, and by one on all."""
+    """Markdown: errors of each measured profile's prediction, calibrated on OPT-13B and on all measured profiles."""
     shapes = [*CHECKED_SHAPES, ((), (512,) * 128)]
     heads = [f"prompt {prompts[0]}" if prompts else f"decode {len(contexts)}" for prompts, contexts in shapes]
     lines = [f"| calibrated on | engine | fit | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
@@ -222,7 +222,7 @@ def error_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
 
 
 def calibration_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
-    """Markdown: the calibrations on OPT-13B and on all."""
+    """Markdown: the calibrations on OPT-13B and on all measured profiles."""
     lines = ["| calibrated on | engine | parameter | value |", "|---|---|---|---|"]
     for seen in ("opt-13b", "all"):
         calibrations = calibrate(p for p in measured.values() if seen in (p.model, "all"))
@@ -239,7 +239,7 @@ LAYER_TIMES_US = {
     ("llama-2-70b", 1): {1: 1118, 128: 1356, 512: 4084, 2048: 15402},
     ("llama-2-70b", 4): {1: 311, 128: 415, 512: 1116, 2048: 4156},
 }
-"""Kernels of a layer but attention and communication on an A100-80GB, by tokens; profiles published with Vidur."""
+"""Times of a layer without attention and communication on an A100-80GB, by tokens; published with Vidur."""
 ATTENTION_TIMES_US = {
     ("llama-2-70b", 2, "prompt of 512"): 72,
     ("llama-2-70b", 2, "prompt of 1024"): 216,
@@ -251,11 +251,11 @@ ATTENTION_TIMES_US = {
     ("llama-2-7b", 1, "decode of 64 x 928"): 540,
     ("llama-2-7b", 1, "decode of 96 x 928"): 771,
 }
-"""Attention of a layer, likewise."""
+"""Times of a layer's attention, from the same source."""
 
 
 def layer_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
-    """Markdown: time of one Llama layer as profiled kernel by kernel, and as predicted for SwiftTransformer."""
+    """Markdown: times of a Llama layer, profiled kernel by kernel, and predicted for SwiftTransformer."""
     calibration = calibrate(measured.values())["swifttransformer"]
     lines = ["| model | what | kernels | predicted | error |", "|---|---|---|---|---|"]
 
@@ -290,7 +290,7 @@ def layer_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
 
 
 def profile_table(profiles: list[Profile]) -> list[str]:
-    """Markdown: times of the derived profiles, a pipeline's with nothing else in flight, and their caches."""
+    """Markdown: times of the derived profiles, for a pipeline with one iteration in flight, and their caches."""
     lines = ["| profile | decode 16 x 500 | prompt 512 | KV cache tokens |", "|---|---|---|---|"]
     for profile in profiles:
         decode = profile.latency.iteration_time((), (500,) * 16)
@@ -302,7 +302,7 @@ def profile_table(profiles: list[Profile]) -> list[str]:
 
 
 def tables() -> dict[str, list[str]]:
-    """What docs/calibration.md shows, by title."""
+    """The tables of docs/calibration.md, by title."""
     measured = load_measured()
     return {
         "Errors": error_table(measured),

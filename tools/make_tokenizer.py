@@ -1,14 +1,14 @@
-"""Make the built-in tokenizer (`fastserve.core.tokenizer.BUILTIN`), in Hugging Face format; the same files every time.
+"""Make the built-in tokenizer (`fastserve.core.tokenizer.BUILTIN`) in Hugging Face format; always the same files.
 
 It is a byte-level BPE, so every text has tokens. Its ids, in this order:
 
 - the texts " 0" to " 999", each with its number as its id: the tokens of a simulated output, which clients count;
 - the 256 bytes;
 - the special tokens;
-- pieces of English words, learned from `tokenizer_words.txt`: a word and how often it occurred, a line, in the
-  documentation of this project, of the Python packages it uses, and of Python.
+- pieces of English words, learned from `tokenizer_words.txt`. A line of it has a word and its number of occurrences in
+  the documentation of this project, of the Python packages it uses, and of Python.
 
-English prose has about 3 characters a token, with vocabularies ten times as large more than 4.
+English prose has about 3 characters a token; with vocabularies ten times as large, it has more than 4.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
 )
 _SPACE = "Ġ"
-"""How byte-level vocabularies write a space."""
+"""The space in byte-level vocabularies."""
 _WORDS = Path(__file__).with_name("tokenizer_words.txt")
 Merge = tuple[str, str]
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json to `folder`, made if missing. OutputError if that fails."""
+    """Write tokenizer.json and tokenizer_config.json to `folder`, made if missing. Raises OutputError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "tokenizer.json") as staging:
         staging.write_text(json.dumps(_tokenizer(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
@@ -56,9 +56,9 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def _tokenizer() -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """Make the content of tokenizer.json."""
     numbers = [f"{_SPACE}{number}" for number in range(NUM_NUMBERS)]
-    # Each digit is merged with what stands before it, from the left.
+    # Each digit is merged with the text before it, from the left.
     of_numbers = [(number[:-1], number[-1]) for number in numbers]
     of_words = _learn(_WORDS.read_text(encoding="utf-8").splitlines())
     pieces = [left + right for left, right in of_words]
@@ -73,7 +73,7 @@ def _tokenizer() -> dict[str, Any]:
 
 
 def _learn(lines: list[str]) -> list[Merge]:
-    """The merges of words, each of which stands after a space, the most frequent first."""
+    """Learn the merges of words, each after a space, the most frequent merge first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = trainers.BpeTrainer(

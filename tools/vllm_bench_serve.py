@@ -1,9 +1,8 @@
-"""Our server, driven by `vllm bench serve` as it is: every request must succeed, both must count the same tokens and
-measure the same time to first token.
+"""Check our server with an unchanged `vllm bench serve`: requests succeed, and both sides measure the same.
 
 Starts `fastserve serve` on a small model, and on a busy simulation, and calls the client from vLLM's environment
-(.venv-vllm, which `make real-vllm` installs) with different data sets, arrivals and prompts. The exit status is 0 when
-all agree.
+(.venv-vllm, which `make real-vllm` installs) with different data sets, arrivals and prompts. The exit status is 0 if
+every request succeeds, and both sides count the same tokens and measure the same time to first token.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ ARCHITECTURE = {
 }
 _TIMEOUT_S = 300.0
 _MOST_ADDED, _MOST_ADDED_S, _MOST_ADDED_EACH_S = 0.5, 0.05, 0.002
-"""What connections, HTTP and the client may add to a mean time to first token: this share, these seconds, and so much
-for each request, since those sent at once wait for one another in the client."""
+"""Upper bounds on what connections, HTTP and the client add to a mean time to first token: a share, seconds, and
+seconds for each request, since requests sent together wait for each other in the client."""
 _TOTALS = {
     "fastserve_output_tokens_total": "output",
     "fastserve_prompt_tokens_total": "prompt",
@@ -70,7 +69,7 @@ _AT_ONCE = (*_RANDOM, "--request-rate", "inf")
 
 @dataclass(frozen=True)
 class Served:
-    """One of our servers: what it serves, the tokenizer that clients take for it, and the calls it is to answer."""
+    """One of our servers: what it serves, the tokenizer for its clients, and the calls that it answers."""
 
     name: str
     arguments: tuple[str, ...]
@@ -79,7 +78,7 @@ class Served:
 
 
 def small_model(model: Path, trace: Path, policy: str) -> Served:
-    """A small model, with different data sets, arrivals, prompts and limits; `trace` is a file for the timed one."""
+    """A small model, with different data sets, arrivals, prompts and limits; the timed data set is the file `trace`."""
     timed = ("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--timed-trace-sec-multiplier", "0.001")
     calls = (
         Call("all at once", 32, _AT_ONCE),
@@ -89,7 +88,7 @@ def small_model(model: Path, trace: Path, policy: str) -> Served:
         )),
         Call("at most four at a time, backend vllm", 16, (*_RANDOM, "--max-concurrency", "4", "--backend", "vllm")),
         Call("sampled, chat", 16, (*_RANDOM, *_CHAT, "--temperature", "0.8", "--top-p", "0.9")),
-        # More than a batch, so that most wait for their first token.
+        # More than a batch, so that most requests wait for their first token.
         Call("many at once", 120, _AT_ONCE),
         Call("many at once, chat", 120, (*_AT_ONCE, *_CHAT)),
         Call("timed trace, token ids", 20, timed),
@@ -99,14 +98,14 @@ def small_model(model: Path, trace: Path, policy: str) -> Served:
 
 
 def busy_simulation() -> Served:
-    """A simulation that serves a few requests at a time, so that most wait for seconds; with the built-in tokenizer."""
+    """A simulation with a small batch, so that most requests wait for seconds, and with the built-in tokenizer."""
     calls = (Call("simulated, busy", 40, _AT_ONCE), Call("simulated, busy, chat", 40, (*_AT_ONCE, *_CHAT)))
     arguments = ("--backend", "sim", "--profile", "a100-80g/opt-13b-tp1", "--policy", "fastserve-fcfs")
     return Served("simulation", (*arguments, "--set", "max_batch_size=4"), BUILTIN, calls)
 
 
 def write_trace(path: Path) -> None:
-    """Twenty requests in two seconds, in the form of public traces: chunks of 16 tokens, of which some are shared."""
+    """Write twenty requests in two seconds, in the form of public traces: chunks of 16 tokens, some of them shared."""
     rows = [
         {"timestamp": 100 * i, "input_length": 16 * (1 + i % 5), "output_length": 4 + 3 * i, "hash_ids": hashes}
         for i in range(20)
@@ -116,11 +115,11 @@ def write_trace(path: Path) -> None:
 
 
 def carry_out(call: Call, vllm: Path, url: str, tokenizer: Path, folder: Path) -> Mapping[str, Any]:
-    """The client's result. Raises ConfigError with its last lines if it fails."""
+    """Run the client and return its result. Raises ConfigError with its last lines if it fails."""
     command = [str(vllm / "bin" / "vllm"), "bench", "serve", "--base-url", url, "--tokenizer", str(tokenizer)]
     if "--backend" not in call.arguments:
         command += ["--backend", "openai"]
-    # Without a first request to see whether the server is there, which it would not count.
+    # Without the client's first request, a trial that the client does not count.
     command += ["--num-prompts", str(call.num_prompts), "--ready-check-timeout-sec", "0", "--disable-tqdm"]
     command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json", *call.arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -131,7 +130,7 @@ def carry_out(call: Call, vllm: Path, url: str, tokenizer: Path, folder: Path) -
 
 
 def counted(url: str) -> dict[str, float]:
-    """The server's own totals: tokens, finished requests, and first tokens with their times in seconds."""
+    """Read the server's totals: tokens, finished requests, and first tokens with their times in seconds."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     connection.request("GET", "/metrics")
     families = text_string_to_metric_families(connection.getresponse().read().decode())
@@ -145,12 +144,12 @@ def counted(url: str) -> dict[str, float]:
 
 
 def ttft_s(ours: Mapping[str, float]) -> float:
-    """Mean time to first token, as the server counts it."""
+    """Mean time to first token in seconds, by the server's counters."""
     return ours["first_tokens_s"] / ours["first_tokens"] if ours["first_tokens"] else math.nan
 
 
 def disagreements(call: Call, result: Mapping[str, Any], ours: Mapping[str, float]) -> list[str]:
-    """What is not as it should be; `ours` is what the server counted during the call."""
+    """List the disagreements; `ours` are the server's counts during the call."""
     pairs = {
         "requests": (result["completed"], call.num_prompts, ours["finished"]),
         "output tokens": (result["total_output_tokens"], ours["output"]),
@@ -166,7 +165,7 @@ def disagreements(call: Call, result: Mapping[str, Any], ours: Mapping[str, floa
 
 
 def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
-    """Make all calls (those whose names contain one of `chosen`) and print what came of them; whether all is well."""
+    """Make all calls whose names contain one of `chosen`, and print the results; return whether all agree."""
     if not python_of(vllm).exists():
         raise ConfigError(f"no vLLM is installed at {vllm}; `make real-vllm` does it")
     with tempfile.TemporaryDirectory() as name:
@@ -182,7 +181,7 @@ def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
 
 
 def _drive(vllm: Path, served: Served, calls: Sequence[Call], folder: Path) -> int:
-    """Make the calls and print what came of them; how many were not as they should be."""
+    """Make the calls and print the results; return the number of calls that disagree."""
     url = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "fastserve.cli", "serve", *served.arguments]
     command += ["--port", str(urlsplit(url).port), "--no-page"]

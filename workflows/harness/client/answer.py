@@ -1,9 +1,9 @@
-"""A streamed answer as the client sees it: which events came when, how many tokens they hold, and what follows.
+"""A streamed answer as the client sees it: its events, their times, their tokens, and the metrics that follow.
 
 An event is not a token: servers send events without a token (a role, a keep-alive, the usage) and events with several.
-An event holds as many tokens as the server says with it, by a running `usage` or by `token_ids`. Where it does not say,
-an event with text counts as one token and an event without text as none; the answer's `usage` tells whether that adds
-up, and what cannot be told then is NaN.
+The number of tokens in an event is what the server says with it, by a running `usage` or by `token_ids`. If the server
+does not say, an event with text counts as one token and an event without text as none. The answer's `usage` then shows
+whether the count is right; if it is not, the metrics that depend on it are NaN.
 """
 
 from __future__ import annotations
@@ -22,68 +22,68 @@ from harness.client.server import message_of
 from harness.client.sse import Event
 
 TOLERANCE = 0.05
-"""How much the time per token may depend on which event the tokens came with that no event shows."""
+"""Largest relative effect on the time per token of tokens whose event is unknown."""
 FASTEST_EVENT_S = 1e-4
-"""Events that follow each other faster, on average over an answer, were kept back and sent at once: no model generates
-so fast. They come in a few reads of some hundred events, between which a client takes 10 to 50 µs for each."""
+"""If events follow each other faster, on average over an answer, they were held back and sent together: no model
+generates so fast. They arrive in a few reads of some hundred events, and a client takes 10 to 50 µs for each event."""
 _TEXTS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
-"""Fields of a chat's delta that hold what was generated."""
+"""Fields of a chat's delta that hold generated text."""
 _BROKEN_OFF = ("abort", "error")
-"""Values of finish_reason that are no proper end."""
+"""Values of finish_reason that mean an error."""
 
 
 class BrokenAnswer(Exception):
-    """An answer that cannot be completed; says why."""
+    """An answer that cannot be completed; the message is the reason."""
 
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """A request and its answer as the client sees them, a row of requests.parquet; in seconds from the run's start.
+    """A request and its answer as the client sees them: a row of requests.parquet, in seconds from the run's start.
 
-    Feed it with `take`, then call `end`, which decides once how it ended.
+    Call `take` for each event, then `end`, which decides the outcome once.
     """
 
     request_id: str
     arrival_s: float
-    """When it is to be sent."""
+    """The time at which the request is to be sent."""
     prompt_tokens: int
-    """As the server counts them, if it says."""
+    """Tokens of the prompt: the server's count, if it gives one."""
     max_tokens: int
     due_s: float = math.nan
-    """The arrival, or when the cap on concurrency let it go if that is later."""
+    """The arrival, or the later time at which the cap on concurrency released the request."""
     sent_s: float = math.nan
-    """When its head was written to a connection."""
+    """The time at which the request's headers were written to a connection."""
     token_s: array[float] = field(default_factory=lambda: array("d"))
-    """When each event with a token came."""
+    """The time of each event with a token."""
     tokens_per_event: array[int] = field(default_factory=lambda: array("q"))
-    """How many tokens each of them held; 1 where the server does not say."""
+    """Tokens of each of these events; 1 if the server does not say."""
     shown_tokens: int = 0
-    """Their sum."""
+    """The sum of `tokens_per_event`."""
     counts_are_said: bool = True
-    """Whether the server said how many tokens each event held."""
+    """Whether the server has said how many tokens each event holds."""
     outcome: RequestStatus = RequestStatus.ACTIVE
     error: str = ""
     usage_tokens: int = 0
-    """Output tokens as the server counts them, if it says: so far, and at the end of all."""
+    """The server's count of output tokens so far, if it gives one; at the end, of all."""
     finish_reason: str = ""
     _last_event_s: float = math.nan
-    """When the last event with a choice came."""
+    """The time of the last event with a choice."""
     _last_was_empty: bool = False
 
-    # What a client cannot see.
+    # Columns that a client cannot measure.
     first_scheduled_s = queueing_s = swapping_s = execution_s = None
     preemptions = swap_out_bytes = swap_in_bytes = recomputed_tokens = None
 
-    # -- what comes of it --------------------------------------------------------------------------------------------
+    # -- metrics -----------------------------------------------------------------------------------------------------
 
     @property
     def status(self) -> str:
-        """How it ended."""
+        """The status of the request."""
         return self.outcome.value
 
     @property
     def output_tokens(self) -> int:
-        """As the server counts them; without that, the limit if it was reached; else those that events show."""
+        """The server's count of output tokens; without it, the limit if it was reached, else the events' tokens."""
         if self.usage_tokens:
             return self.usage_tokens
         if self.finish_reason == "length" and not self.counts_are_said:
@@ -97,15 +97,15 @@ class Exchange:
 
     @property
     def first_token_s(self) -> float:
-        """When the first token came; NaN if none did, or if a finished answer's text all came at once."""
+        """The time of the first token; NaN without one, or if all text of a finished answer came together."""
         finished = self.outcome is RequestStatus.FINISHED
         return math.nan if not self.token_s or (finished and not self.is_streamed) else self.token_s[0]
 
     @property
     def finished_s(self) -> float:
-        """When the last token came; NaN unless it finished.
+        """The time of the last token; NaN unless the request finished.
 
-        That is the last event with a token, or where tokens came without showing, the last event of the answer.
+        This is the last event with a token. If some tokens belong to no event, it is the last event of the answer.
         """
         if self.outcome is not RequestStatus.FINISHED:
             return math.nan
@@ -114,9 +114,9 @@ class Exchange:
 
     @property
     def tpot_s(self) -> float:
-        """Mean time between output tokens; NaN for fewer than two, and where it cannot be told.
+        """Mean time between output tokens; NaN for fewer than two tokens, and if it is unknown.
 
-        The tokens of the first event were generated before it came, so the time after it is that of the others.
+        The tokens of the first event were generated before it, so the time after it belongs to the other tokens.
         """
         if self.output_tokens < 2 or not self.tells_time_per_token:
             return math.nan
@@ -124,7 +124,7 @@ class Exchange:
 
     @property
     def max_token_gap_s(self) -> float:
-        """Longest time between two consecutive events with a token; NaN where it cannot be told."""
+        """Longest time between two consecutive events with a token; NaN if it is unknown."""
         if self.output_tokens < 2:
             return 0.0
         return float(np.diff(self.token_s).max()) if self.tells_time_per_token else math.nan
@@ -138,20 +138,23 @@ class Exchange:
 
     @property
     def adds_up(self) -> bool:
-        """Whether events and tokens differ by so little that it does not matter which event the tokens came with."""
+        """Whether tokens and events differ so little that the event of the other tokens does not matter."""
         shown, tokens = self.shown_tokens, self.output_tokens
         return abs(shown - tokens) <= TOLERANCE * (min(shown, tokens) - 1)
 
     @property
     def tells_time_per_token(self) -> bool:
-        """Whether a finished answer of several tokens shows how fast they came."""
+        """Whether the answer is finished and shows the times of its tokens."""
         return self.outcome is RequestStatus.FINISHED and self.is_streamed and self.adds_up
 
-    # -- what came ---------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------------------------
 
     def take(self, event: Event, now_s: float) -> bool:
-        """Note an event of the answer, and return whether it was the last. Raises BrokenAnswer for one that reports an
-        error, and for one that may hold tokens and cannot be read. Events that hold nothing are skipped."""
+        """Record an event of the answer; return whether it is the last.
+
+        Empty events are skipped. Raises BrokenAnswer if the event reports an error, or if it may hold tokens and cannot
+        be read.
+        """
         if event.data.strip() == b"[DONE]":
             return True
         try:
@@ -170,7 +173,7 @@ class Exchange:
         return False
 
     def end(self, outcome: RequestStatus, error: str) -> None:
-        """It is over. An answer that said by a finish_reason that it is complete has finished, whatever came after."""
+        """End the request with this outcome; a finish_reason received before means that the answer is complete."""
         if self.outcome is not RequestStatus.ACTIVE:
             return
         if self.finish_reason or outcome is RequestStatus.FINISHED:
@@ -183,12 +186,12 @@ class Exchange:
         self.outcome, self.error = outcome, error
 
     def fail(self, error: str) -> None:
-        """It has failed, whatever its answer said."""
+        """End the request as failed, also after a finish_reason."""
         if self.outcome is RequestStatus.ACTIVE:
             self.outcome, self.error = RequestStatus.FAILED, error
 
     def _note_usage(self, usage: Mapping[str, Any]) -> int | None:
-        """Output tokens so far, if an event says."""
+        """Record a usage; return its output tokens so far, if it has them."""
         self.prompt_tokens = _count(usage.get("prompt_tokens")) or self.prompt_tokens
         said = _count(usage.get("completion_tokens"))
         if said is not None:
@@ -208,14 +211,14 @@ class Exchange:
                 self.finish_reason = str(reason)
         self._last_event_s, self._last_was_empty = now_s, not has_text
         if has_text and said is not None and said <= self.shown_tokens and not self.finish_reason:
-            said = None  # Text is tokens, so this usage does not run. What is kept back may come at the end, though.
+            said = None  # New text has tokens, so this usage is no running count. Held-back text may end an answer.
         if said is None and num_ids is None and has_text and self.counts_are_said:
-            # Then what was said before is worth nothing either.
+            # Earlier counts are then unreliable too.
             self.counts_are_said = False
             self.shown_tokens = len(self.token_s)
             self.tokens_per_event = array("q", [1]) * self.shown_tokens
         if not self.counts_are_said:
-            num_tokens = int(has_text)  # The usage at the end is of all events.
+            num_tokens = int(has_text)  # The usage at the end covers all events.
         elif said is not None:
             num_tokens = max(said - self.shown_tokens, 0)
         else:
@@ -224,8 +227,10 @@ class Exchange:
             self._add(num_tokens, now_s)
 
     def _add_ending_token(self) -> None:
-        """A token that ends an output has no text: where the usage has one token more than there was text, it came with
-        the event that says so."""
+        """Add the token that ends an output, which has no text.
+
+        If the usage has one token more than the events with text, that token belongs to the last event.
+        """
         if (
             not self.counts_are_said
             and self.finish_reason == "stop"
@@ -241,10 +246,10 @@ class Exchange:
 
 
 def _has_text(delta: Any) -> bool:
-    """Whether what a chat's event adds holds something generated."""
+    """Whether a chat's delta holds generated text."""
     return isinstance(delta, dict) and any(delta.get(name) for name in _TEXTS)
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens; None for anything else."""
+    """The value if it is a number of tokens; else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

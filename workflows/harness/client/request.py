@@ -1,4 +1,4 @@
-"""What is sent to a server: the endpoint, and the body of a request."""
+"""Requests to a server: their endpoint and their body."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 ENDPOINTS = {"completions": ("v1", "completions"), "chat": ("v1", "chat", "completions")}
 """Kinds of request, and the path of each below the server's address."""
 _OF_THE_RUN = ("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "n", "best_of")
-"""Fields that the run decides, or that change how many outputs a request has."""
+"""Fields that the run sets, or that change the number of outputs of a request."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How requests are worded. ConfigError for what is out of range."""
+    """The wording of requests. Raises ConfigError for values out of range."""
 
     endpoint: str = "completions"
-    """A key of ENDPOINTS. Chats need text prompts."""
+    """A key of ENDPOINTS. Chats need prompts of text."""
     ignore_eos: bool = True
-    """Whether the server is asked to generate exactly as many tokens as the trace has. Strict servers refuse the field;
-    without it, outputs end where the model ends them."""
+    """Whether the server is asked for exactly as many tokens as the trace has. Strict servers reject the field; without
+    it, the model ends its outputs."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Merged into every body as a JSON merge patch (RFC 7386): objects are merged, null removes a field."""
 
@@ -40,13 +40,13 @@ class Wording:
 
     @property
     def path(self) -> str:
-        """Where requests go, below the server's address."""
+        """The path of requests, below the server's address."""
         return "/".join(ENDPOINTS[self.endpoint])
 
     def body(self, server: Server, prompt: str | Sequence[int], max_tokens: int) -> bytes:
-        """The body of a request for a stream of at most `max_tokens` tokens. A chat has the prompt as its one message.
+        """Make the body of a request for a stream of at most `max_tokens` tokens. In a chat, the prompt is its message.
 
-        A server that counts the tokens of each event is asked to.
+        If the server can count the tokens of each event, the body asks for it.
         """
         asked = {"prompt": prompt} if self.endpoint == "completions" else {
             "messages": [{"role": "user", "content": prompt}]
@@ -66,7 +66,7 @@ class Wording:
         return json.dumps(_merged(content, self.extra_body), separators=(",", ":")).encode()
 
     def hint(self, status: int, message: str) -> str:
-        """Which option may help after this refusal, to follow its message; empty if none is known."""
+        """Name an option that may help after this error, to follow its message; empty if none is known."""
         if status in (404, 405, 501) and "model" not in message.lower():
             other = "chat --prompts text --tokenizer DIR" if self.endpoint == "completions" else "completions"
             return f"; the server may have no /{self.path}: try --endpoint {other}"
@@ -81,7 +81,7 @@ class Wording:
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any]:
-    """`{"top_k": 1}` as a mapping; None is an empty one. ConfigError unless it is a JSON object."""
+    """Parse `{"top_k": 1}`; None gives an empty mapping. Raises ConfigError unless the text is a JSON object."""
     if text is None:
         return {}
 

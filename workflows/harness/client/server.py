@@ -1,4 +1,4 @@
-"""A server to be measured over HTTP: where it is, and what it says of itself."""
+"""A server to be measured over HTTP: its address, its models, its counters."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from yarl import URL
 from fastserve.core.errors import ConfigError, ServerError
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
-"""Environment variable with the key that a server may ask for. It is sent, and recorded nowhere."""
+"""Environment variable with the key that a server may ask for. The key is sent, but never written to a file."""
 _TIMEOUT = aiohttp.ClientTimeout(total=30.0)
-"""Of what a server says of itself; completions have none."""
+"""Timeout of questions about the server; completions have none."""
 _KEEP_IDLE_S = 2.0
-"""Servers close idle connections after 5 s or more; a request must not be sent into one that is just being closed."""
+"""Idle connections are closed after this time. Servers close them after 5 s or more, and a request on a connection that
+is just being closed fails."""
 _PATIENCE_S = 60.0
-"""How long a server that answers 429 or 503 is asked again what it serves: it may be loading its model."""
+"""A server that answers 429 or 503 may be loading its model; it is asked again for this time."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 10.0
-"""Between two such questions, where the server names no time; doubled each time."""
+"""Pause between two such questions if the server names no time; it doubles each time."""
 _COUNTING = ("fastserve", "vllm")
-"""Owners of models whose servers say with each event how many tokens there are (stream_options'
-continuous_usage_stats)."""
+"""Owners of models whose servers can count the tokens of each event (stream_options' continuous_usage_stats)."""
 _LONGEST_MESSAGE = 300
 _COUNTERS = {
     "preemptions": ("fastserve_preemptions_total", "vllm:num_preemptions_total"),
@@ -39,52 +39,52 @@ _COUNTERS = {
     "recomputed_tokens": ("fastserve_recomputed_tokens_total",),
     "iterations": ("fastserve_iterations_total",),
 }
-"""Keys of summary.json that only a server can count, and what servers call them in GET /metrics."""
+"""Keys of summary.json that only a server can count, and their names in GET /metrics."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible server and the model of it that is asked for."""
+    """An OpenAI-compatible server, and the model that requests name."""
 
     root: URL
-    """What /v1/completions follows."""
+    """The address before /v1/completions."""
     card: Mapping[str, Any]
-    """The model's entry in GET /v1/models; of a model that is not listed, its id alone."""
+    """The model's entry in GET /v1/models; only the id if the model is not listed."""
     version: str | None
-    """Of the server, if it says so (GET /version)."""
+    """The server's version, if it answers GET /version."""
     listed: tuple[str, ...]
-    """Names of the models in GET /v1/models; empty if the server has no such list."""
+    """Names of the models in GET /v1/models; empty without such a list."""
 
     @property
     def model(self) -> str:
-        """The name it is served under."""
+        """The name under which the model is served."""
         return str(self.card["id"])
 
     @property
     def is_listed(self) -> bool:
-        """Whether the server says that it has the model. A server that loads models when asked need not."""
+        """Whether the server lists the model. A server that loads models on demand may have it without listing it."""
         return self.model in self.listed
 
     @property
     def counts_per_event(self) -> bool:
-        """Whether the server knows how to say with each event how many tokens there are."""
+        """Whether the server can count the tokens of each event."""
         return self.card.get("owned_by") in _COUNTING
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens in the model's vocabulary, if the card says."""
+        """Size of the model's vocabulary, if the card has it."""
         size = self.card.get("vocab_size")
         return size if isinstance(size, int) and size > 0 else None
 
     @property
     def public_url(self) -> str:
-        """Its address without credentials."""
+        """The server's address without credentials."""
         return str(self.root.with_user(None))
 
     def policy(self, given: str) -> str:
-        """What schedules here: what the card says, else the label `given`, else who made the server.
+        """The policy of the server: the card's, else the label `given`, else the card's owner.
 
-        Raises ConfigError if another policy was asked for than the card names.
+        Raises ConfigError if `given` is another policy than the card's.
         """
         named = self.card.get("policy")
         if named and given and named != given:
@@ -98,16 +98,16 @@ class Server:
 def contact(url: str, model: str | None = None) -> Server:
     """Ask the server at `url` what it serves. `model` is the name of one of its models; None takes the first.
 
-    A named model need not be listed, and the server then need not list any. A server that answers 429 or 503 is asked
-    again for up to a minute, or when its Retry-After says so, and stderr is told.
-    Raises ConfigError for a URL that cannot be meant, ServerError for a server that does not answer, or not as an
-    OpenAI-compatible one does.
+    A named model need not be listed. A server that answers 429 or 503 is asked again for up to a minute, at the times
+    of its Retry-After if it has one; stderr says so.
+    Raises ConfigError for a malformed URL, ServerError if the server does not answer, or not like an OpenAI-compatible
+    server.
     """
     return asyncio.run(_contact(_root(url), model))
 
 
 def open_session(root: URL, trace: aiohttp.TraceConfig | None = None) -> aiohttp.ClientSession:
-    """One pool of connections, as many as are needed, with the key if there is one."""
+    """Open a pool of connections without a limit, with the key if there is one."""
     headers = {"Accept-Encoding": "identity"}
     key = os.environ.get(API_KEY_VARIABLE)
     if key and root.user is None:
@@ -121,7 +121,10 @@ def open_session(root: URL, trace: aiohttp.TraceConfig | None = None) -> aiohttp
 
 
 async def read_counters(session: aiohttp.ClientSession, root: URL) -> dict[str, float]:
-    """Totals since the server's start, by their keys in summary.json: those it has, none without prometheus-client."""
+    """Read the server's totals since its start, by their keys in summary.json; may be empty.
+
+    It is empty without the package prometheus-client.
+    """
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError:
@@ -129,7 +132,7 @@ async def read_counters(session: aiohttp.ClientSession, root: URL) -> dict[str, 
     try:
         status, text, _ = await _get(session, root / "metrics")
         families = list(text_string_to_metric_families(text.decode())) if status == 200 else []
-    except (ServerError, ValueError, LookupError):  # The last two from a text that is no metrics.
+    except (ServerError, ValueError, LookupError):  # The last two come from a text that is not metrics.
         return {}
     samples = [sample for family in families for sample in family.samples]
     found = {name: [sample.value for sample in samples if sample.name in theirs] for name, theirs in _COUNTERS.items()}
@@ -137,12 +140,12 @@ async def read_counters(session: aiohttp.ClientSession, root: URL) -> dict[str, 
 
 
 def counted_between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, int | None]:
-    """What was counted from one reading to the other; None for what either lacks."""
+    """The counts between two readings; None for counters that a reading lacks."""
     return {name: round(after[name] - before[name]) if name in before and name in after else None for name in _COUNTERS}
 
 
 def message_of(answer: bytes) -> str:
-    """What an answer says went wrong: the message in it, in one of the usual forms, or all of it; shortened."""
+    """The error message of an answer, in one of the usual forms, else the whole answer; shortened."""
     try:
         content = json.loads(answer)
     except (ValueError, RecursionError):
@@ -198,7 +201,7 @@ async def _contact(root: URL, model: str | None) -> Server:
 
 
 async def _get_patiently(session: aiohttp.ClientSession, url: URL) -> tuple[int, bytes]:
-    """Status and body; of a 429 or 503 only when there is no more time, or the server asks for more than there is."""
+    """Get status and body. A 429 or 503 is returned only if the time is used up, or does not cover the Retry-After."""
     end, pause = time.monotonic() + _PATIENCE_S, _FIRST_PAUSE_S
     while True:
         status, answer, retry_after = await _get(session, url)
@@ -214,7 +217,7 @@ async def _get_patiently(session: aiohttp.ClientSession, url: URL) -> tuple[int,
 
 
 async def _get(session: aiohttp.ClientSession, url: URL) -> tuple[int, bytes, float | None]:
-    """Status, body, and in how many seconds the server wants to be asked again, if it says."""
+    """Get status, body, and the seconds of a Retry-After, if there is one."""
     try:
         async with session.get(url, timeout=_TIMEOUT, allow_redirects=False) as response:
             return response.status, await response.read(), _seconds(response.headers.get("Retry-After"))
@@ -226,7 +229,7 @@ async def _get(session: aiohttp.ClientSession, url: URL) -> tuple[int, bytes, fl
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """A Retry-After, which is a number of seconds or a date; None for anything else."""
+    """Read a Retry-After, a number of seconds or a date; None for another value."""
     if retry_after is None:
         return None
     if retry_after.strip().isdecimal():
@@ -239,7 +242,7 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _cards(answer: bytes) -> dict[str, dict[str, Any]]:
-    """Models by name; none if this is no list of models."""
+    """Read the models by name; none if the answer is not a list of models."""
     try:
         data = json.loads(answer)["data"]
         return {card["id"]: card for card in data if isinstance(card["id"], str)}

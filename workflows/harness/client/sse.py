@@ -1,4 +1,4 @@
-"""Server-sent events out of a stream of bytes that may be cut anywhere."""
+"""Parser of server-sent events in a stream of bytes that may be cut anywhere."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Event(NamedTuple):
-    """One event: its kind, empty where the stream names none, and its data."""
+    """One event: its kind, which may be empty, and its data."""
 
     kind: bytes
     data: bytes
 
 
 class EventParser:
-    """Collects events; fields other than `event` and `data`, comments and events without data are skipped.
+    """Collects events. Comments, events without data, and fields other than `event` and `data` are skipped.
 
     Lines end with \\n, \\r\\n or \\r, an empty line ends an event, and a byte order mark may begin the stream.
     """
@@ -30,7 +30,7 @@ class EventParser:
         self._started = False
 
     def feed(self, chunk: bytes) -> list[Event]:
-        """The events that end in this chunk; several data lines of one event are joined by \\n."""
+        """Take a chunk; return the events that end in it; several data lines of one event are joined by \\n."""
         if not chunk:
             return []
         if not self._started:
@@ -40,7 +40,7 @@ class EventParser:
                 return []
             self._started, self._rest = True, b""
             chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
-        # The other half of a \r\n may be in the next chunk; the line does not wait for it.
+        # The other half of a \r\n may be in the next chunk; the line ends without it.
         if self._after_cr:
             chunk = chunk.removeprefix(b"\n")
         self._after_cr = chunk.endswith(b"\r")
@@ -53,9 +53,9 @@ class EventParser:
         return events
 
     def end(self) -> list[Event]:
-        """The event that the stream's end cut short of its empty line, if it has data.
+        """End the stream; return its last event if that has data but no empty line after it.
 
-        The standard drops it; servers exist that end their streams with `data: [DONE]` and no empty line.
+        The standard drops such an event, but some servers end their streams with `data: [DONE]` and no empty line.
         """
         rest, self._rest = self._rest, b""
         if rest:

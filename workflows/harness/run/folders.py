@@ -1,4 +1,4 @@
-"""What folders of results are called by default."""
+"""Default names of result folders."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _LONGEST_PART, _DIGITS = 60, 8
 
 
 def default_folder(config: RunConfig) -> Path:
-    """Where `fastbench run` writes unless told: named after backend, policy, trace, rate and seed."""
+    """The default folder of `fastbench run`, named after backend, policy, trace, rate and seed."""
     rate = "own-rate" if config.rate is None else f"rate{config.rate:g}"
     return Path("results") / "-".join([*_parts(config), rate, f"seed{config.seed}"])
 
 
 def default_capacity_folder(config: RunConfig) -> Path:
-    """Where `fastbench capacity` writes unless told: named after backend, policy and trace."""
+    """The default folder of `fastbench capacity`, named after backend, policy and trace."""
     return Path("results") / "-".join(["capacity", *_parts(config)])
 
 
 def _parts(config: RunConfig) -> Iterator[str]:
-    """Backend, policy where one is known before a server is asked, and trace."""
+    """Backend, policy (unless only the server knows it) and trace."""
     trace = config.trace
     if is_file_trace(trace):
         kind, _, path = trace.partition(":")
@@ -38,7 +38,7 @@ def _parts(config: RunConfig) -> Iterator[str]:
 
 
 def _file_name(text: str) -> str:
-    """The text with what a file name should not hold replaced; what is too long ends in a digest."""
+    """Replace the characters of the text that file names should not have; end a long text in a digest."""
     safe = _UNSAFE.sub("-", text).strip("-.")
     if len(safe) > _LONGEST_PART:
         digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

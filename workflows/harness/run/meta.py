@@ -1,4 +1,4 @@
-"""meta.json: what a run or a measurement was, so that anyone can say where a figure comes from."""
+"""meta.json: the provenance of a run or another measurement."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from harness.workload.workload import Workload
 
 _PACKAGES = ("aiohttp", "numpy", "pyarrow", "torch", "transformers", "triton")
 COMMIT_VARIABLE = "FASTSERVE_COMMIT"
-"""Environment variable that says the commit where the code is a copy without a checkout; it wins."""
+"""Environment variable with the commit, for a copy of the code without a checkout; it takes precedence."""
 
 
 def run_meta(
     config: dict[str, Any], workload: Workload, outcome: Outcome, error: BaseException | None
 ) -> dict[str, Any]:
-    """Commit, versions, hardware, resolved configuration, digest of the workload, the first reasons why requests did
-    not finish, and what ended the run before its end, if anything did."""
+    """Make the content of a run's meta.json.
+
+    It has commit, versions, hardware, the resolved configuration, the digest of the workload, the first reasons why
+    requests did not finish, and the error that ended the run early, if any.
+    """
     return {
         **environment_meta(),
         "configuration": config,
@@ -39,7 +42,7 @@ def run_meta(
 
 
 def environment_meta() -> dict[str, Any]:
-    """Commit, date, versions and hardware: what any measurement on this machine rests on."""
+    """Commit, date, versions and hardware: the provenance of any measurement on this machine."""
     return {
         "commit": _commit(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,17 +53,17 @@ def environment_meta() -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
-    """The commit of this code, with `-dirty` where files differ from it; None where it is not known.
+    """The commit of this code, with `-dirty` if files differ from it; None if it is unknown.
 
-    In a checkout git knows it; an installed package carries the one it was built from.
+    Git knows the commit of a checkout; an installed package holds the commit it was built from.
     """
     return os.environ.get(COMMIT_VARIABLE) or _commit_of_checkout(Path(__file__).resolve()) or _commit_of_build()
 
 
 def _commit_of_checkout(file: Path) -> str | None:
-    """The commit of the git repository that holds `file`; None where git does not track it.
+    """The commit of the git repository that holds `file`; None if git does not track the file.
 
-    An installed package may lie inside some other project's repository, whose commit says nothing of it.
+    An installed package may lie inside another project's repository, whose commit is not the package's.
     """
     git = ["git", "-C", str(file.parent)]
     try:
@@ -78,7 +81,7 @@ def _commit_of_checkout(file: Path) -> str | None:
 
 
 def _commit_of_build() -> str | None:
-    """What setup.py wrote into the package."""
+    """The commit that setup.py wrote into the package; None without one."""
     try:
         return (files("harness") / "COMMIT").read_text(encoding="utf-8").strip()
     except OSError:
@@ -98,7 +101,7 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, Any]:
     hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "cpu": _cpu_model()}
-    torch = sys.modules.get("torch")  # A simulation has not imported it, and its hardware does not matter.
+    torch = sys.modules.get("torch")  # A simulation does not import it, and does not depend on its hardware.
     if torch is not None:
         hardware["torch_threads"] = torch.get_num_threads()
         if torch.cuda.is_available():

@@ -1,6 +1,7 @@
-"""What became of a run's requests: which did not finish and why, and whether that ends the run.
+"""The outcome of a run: which requests did not finish, why, and whether that is an error.
 
-One rule for all backends: if no request finished, the run is an error; if some did not, the run says how many and why.
+The rule is the same for all backends: if no request finishes, the run is an error. If some requests do not finish, the
+run warns how many, and why.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A request that did not finish: how it ended, and why; the reason begins with the request's name."""
+    """A request that did not finish: its status, and the reason, which begins with the request's name."""
 
     status: RequestStatus
     reason: str
@@ -27,23 +28,23 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run of so many requests, those that did not finish, in the order of their arrival."""
+    """The number of requests of a run, and its unfinished requests in order of arrival."""
 
     num_requests: int
     unfinished: Sequence[Unfinished]
     folder: Path
-    """Where the run's files are."""
+    """The folder of the run's files."""
 
     @property
     def error(self) -> NothingFinishedError | None:
-        """What to raise if no request finished."""
+        """The error to raise if no request finished; else None."""
         if len(self.unfinished) < self.num_requests:
             return None
         return NothingFinishedError(f"none of {self.num_requests} requests finished; {self._first}", self._where)
 
     @property
     def warning(self) -> str:
-        """Says how many requests did not finish; empty if all did."""
+        """A warning that says how many requests did not finish; empty if all finished."""
         if not self.unfinished:
             return ""
         counts = Counter(each.status.value for each in self.unfinished)
@@ -54,7 +55,7 @@ class Outcome:
         )
 
     def reasons(self, *statuses: RequestStatus) -> list[str]:
-        """The first reasons of those that ended so."""
+        """The first reasons of the unfinished requests with one of these statuses."""
         return [each.reason for each in self.unfinished if each.status in statuses][:SHOWN]
 
     @property

@@ -1,4 +1,4 @@
-"""What is said when results take the place of others: those were of another configuration, if they were."""
+"""A note for results that replace results of another configuration."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _SHOWN = 4
 
 
 def replacement_note(path: Path, now: Mapping[str, Any], *keys: str) -> str:
-    """Says how the JSON file at `path` differs under `keys` from what will replace it; empty if it does not.
+    """Say how the JSON file at `path` differs from its replacement `now` under `keys`; empty without a difference.
 
-    What only one of them has is left out: an older version knew fewer options. No such file, no note.
+    Keys that only one of them has do not count, since an older version knew fewer options. A missing file gives no
+    note.
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))

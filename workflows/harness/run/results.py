@@ -1,4 +1,4 @@
-"""The four files of a run: requests.parquet, iterations.parquet, summary.json, meta.json. All are written, or none."""
+"""The four files of a run: requests.parquet, iterations.parquet, summary.json, meta.json."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ CLIENT_COLUMNS = {
     "token_s": pa.list_(pa.float64()),
     "event_tokens": pa.list_(pa.int64()),
 }
-"""Further columns of a run over HTTP: when a request was sent, when each event with a token came, and how many tokens
-each of these events held (null where the server does not say)."""
+"""Further columns of a run over HTTP: the time at which a request was sent, the time of each event with a token, and
+the number of tokens in each of these events (null if the server does not say)."""
 SUMMARIZED = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
-"""Quantities of which a summary gives mean_, p50_, p90_, p95_ and p99_."""
+"""Quantities for which a summary has the keys mean_, p50_, p90_, p95_ and p99_."""
 COUNTED = ("preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens")
-"""Columns of which a summary gives the sum over all requests."""
+"""Columns for which a summary has the sum over all requests."""
 PERCENTILES = (50, 90, 95, 99)
 MISSING = 0.05
-"""Share of the requests that may lack a quantity; a summary of fewer than the others says nothing of all."""
+"""If a larger share of the requests lacks a quantity, its summary is null: it would not describe all requests."""
 _LATE_S = 0.01
 
 
 def request_table(
     metrics: Sequence[RequestMetrics | Exchange], columns: Mapping[str, pa.DataType] = REQUEST_COLUMNS
 ) -> pa.Table:
-    """A row per request, in the order given; times that never came are null, and so is what a client cannot see."""
+    """Make a row per request, in the order given. Times that do not exist, and values a client cannot see, are null."""
     return pa.table(
         {
             name: pa.array([getattr(row, name) for row in metrics], type_, from_pandas=True)
@@ -70,7 +70,7 @@ def request_table(
 
 
 def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
-    """A row per computed iteration."""
+    """Make a row per computed iteration."""
     columns = zip(*iterations, strict=True) if iterations else ([] for _ in IterationRecord._fields)
     types = (pa.float64() if name.endswith("_s") else pa.int64() for name in IterationRecord._fields)
     return pa.table(
@@ -81,15 +81,15 @@ def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
     )
 
 
-@np.errstate(divide="ignore", invalid="ignore")  # What comes of it is null.
+@np.errstate(divide="ignore", invalid="ignore")  # The results are null.
 def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str, int | None]) -> dict[str, Any]:
-    """The measured part of summary.json: seconds, seconds a token, tokens a second; null where nothing was measured.
+    """Make the measured part of summary.json, in seconds, seconds a token and tokens/s; unmeasured keys are null.
 
-    `counted` has what was counted over the whole run: `iterations` and COUNTED.
+    `counted` holds the counts over the whole run: `iterations` and COUNTED.
 
     `jct` is arrival to last token; `normalized_latency` is that over the output length; `ttft` is arrival to first
-    token; `tpot` is the mean time of the tokens after the first, of requests that have any. A quantity that a client
-    cannot tell for more than MISSING of the requests is null.
+    token; `tpot` is the mean time of the tokens after the first, for requests with several tokens. A quantity that more
+    than MISSING of the requests lack is null.
     """
     finished = [row for row in metrics if row.status == "finished"]
     arrival, first, last, output, per_token, gap = (
@@ -122,18 +122,18 @@ def summarize(metrics: Sequence[RequestMetrics | Exchange], counted: Mapping[str
 
 
 def _known(values: FloatArray) -> FloatArray:
-    """The values that are there; none if too many are not."""
+    """The values that are not NaN; none if too many are NaN."""
     known = values[~np.isnan(values)]
     return known if len(values) - len(known) <= MISSING * len(values) else known[:0]
 
 
 def count(metrics: Sequence[RequestMetrics], num_iterations: int) -> dict[str, int | None]:
-    """What `summarize` takes as counted, from what is known of each request."""
+    """Count what `summarize` takes as `counted`, over all requests."""
     return {"iterations": num_iterations} | {name: sum(getattr(row, name) for row in metrics) for name in COUNTED}
 
 
 def summarize_lateness(lateness_s: FloatArray) -> dict[str, float | None]:
-    """Keys of the summary of a run over HTTP: how much later than they should requests were sent, in seconds."""
+    """Keys of the summary of a run over HTTP: delays between due time and sending of requests, in seconds."""
     return {
         "p99_send_lateness_s": float(np.percentile(lateness_s, 99)) if len(lateness_s) else None,
         "max_send_lateness_s": float(lateness_s.max()) if len(lateness_s) else None,
@@ -141,7 +141,7 @@ def summarize_lateness(lateness_s: FloatArray) -> dict[str, float | None]:
 
 
 def why_late(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Says so if in one of these runs requests were sent so late that it shows in the latencies; else empty."""
+    """Warn if a run sent requests so late that it affects the latencies; else empty."""
     p99, longest = (
         max((summary.get(f"{statistic}_send_lateness_s") or 0.0 for summary in summaries), default=0.0)
         for statistic in ("p99", "max")
@@ -155,7 +155,7 @@ def why_late(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 class RunFolder:
-    """The folder a run writes to. Checked when made, before the work starts; filled by `write`, all files at once."""
+    """The folder of a run. Making it checks that it can be written; `write` puts all files into it, or none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -166,9 +166,9 @@ class RunFolder:
             raise OutputError(f"cannot write to output folder {path}: {error.strerror}") from error
 
     def write(self, requests: pa.Table, iterations: pa.Table, summary: dict[str, Any], meta: dict[str, Any]) -> str:
-        """Write the four files beside the old ones, then put them in their places. OutputError if the disk refuses.
+        """Write the four files beside the old ones, then replace these. Raises OutputError if that fails.
 
-        Gives a note if the old ones were of another configuration, else an empty text.
+        Returns a note if the old files were of another configuration, else an empty text.
         """
         staging = self._staging
         meta = _with_finite_numbers(meta)
@@ -198,7 +198,7 @@ def _json(content: Any) -> str:
 
 
 def _with_finite_numbers(content: Any) -> Any:
-    """JSON knows no infinity: an option that is infinite is written as text, as it would be given."""
+    """Turn infinite options into text, as they would be given: JSON has no infinity."""
     if isinstance(content, dict):
         return {key: _with_finite_numbers(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -207,5 +207,5 @@ def _with_finite_numbers(content: Any) -> Any:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether it is anything but an infinite number or none."""
+    """Whether the value is not an infinite number or NaN."""
     return not isinstance(value, float) or math.isfinite(value)

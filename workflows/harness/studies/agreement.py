@@ -1,4 +1,4 @@
-"""Recorded runs of the real engine beside simulations of the same requests with the profile measured beside them."""
+"""Compare recorded runs of the real engine with simulations of them, which use the profile of the same machine."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ METRICS = tuple(
     for quantity in ("jct_s", "normalized_latency_s", "ttft_s")
     for statistic in ("mean", "p50", "p95")
 )
-"""What is compared: keys of summary.json."""
+"""The compared keys of summary.json."""
 COUNTS = ("failed", "preemptions", "swap_out_bytes", "swap_in_bytes", "iterations", "duration_s", "output_tokens_per_s")
-"""What is shown beside it."""
+"""Further keys of summary.json that the table shows."""
 JUDGED = ("mean_normalized_latency_s", "p95_normalized_latency_s")
-"""What must agree."""
+"""Metrics that must agree."""
 BOUND = 0.05
-"""Relative error within which it does."""
+"""Largest relative error that counts as agreement."""
 _LABELS = {"fastserve": "FastServe", "fastserve-fcfs": "FastServe-FCFS", "vllm": "vLLM"}
 
 
 def recorded_folders(results: Path) -> list[Path]:
-    """Folders below `results`/recorded that hold a plan and at least one run, by name."""
+    """List the folders below `results`/recorded that hold a plan and at least one run, by name."""
     plans = sorted((results / "recorded").glob("*/plan.json"))
     return [plan.parent for plan in plans if any(plan.parent.glob("runs/*/summary.json"))]
 
 
 def compare(recorded: Path, simulations: Path) -> pd.DataFrame:
-    """Simulate each run that `recorded` holds, into a folder of its name below `simulations`; a row for each.
+    """Simulate each run of `recorded` into a folder of its name below `simulations`; return a row for each run.
 
-    Of each quantity the table has real_, sim_ and error_ = (sim - real) / real, seconds or seconds a token. The other
-    columns are counts and, of both, stalled_s: time in which nothing was computed because of transfers under way; and
-    swapping_s: summed over requests, while they were due and their cache was away. real_transfer_s is the time with
-    any transfer under way, and real_hidden_share the part of it that was not stalled.
+    The columns:
+    - real_, sim_ and error_ = (sim - real) / real of each metric, in seconds or seconds a token;
+    - real_ and sim_ of each count;
+    - real_ and sim_stalled_s: time in which transfers kept the engine from computing;
+    - real_ and sim_swapping_s: time in which a request was due and its cache swapped out, summed over requests;
+    - real_transfer_s: time with at least one transfer; real_hidden_share: the part of it that was not stalled.
 
-    Raises ConfigError where the folder holds no run, and where a trace gives other requests now than were recorded.
+    Raises ConfigError if the folder holds no run, or if a trace gives other requests now than when it was recorded.
     """
     plan = read_plan(recorded)
     rows = [_row(each, recorded, simulations) for each in plan.runs if each.is_there(recorded)]
@@ -57,7 +59,7 @@ def compare(recorded: Path, simulations: Path) -> pd.DataFrame:
 
 
 def within_bound(table: pd.DataFrame) -> pd.Series:
-    """For each row whether simulation and reality agree: mean and P95 of the normalized latency within `BOUND`."""
+    """For each row, whether mean and P95 normalized latency of simulation and real run agree within `BOUND`."""
     return (table[[f"error_{metric}" for metric in JUDGED]].abs() <= BOUND).all(axis=1)
 
 
@@ -97,7 +99,7 @@ def _total(path: Path, column: str) -> float:
 
 
 def _time_covered(transfers: pd.DataFrame) -> float:
-    """Seconds in which at least one of them was under way."""
+    """Seconds with at least one transfer."""
     times = transfers.sort_values("start_s")
     start, end = times["start_s"].to_numpy(float), times["end_s"].to_numpy(float)
     covered_until = np.maximum.accumulate(np.concatenate(([-np.inf], end)))[:-1]
@@ -105,7 +107,7 @@ def _time_covered(transfers: pd.DataFrame) -> float:
 
 
 def describe(table: pd.DataFrame) -> list[str]:
-    """By policy: how many runs agree, the errors, and how much of the transfers' time was hidden."""
+    """Describe, for each policy, how many runs agree, the errors, and how much of the transfers' time was hidden."""
     lines = []
     for label, rows in table.groupby("label", sort=False):
         errors = [
@@ -123,9 +125,9 @@ def describe(table: pd.DataFrame) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: compare a folder, print what agrees, and write FOLDER/points.csv."""
+    """Entry point: compare a folder, print how well it agrees, and write FOLDER/points.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="what harness.studies.recorded wrote")
+    parser.add_argument("folder", type=Path, help="folder that harness.studies.recorded wrote")
     folder = parser.parse_args(arguments).folder
     try:
         with tempfile.TemporaryDirectory() as scratch:

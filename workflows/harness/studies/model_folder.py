@@ -1,7 +1,7 @@
 """A small model as a folder in Hugging Face format, so that servers of all kinds read the same weights.
 
-The weights are dummy ones of a seed, and the words of the tokenizer are w0, w1, …, one a token. A chat is the words of
-its messages, one after the other.
+The weights are random, from a seed. The words of the tokenizer are w0, w1, …, a token each. A chat is the words of its
+messages in order.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfo
 
 
 def write_model_folder(architecture: Mapping[str, Any], folder: Path, seed: int = 0) -> ModelConfig:
-    """Write the model to `folder`, made if missing, and return what it is; the same arguments give the same files.
+    """Write the model to `folder`, which is made if missing; return its configuration.
 
-    `architecture` is the content of a config.json in Hugging Face format. Raises CheckpointError for one that is not
-    supported, OutputError where nothing can be written.
+    `architecture` is the content of a config.json in Hugging Face format. The same arguments give the same files.
+    Raises CheckpointError for an unsupported architecture, OutputError if the folder cannot be written.
     """
     import torch
     from safetensors.torch import save_file
