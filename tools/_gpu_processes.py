@@ -51,7 +51,7 @@ def carry_out(step: Step, logs: Path, left_s: float) -> Outcome:
     if status == step.nothing_to_do:
         return Outcome(step.name, "skipped", seconds, "there is nothing to do yet")
     if step.divisible and status == MORE_TO_DO:
-        return Outcome(step.name, "unfinished", seconds, "the next call goes on with it")
+        return Outcome(step.name, "unfinished", seconds, "the next call resumes it")
     return Outcome(step.name, "failed", seconds, f"status {status}")
 
 

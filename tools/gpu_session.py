@@ -73,7 +73,7 @@ def call(chosen: Sequence[Step], out: Path, deadline: float, keep_going: bool, n
         elif not step.repeated and (logs / f"{step.name}.log").is_file():
             outcome = Outcome(step.name, "done before")
         elif (has_left and not step.repeated) or left_s < step.needs_s:
-            outcome = Outcome(step.name, "left", detail="too little time, for the next call")
+            outcome = Outcome(step.name, "left", detail="too little time; the next call does it")
         else:
             print(f"{step.name} ...", flush=True)
             try:

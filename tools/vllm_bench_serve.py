@@ -167,7 +167,7 @@ def disagreements(call: Call, result: Mapping[str, Any], ours: Mapping[str, floa
 def drive(vllm: Path, policy: str, chosen: Sequence[str]) -> bool:
     """Make all calls whose names contain one of `chosen`, and print the results; return whether all agree."""
     if not python_of(vllm).exists():
-        raise ConfigError(f"no vLLM is installed at {vllm}; `make real-vllm` does it")
+        raise ConfigError(f"vLLM is not installed at {vllm}; `make real-vllm` installs it")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model_folder(ARCHITECTURE, folder / "model")

@@ -211,7 +211,7 @@ def test_a_finish_reason_is_an_end_and_an_abort_is_none() -> None:
     finished.end(RequestStatus.ABORTED, "unfinished")
     assert (finished.status, finished.error) == ("finished", "")
     aborted = answer(event(at=0.1), event("", 0.2, finish_reason="abort"))
-    assert (aborted.status, aborted.error) == ("failed", "the server broke it off: finish_reason 'abort'")
+    assert (aborted.status, aborted.error) == ("failed", "the server ended it early: finish_reason 'abort'")
     empty = answer(event("", finish_reason="stop"))
     assert (empty.status, empty.error) == ("failed", "the stream held no token")
 

@@ -165,7 +165,7 @@ def test_the_real_engine(tmp_path: Path) -> None:
         ),
         (
             ["--slo", "1", "--seeds", "0", "--trace", "fixed:prompt=9,output=1", "--metric", "mean_tpot_s"],
-            "mean_tpot_s cannot be told of the run with seed 0, which finished 60 requests and not 0: none of its",
+            "mean_tpot_s is unknown for the run with seed 0 (60 requests finished, 0 did not): no request has it",
         ),
     ],
 )

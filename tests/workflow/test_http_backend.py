@@ -238,7 +238,7 @@ def test_too_few_open_files_are_a_cap_that_is_said(
     replayed(server, tmp_path, rate=1e6, num_requests=10)
     assert limits == [(102, 102)]
     assert server.most_active <= 2
-    assert "waited for one of 2 connections, all that the limit on open files leaves" in capsys.readouterr().err
+    assert "waited for one of 2 connections, the most that the limit on open files allows" in capsys.readouterr().err
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_an_answer_with_a_finish_reason_has_ended_though_its_connection_stays_op
 def test_other_lengths_than_asked_for_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scripts = {"1": say(token(), DONE)}
     replayed(OpenAIServer(scripts=scripts), tmp_path)
-    said = "1 of 4 requests got another number of tokens than they asked for: the server may not know ignore_eos"
+    said = "1 of 4 requests got more or fewer tokens than they asked for: the server may not know ignore_eos"
     assert said in capsys.readouterr().err
     assert meta_of(tmp_path)["client"]["of_other_length"] == 1
     replayed(OpenAIServer(scripts=scripts), tmp_path, ignore_eos=False)
@@ -508,7 +508,7 @@ def test_a_body_of_ones_own(tmp_path: Path) -> None:
     [
         ("{", "--extra-body '{' is not JSON: "),
         ("[]", "--extra-body must be a JSON object, such as"),
-        ('{"top_p": NaN}', "NaN is no JSON number"),
+        ('{"top_p": NaN}', "NaN is not a JSON number"),
         ("[" * 100_000, "is not JSON: "),
     ],
 )
@@ -574,7 +574,7 @@ def of_four(*sizes: int, usage_runs: bool = False, pause: float = 0.02) -> Scrip
 
 
 ALL_AT_ONCE = "4 of 4 finished requests got all their text at once: they have no time to first token, time per token"
-NOT_SAID = "4 of 4 finished requests have 16 tokens in 8 events, and the server does not say how many came with which"
+NOT_SAID = "4 of 4 finished requests have 16 tokens in 8 events, and the server does not say how many each event has"
 SAID = "16 tokens came in 8 events: the longest gap is between events"
 
 
@@ -626,7 +626,7 @@ def test_a_time_per_token_that_few_requests_lack_is_that_of_the_others(tmp_path:
 def test_a_capacity_by_what_cannot_be_told_is_an_error_that_says_why(tmp_path: Path) -> None:
     with OpenAIServer(of_four(4)).running() as url:
         objective = Objective(1.0, "mean_tpot_s", seeds=(0,), low=100.0)
-        with pytest.raises(ConfigError, match=f"at 100 requests/s mean_tpot_s cannot be told.*{ALL_AT_ONCE}"):
+        with pytest.raises(ConfigError, match=f"at 100 requests/s mean_tpot_s is unknown.*{ALL_AT_ONCE}"):
             find_capacity(config(url, rate=None), objective, tmp_path, lambda _: None)
     assert not (tmp_path / "capacity.json").exists()
 
@@ -756,7 +756,7 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         ({"prompts": "text"}, "--prompts text needs --tokenizer"),
         ({"endpoint": "chat"}, "--endpoint chat takes no token ids: add --prompts text --tokenizer DIR"),
         ({"endpoint": "chats"}, "--endpoint must be completions or chat, not 'chats'"),
-        ({"extra_body": {"stream": False}}, "--extra-body must not hold stream: the trace and --model decide"),
+        ({"extra_body": {"stream": False}}, "--extra-body must not hold stream: the trace and --model set"),
         ({"extra_body": {"prompt": "w", "n": 2}}, "--extra-body must not hold prompt, n: "),
         ({"prompts": "text", "tokenizer": "/nowhere"}, "tokenizer '/nowhere' is not a directory"),
         ({"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),

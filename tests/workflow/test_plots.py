@@ -252,7 +252,9 @@ def test_a_point_without_a_value_leaves_a_gap_and_is_flagged():
     _, x, y = curves(axes)[0]
     assert np.isnan(y).tolist() == [False, False, True, False]
     assert x[2] == 2
-    assert flags_of(experiment, points, None) == ["Not drawn, some seed has no value: OPT-13B, ShareGPT: vLLM at 2"]
+    assert flags_of(experiment, points, None) == [
+        "Omitted, at least one seed has no value: OPT-13B, ShareGPT: vLLM at 2"
+    ]
 
 
 def test_the_slo_is_a_dashed_line_and_the_capacities_are_said():
@@ -512,7 +514,7 @@ def test_ratios_beyond_the_axis_are_at_its_edge_with_an_arrow():
 def test_ratios_need_points_of_the_reference_and_what_has_none_is_flagged():
     experiment, points, _, _ = inputs("ratios")
     assert flags_of(experiment, points, None) == [
-        "Not drawn, FastServe has no point there or is 0: OPT-13B, ShareGPT: vLLM at 0.1, FastServe-FCFS at 0.1, "
+        "Omitted, FastServe has no value there, or 0: OPT-13B, ShareGPT: vLLM at 0.1, FastServe-FCFS at 0.1, "
         "FastServe, reactive at 0.1; OPT-66B, Alpaca: vLLM at 0.1, FastServe-FCFS at 0.1, FastServe, reactive at 0.1"
     ]  # nothing is swapped at the lowest load
     experiment |= {"metrics": [LATENCY]}
@@ -647,7 +649,7 @@ def test_flags_name_what_falls_fails_and_stays_idle():
     points.loc[fallen, "failed"] = 5
     assert flags_of(experiment, points, None) == [
         "Not monotone over the load: OPT-66B, Alpaca: vLLM (down 25\u00a0%)",
-        "Requests failed, latencies are of the others: OPT-66B, Alpaca: vLLM (15 of 150)",
+        "Requests failed; latencies cover the finished requests: OPT-66B, Alpaca: vLLM (15 of 150)",
     ]
     assert flags_of(experiment | {"figure": "deciles"}, points, None)[0].startswith("Requests failed")
     bars = make_experiment("bars")

@@ -214,5 +214,5 @@ def test_a_figure_tells_when_the_machine_did_something_else():
     ]
     points = pd.DataFrame(rows)
     (flag,) = flags_of(drawn, points, None)
-    assert flag.startswith("In 2 of 4 runs other processes took part of the machine, up to 0.7 cores")
+    assert flag.startswith("In 2 of 4 runs other processes used up to 0.7 cores")
     assert flags_of(drawn, points.assign(other_cores=0.02), None) == []

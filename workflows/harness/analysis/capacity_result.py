@@ -46,9 +46,7 @@ class Objective:
         if self.metric not in METRICS:
             raise ConfigError(f"unknown metric {self.metric!r}; valid: {', '.join(METRICS)}")
         if not (math.isfinite(self.slo) and self.slo > 0):
-            raise ConfigError(
-                f"--slo must be a number above 0, in seconds (a token, where the metric is), not {self.slo}"
-            )
+            raise ConfigError(f"--slo must be a number above 0, in seconds or seconds a token, not {self.slo}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"--seeds must be different whole numbers of at least 0, not {list(self.seeds)}")
         if not (0 < self.low < self.high < math.inf):
@@ -110,7 +108,7 @@ class Result:
         elif beyond is None:
             yield (
                 f"no capacity: {metric} is within {bound} at every rate up to {within:g} requests/s; raise --high, or "
-                "--num-requests where so few requests are a burst that ends before its queue is long"
+                "--num-requests if the burst ends before its queue is long"
             )
         else:
             yield f"capacity {capacity.value:.4g} requests/s"

@@ -110,10 +110,10 @@ def _why_undefined(objective: Objective, summaries: Sequence[dict[str, Any]], fo
     )
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     reasons = [*meta.get("warnings", ()), *meta.get("failed", ()), *meta["rejected"]]
-    why = "; ".join(reasons[:2]) or "none of its requests has one"
+    why = "; ".join(reasons[:2]) or "no request has it"
     return (
-        f"{metric} cannot be told of the run with seed {seed}, which finished {summary['finished']} requests and not "
-        f"{summary['failed']}: {why}"
+        f"{metric} is unknown for the run with seed {seed} ({summary['finished']} requests finished, "
+        f"{summary['failed']} did not): {why}"
     )
 
 

@@ -180,7 +180,10 @@ class Exchange:
             outcome, error = RequestStatus.FINISHED, ""
             self._add_ending_token()
             if self.finish_reason in _BROKEN_OFF:
-                outcome, error = RequestStatus.FAILED, f"the server broke it off: finish_reason {self.finish_reason!r}"
+                outcome, error = (
+                    RequestStatus.FAILED,
+                    f"the server ended it early: finish_reason {self.finish_reason!r}",
+                )
             elif not self.output_tokens:
                 outcome, error = RequestStatus.FAILED, "the stream held no token"
         self.outcome, self.error = outcome, error

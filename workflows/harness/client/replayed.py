@@ -56,17 +56,17 @@ class Replay:
         num_kept_back = sum(each.due_s > each.arrival_s for each in self.exchanges)
         if num_kept_back and self.max_connections < self.wanted_connections:
             yield (
-                f"{num_kept_back} requests waited for one of {self.max_connections} connections, all that the limit on "
-                "open files leaves; raise it (ulimit -n), or say --max-concurrency"
+                f"{num_kept_back} requests waited for one of {self.max_connections} connections, the most that the "
+                "limit on open files allows; raise it (ulimit -n), or set --max-concurrency"
             )
         if num_of_other_length := self.num_of_other_length:
             why = (
-                "the server may not know ignore_eos, or bounds the length"
+                "the server may not know ignore_eos, or limits the length"
                 if self.ignore_eos
                 else "with --no-ignore-eos the model ends its outputs, so their lengths are not the trace's"
             )
             yield (
-                f"{num_of_other_length} of {len(self.exchanges)} requests got another number of tokens than they "
+                f"{num_of_other_length} of {len(self.exchanges)} requests got more or fewer tokens than they "
                 f"asked for: {why}"
             )
         yield from self._unmeasured()
@@ -78,7 +78,7 @@ class Replay:
         if unstreamed:
             yield (
                 f"{len(unstreamed)} of {len(finished)} finished requests got all their text at once: they have no time "
-                "to first token, time per token or longest gap; the server does not stream, or a proxy keeps the "
+                "to first token, time per token or longest gap; the server does not stream, or a proxy holds the "
                 "stream back"
             )
         unsaid = [each for each in several if each.is_streamed and not each.adds_up]
@@ -86,7 +86,7 @@ class Replay:
             tokens, events = _tokens_and_events(unsaid)
             yield (
                 f"{len(unsaid)} of {len(finished)} finished requests have {tokens} tokens in {events} events, and the "
-                "server does not say how many came with which: they have no time per token and no longest gap"
+                "server does not say how many each event has: they have no time per token and no longest gap"
             )
         tokens, events = _tokens_and_events([each for each in several if each.tells_time_per_token])
         if tokens > (1 + TOLERANCE) * events:
@@ -95,7 +95,7 @@ class Replay:
         if uncounted:
             yield (
                 f"the server gave no usage for {uncounted} of {len(finished)} finished requests: each event with text "
-                "was taken for one token"
+                "counts as one token"
             )
 
     @property

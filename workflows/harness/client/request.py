@@ -34,9 +34,7 @@ class Wording:
         if self.endpoint not in ENDPOINTS:
             raise ConfigError(f"--endpoint must be {' or '.join(ENDPOINTS)}, not {self.endpoint!r}")
         if decided := [name for name in _OF_THE_RUN if name in self.extra_body]:
-            raise ConfigError(
-                f"--extra-body must not hold {', '.join(decided)}: the trace and --model decide what is asked"
-            )
+            raise ConfigError(f"--extra-body must not hold {', '.join(decided)}: the trace and --model set them")
 
     @property
     def path(self) -> str:
@@ -86,7 +84,7 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
         return {}
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         content = json.loads(text, parse_constant=refuse)

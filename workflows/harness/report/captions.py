@@ -29,7 +29,7 @@ def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]
         hardware = dict.fromkeys(load_profile(name).hardware for name in profiles)
         text.append(f"Simulated with the iteration times of {', '.join(profiles)} ({', '.join(hardware)}).")
     if experiment["backend"] != "sim":
-        text.append(f"Really run on {', '.join(dict.fromkeys(_machine(meta) for meta in metas))}.")
+        text.append(f"Measured on {', '.join(dict.fromkeys(_machine(meta) for meta in metas))}.")
     text += [experiment["note"]] if experiment["note"] else []
     commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
     text.append(f"Commit {', '.join(commits) or 'unknown'}.")

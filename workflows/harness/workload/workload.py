@@ -94,7 +94,7 @@ def make_workload(
         num_requests, rate, _stream(seed, _GAPS), recorded.arrival_s if recorded else None, trace=name
     )
     if not np.isfinite(arrival_s).all():
-        raise ConfigError(f"at {rate} requests/s requests arrive later than a number can say; choose a higher rate")
+        raise ConfigError(f"at {rate} requests/s arrival times are too large for a number; choose a higher rate")
     if recorded and is_replay:
         prompt, output = recorded.prompt_tokens, recorded.output_tokens
     else:

@@ -74,7 +74,7 @@ def _missing(tables: Tables) -> Iterator[str]:
         where = ", ".join(map(x_key, ordered(rows["x"])))
         named.append((panel, f"{label} at {where}"))
     if named:
-        yield f"Not drawn, some seed has no value: {_by_panel(named)}"
+        yield f"Omitted, at least one seed has no value: {_by_panel(named)}"
 
 
 def _unpaired(tables: Tables) -> Iterator[str]:
@@ -93,7 +93,7 @@ def _unpaired(tables: Tables) -> Iterator[str]:
                 if where and series is not over:
                     named[title, f"{series['label']} at {where}"] = None
     if named:
-        yield f"Not drawn, {over['label']} has no point there or is 0: {_by_panel(named)}"
+        yield f"Omitted, {over['label']} has no value there, or 0: {_by_panel(named)}"
 
 
 def _failed(tables: Tables) -> Iterator[str]:
@@ -106,7 +106,7 @@ def _failed(tables: Tables) -> Iterator[str]:
         for panel, label, rows in _by_series(tables, lost)
     ]
     if named:
-        yield f"Requests failed, latencies are of the others: {_by_panel(named)}"
+        yield f"Requests failed; latencies cover the finished requests: {_by_panel(named)}"
 
 
 def _disturbed(tables: Tables) -> Iterator[str]:
@@ -115,8 +115,8 @@ def _disturbed(tables: Tables) -> Iterator[str]:
         others = tables.points["other_cores"]
         if len(disturbed := others[others > OTHERS]):
             yield (
-                f"In {len(disturbed)} of {len(others)} runs other processes took part of the machine, up to "
-                f"{disturbed.max():.1f} cores: repeat on an idle one"
+                f"In {len(disturbed)} of {len(others)} runs other processes used up to "
+                f"{disturbed.max():.1f} cores: repeat on an idle machine"
             )
 
 

@@ -116,4 +116,4 @@ def flags_of_recorded(table: pd.DataFrame) -> Sequence[str]:
     if lost.empty:
         return []
     named = dict.fromkeys(f"{row.label} ({row.trace}, batch {row.max_batch_size})" for row in lost.itertuples())
-    return [f"Requests failed, latencies are of the others: {', '.join(named)}"]
+    return [f"Requests failed; latencies cover the finished requests: {', '.join(named)}"]
