@@ -38,8 +38,8 @@ def measured(server: RunningServer, path: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_it_counts_and_times_as_the_server_does(tmp_path: Path, path: str) -> None:
-    # Two at a time: most wait long for their first token.
+def test_guidellm_counts_and_times_as_the_server_does(tmp_path: Path, path: str) -> None:
+    # Two requests run at a time: most wait long for their first token.
     build = partial(
         simulated, "fastserve-fcfs", iteration_s=0.005, max_batch_size=2, max_model_len=2048,
         tokenizer=BuiltinTokenizer(),

@@ -1,4 +1,4 @@
-"""lm-eval, as it is, scores a model of ours over HTTP: its log likelihoods are those of transformers."""
+"""lm-eval scores a model over HTTP unchanged: its log likelihoods equal those of transformers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """What lm-eval has logged of each task."""
+    """Return lm-eval's log of each task."""
     lm_eval = command_of("lm_eval")
     work = tmp_path_factory.mktemp("lm_eval")
     data = work / "questions.jsonl"
@@ -80,7 +80,7 @@ def samples(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     for task in (CHOICES, ROLLING, GENERATED):
         text = task.format(data=data)
         (work / f"{text.split()[1]}.yaml").write_text(text, encoding="utf-8")
-    # A pool in which the requests that it sends at once do not fit together.
+    # A pool too small for the requests that it sends at the same time.
     pools = ["--set", "num_gpu_blocks=24", "--set", "num_host_blocks=64", "--set", "max_batch_size=4"]
     server = Command(
         "--model", str(directory), "--served-model-name", "tiny", "--no-page", *pools, lifetime_s=6 * LONG_S
@@ -142,7 +142,7 @@ def test_choices(samples: dict[str, list[dict[str, Any]]], model: PlainModel, to
             context, continuation = arguments["arg_0"], arguments["arg_1"]
             assert continuation.strip() == choice
             whole = tokenizer.encode(context + continuation, add_special_tokens=False)
-            # lm-eval takes spaces at a context's end for the continuation's.
+            # lm-eval moves spaces at a context's end to the continuation.
             before = tokenizer.encode(context.rstrip(), add_special_tokens=False)
             assert whole[: len(before)] == before
             expected = likelihood(model, before, whole[len(before) :])

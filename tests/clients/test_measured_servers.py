@@ -31,7 +31,7 @@ TTFT_S, TPOT_S = 0.2, 0.05
 
 @contextmanager
 def running(command: Sequence[str | Path], port: int, folder: Path) -> Iterator[str]:
-    """The address of a server that the command starts, which knows no other models than those in folders."""
+    """Start the command and return its server's address; its models come from directories only."""
     url = f"http://127.0.0.1:{port}"
     variables = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": None}
     with ServerProcess(str(command[0]), list(map(str, command)), url, folder / "server.log", variables) as server:
@@ -67,7 +67,7 @@ def transformers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def measured(url: str, out: Path, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary and the finished requests of a run."""
+    """Return the summary and the finished requests of a run."""
     summary = run(
         RunConfig(
             **{"backend": "http", "url": url, "trace": "fixed:prompt=5,output=8", "rate": 2.0, "num_requests": 6}

@@ -1,4 +1,4 @@
-"""What several tests of the server share."""
+"""Fixtures that several tests of the server share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUIET = [
 # Of a module, not of the session: until it ends, an event loop runs in this thread, and other tests need their own.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium that asks nothing of the network by itself."""
+    """Headless Chromium that contacts no network by itself."""
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():
         pytest.skip(f"needs Debian's chromium at {CHROMIUM}")
@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[RunningServer]:
-    """A simulated model; tests leave it without requests."""
+    """A server with a simulated model. Each test leaves it without requests."""
     pytest.importorskip("uvicorn")
     from support.servers import running, simulated
 

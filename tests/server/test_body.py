@@ -1,4 +1,4 @@
-"""Bodies are read as JSON is, within bounds that are the same whatever a body is made of."""
+"""Bodies are parsed as JSON, within bounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUES = st.recursive(
 
 
 def refusal(body: bytes, limits: BodyLimits = LIMITS) -> str:
-    """Why a body is refused."""
+    """Return why a body is refused."""
     with pytest.raises(APIError) as caught:
         parse(body, limits)
     assert caught.value.status_code == 400
@@ -70,7 +70,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (b"1e5", 4096, "fractions"),
     ],
 )
-def test_as_many_as_allowed_and_no_more(piece: bytes, most: int, what: str) -> None:
+def test_the_parts_of_a_body_are_bounded(piece: bytes, most: int, what: str) -> None:
     assert len(parse(b"[" + b",".join([piece] * most) + b"]", LIMITS)) == most
     assert f"{what}; send less in one request" in refusal(b"[" + b",".join([piece] * (most + 1)) + b"]")
 
@@ -78,7 +78,7 @@ def test_as_many_as_allowed_and_no_more(piece: bytes, most: int, what: str) -> N
 @pytest.mark.parametrize(
     "text", ["[" * 10**5, ",{" * 10**6, '", [' * 10**5, '\\"[' * 10**5, "\\" * 10**5 + "[" * 10**5]
 )
-def test_what_is_in_a_text_does_not_count(text: str) -> None:
+def test_characters_inside_a_text_do_not_count(text: str) -> None:
     assert parse(json.dumps({"prompt": text}).encode(), LIMITS) == {"prompt": text}
 
 
@@ -86,7 +86,7 @@ def test_the_limits_follow_the_context() -> None:
     assert BodyLimits.of_context(2048) == BodyLimits(2 * 2**20, 2**18)
     assert BodyLimits.of_context(2**17) == BodyLimits(4 * 2**20, 2**18)
     assert BodyLimits.of_context(10**6) == BodyLimits(8 * 2**20, 10**6)
-    # A prompt as long as the context fits, as ids or as a text of which each character is escaped.
+    # A prompt as long as the context fits, as ids or as a text with every character escaped.
     for context in (2048, 2**15, 2**17, 2**18):
         limits = BodyLimits.of_context(context)
         ids = json.dumps({"prompt": [200_000] * context}).encode()

@@ -1,4 +1,4 @@
-"""Presets and simulations have text without being told of a tokenizer: the README's two commands, and usual clients."""
+"""Presets and simulations have text without --tokenizer: the README's two commands with usual clients."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_stream_of_a_chat_shows_a_text_for_every_token(client: Any, name: str,
     assert len(texts) == 30
     if started[0] == "simulation":
         assert texts == [f" {number}" for number in range(30)]
-    # Of a preset's random tokens some are bytes that are no text alone.
+    # Some of a preset's random tokens are bytes that alone are no text.
     for chunk, text in zip(chunks, texts, strict=True):
         if chunk.token_ids[0] >= len(TOKENIZER):
             assert text.endswith(f" {chunk.token_ids[0] % 1000}")
@@ -149,7 +149,7 @@ def test_a_simulated_server_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_our_client_sends_it_text(tmp_path: Path) -> None:
+def test_fastbench_sends_it_text_prompts(tmp_path: Path) -> None:
     from harness.run.config import RunConfig
     from harness.run.runner import run
 

@@ -1,4 +1,4 @@
-"""What a client is promised: one event a token, none lost and none twice, then the usage, then [DONE]."""
+"""What clients rely on: one event a token, none lost or repeated, then the usage, then [DONE]."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMPATIENT = {"fastserve": {"alpha_s": 0.01, "quantum_base_s": 0.001}, "mlfq": {"
 
 
 def events(server: RunningServer, path: str = "/v1/completions", **body: Any) -> list[Any]:
-    """All of a stream's, the last of which must be [DONE]."""
+    """Return all events of a stream before [DONE], which must be the last."""
     stream = server.stream(path, **body)
     *before, last = stream
     assert last == DONE
@@ -53,7 +53,7 @@ def test_a_batch_that_runs_to_completion_ends_each_stream_with_its_last_token() 
             server.until_unfinished(2)
         chunks = [chunk for chunk in short if chunk != DONE]
         assert [token_ids(chunk) for chunk in chunks] == [[0], [1], [2]]
-        # It leaves with its batch.
+        # It ends with its batch.
         assert min(server.watcher.num_tokens.values()) == 3
         assert max(server.watcher.num_tokens.values()) == 60
         assert long.tokens(60) == list(range(60))
@@ -97,7 +97,7 @@ def test_several_prompts_are_choices_of_one_answer(quick: RunningServer) -> None
     assert whole["usage"] == usage
 
 
-def test_an_answer_in_one_piece(quick: RunningServer) -> None:
+def test_a_whole_answer(quick: RunningServer) -> None:
     answer = quick.post({"prompt": [1, 2], "max_tokens": 3, "model": "quick", "stop_token_ids": [1]}).json
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [
@@ -106,7 +106,7 @@ def test_an_answer_in_one_piece(quick: RunningServer) -> None:
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
 
 
-def test_null_is_what_is_left_out(quick: RunningServer) -> None:
+def test_null_counts_as_left_out(quick: RunningServer) -> None:
     names = ["temperature", "top_p", "seed", "stop", "stream", "stream_options", "max_tokens", "n", "logprobs", "echo"]
     answer = quick.post({"prompt": [1], "model": None, **dict.fromkeys(names)})
     assert answer.status == 200
@@ -144,7 +144,7 @@ def test_a_chat_begins_with_the_role(chats: RunningServer) -> None:
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"content": f" w{i}"} for i in range(3)]
 
 
-def test_a_chat_goes_on_as_far_as_there_is_room(chats: RunningServer) -> None:
+def test_a_chat_continues_to_the_end_of_the_context(chats: RunningServer) -> None:
     answer = chats.post({"messages": [{"role": "user", "content": "w1 w2"}]}, "/v1/chat/completions").json
     assert answer["usage"]["total_tokens"] == 64
     assert answer["choices"][0]["finish_reason"] == "length"
@@ -185,7 +185,7 @@ def test_the_page_can_be_left_out(quick: RunningServer) -> None:
         assert [server.get(path).status for path in ("/", "/page/state", "/health")] == [404, 404, 200]
 
 
-def test_the_page_is_told_how_the_engine_stands() -> None:
+def test_the_pages_data_is_the_engines_state() -> None:
     with running(partial(simulated, "fastserve", **SHORT_OF_CACHE)) as server, ThreadPoolExecutor(8) as clients:
         with server.held_when():
             asked = [clients.submit(server.post, {"prompt": [1] * 20, "max_tokens": 100}) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""Clients that go away, that do not read, and that are too many: none holds up the engine, and none leaves anything."""
+"""Clients that disconnect, that do not read, or that are too many delay no engine and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fastserve.server.options import ServerOptions
 from support.servers import LONG_S, RunningServer, running, simulated, token_ids
 
 ENDLESS = 1600
-"""Tokens that nobody waits for."""
+"""More tokens than a test waits for."""
 LONG_PROMPT = [1] * 1550
-"""A cache holds two of these, and not two that have grown to their full length."""
+"""The cache holds two of these prompts, but not their full outputs."""
 ONE_PLACE: dict[str, Any] = {
     "max_batch_size": 1,
     "iteration_s": 0.001,
@@ -42,7 +42,7 @@ def streamed(request: pytest.FixtureRequest) -> bool:
 
 
 def ask(server: RunningServer, *, stream: bool, prompt: list[Any], max_tokens: int = ENDLESS) -> HTTPConnection:
-    """A connection on which something has been asked for; to close it is to go away."""
+    """Send a request and return its connection; closing it disconnects the client."""
     connection = HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)
     body = {"prompt": prompt, "max_tokens": max_tokens, "stream": stream}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -50,13 +50,13 @@ def ask(server: RunningServer, *, stream: bool, prompt: list[Any], max_tokens: i
 
 
 def leave(server: RunningServer, connection: HTTPConnection, happened: Callable[[], bool], left: int = 0) -> None:
-    """Go away at the moment when this has happened, and not before the server knows does the engine go on."""
+    """Disconnect when this has happened; the engine stands still until the server knows."""
     with server.held_when(happened):
         connection.close()
         server.until_unfinished(left)
 
 
-def test_one_that_runs(streamed: bool) -> None:
+def test_a_running_request_is_aborted(streamed: bool) -> None:
     with running(partial(simulated, **ONE_PLACE)) as server:
         connection = ask(server, stream=streamed, prompt=[1] * 50)
         leave(server, connection, lambda: server.watcher.num_tokens.total() > 20)
@@ -66,7 +66,7 @@ def test_one_that_runs(streamed: bool) -> None:
         assert 20 < job.request.num_output_tokens < ENDLESS
 
 
-def test_one_that_waits(streamed: bool) -> None:
+def test_a_waiting_request_is_aborted(streamed: bool) -> None:
     with running(partial(simulated, **(ONE_PLACE | {"policy": "fastserve-fcfs", "policy_options": {}}))) as server:
         first = server.stream(prompt=[1], max_tokens=ENDLESS)
         server.until(lambda: server.watcher.num_tokens.total() > 1)
@@ -79,7 +79,7 @@ def test_one_that_waits(streamed: bool) -> None:
         server.check_empty()
 
 
-def test_one_whose_cache_is_away(streamed: bool) -> None:
+def test_a_swapped_out_request_is_aborted(streamed: bool) -> None:
     with running(partial(simulated, **ONE_PLACE)) as server:
         connections = [ask(server, stream=streamed, prompt=LONG_PROMPT) for _ in range(2)]
         kv, queue = server.engine.kv, server.engine.scheduler.queue
@@ -97,7 +97,7 @@ def test_one_whose_cache_is_away(streamed: bool) -> None:
 
 
 @pytest.mark.parametrize("direction", ["out", "in"])
-def test_one_whose_cache_is_on_its_way(direction: str, streamed: bool) -> None:
+def test_a_request_is_aborted_during_its_transfer(direction: str, streamed: bool) -> None:
     with running(partial(simulated, **ONE_PLACE)) as server:
         connections = [ask(server, stream=streamed, prompt=LONG_PROMPT) for _ in range(2)]
         kv = server.engine.kv
@@ -113,7 +113,7 @@ def test_one_whose_cache_is_on_its_way(direction: str, streamed: bool) -> None:
         assert server.watcher.outcomes == {"aborted": 2}
 
 
-def test_one_of_several_prompts(streamed: bool) -> None:
+def test_all_prompts_of_a_request_are_aborted(streamed: bool) -> None:
     with running(partial(simulated, **ONE_PLACE)) as server:
         connection = ask(server, stream=streamed, prompt=[[1], [2], [3]])
         leave(server, connection, lambda: server.watcher.num_tokens.total() > 20)
@@ -121,7 +121,7 @@ def test_one_of_several_prompts(streamed: bool) -> None:
         assert server.watcher.outcomes == {"aborted": 3}
 
 
-def test_one_that_never_sends_what_it_promised(quick: RunningServer) -> None:
+def test_an_incomplete_body_reaches_no_engine(quick: RunningServer) -> None:
     before = len(quick.watcher.jobs)
     with closing(socket.create_connection(("127.0.0.1", quick.port))) as connection:
         head = (
@@ -134,7 +134,7 @@ def test_one_that_never_sends_what_it_promised(quick: RunningServer) -> None:
     assert len(quick.watcher.jobs) == before + 2
 
 
-def test_an_answer_is_counted_as_what_became_of_it() -> None:
+def test_requests_are_counted_by_outcome() -> None:
     with running(partial(simulated, **ONE_PLACE)) as server:
         assert server.post({"prompt": [1], "max_tokens": 3}).status == 200
         connection = ask(server, stream=True, prompt=[1])
@@ -154,7 +154,7 @@ MANY = 2_000
 
 @pytest.fixture
 def unread() -> Iterator[tuple[RunningServer, socket.socket]]:
-    """A client that has asked for more than sockets hold, and reads nothing; the engine has made it all."""
+    """A client that reads nothing of an answer larger than sockets hold; the engine has generated all of it."""
     build = partial(simulated, iteration_s=0.00001)
     with running(build, send_buffer=4096) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -167,7 +167,9 @@ def unread() -> Iterator[tuple[RunningServer, socket.socket]]:
         yield server, client
 
 
-def test_who_does_not_read_holds_up_nobody_and_loses_nothing(unread: tuple[RunningServer, socket.socket]) -> None:
+def test_an_unread_stream_delays_nothing_and_loses_nothing(
+    unread: tuple[RunningServer, socket.socket],
+) -> None:
     server, client = unread
     server.check_empty()
     assert server.post({"prompt": [1], "max_tokens": 50}).status == 200
@@ -181,11 +183,11 @@ def test_who_does_not_read_holds_up_nobody_and_loses_nothing(unread: tuple[Runni
 
 
 async def senders() -> list[asyncio.Task[Any]]:
-    """Tasks of the event loop that send a stream."""
+    """Return the tasks of the event loop that send a stream."""
     return [task for task in asyncio.all_tasks() if "EventStream._send" in repr(task.get_coro())]
 
 
-def test_who_goes_away_unread(unread: tuple[RunningServer, socket.socket]) -> None:
+def test_a_client_disconnects_without_reading(unread: tuple[RunningServer, socket.socket]) -> None:
     server, client = unread
     assert len(server.run(senders())) == 1
     client.close()
@@ -202,7 +204,7 @@ def test_who_goes_away_unread(unread: tuple[RunningServer, socket.socket]) -> No
 # -- a full queue ----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_queue_says_when_to_come_again() -> None:
+def test_a_full_queue_says_when_to_try_again() -> None:
     build = partial(simulated, **ONE_PLACE)
     with running(build, ServerOptions(max_requests=4)) as server:
         for _ in range(3):  # So that it knows how fast requests leave.
@@ -231,7 +233,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         server.check_empty()
 
 
-def test_before_any_has_left_the_wait_is_as_long_again_as_the_first_has_waited() -> None:
+def test_before_a_request_has_finished_the_estimate_is_the_time_that_the_first_has_waited() -> None:
     with running(partial(simulated, **ONE_PLACE), ServerOptions(max_requests=1)) as server:
         assert server.server.engine.retry_after_s(1) == 1
         stream = server.stream(prompt=[1], max_tokens=ENDLESS, return_token_ids=True)

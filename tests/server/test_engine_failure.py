@@ -1,4 +1,4 @@
-"""When the engine fails, everyone who waits for it is told, and so is whoever asks later; the command ends."""
+"""When the engine fails, requests in progress and later ones get an error, and the command ends."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Fault:
 
 
 def check_failed(server: RunningServer, message: str) -> None:
-    """Whoever asks from now on is told, and what there is to see says so."""
+    """New requests are refused, and /health and the page say why."""
     for body in ({"prompt": [1]}, {"prompt": [1], "stream": True}):
         reply = server.post(body)
         assert reply.status == 503
@@ -101,7 +101,7 @@ def test_an_executor_that_fails() -> None:
         assert server.server.engine.num_unfinished == 0
 
 
-def test_one_that_comes_when_the_engine_has_failed_and_nobody_knows_yet() -> None:
+def test_a_request_that_arrives_before_the_event_loop_knows_of_the_failure() -> None:
     fault = Fault()
     with running(partial(simulated, change=fault.lie_in_wait)) as server, ThreadPoolExecutor() as clients:
         failing = Awaited(lambda: server.watcher.outcomes["failed"] == 1)
@@ -121,7 +121,7 @@ def test_one_that_comes_when_the_engine_has_failed_and_nobody_knows_yet() -> Non
 
 
 def broken_policy(method: str) -> Callable[[], ServedModel]:
-    """One request runs at a time, under a policy that fails there."""
+    """One request runs at a time, under a policy whose `method` fails."""
 
     def fail(_: Request | str) -> None:
         raise KeyError("a bug")
@@ -132,7 +132,7 @@ def broken_policy(method: str) -> Callable[[], ServedModel]:
     return partial(simulated, "fastserve-fcfs", iteration_s=0.001, max_batch_size=1, change=change)
 
 
-def test_a_policy_that_does_not_take_a_request() -> None:
+def test_a_policy_that_fails_to_add_a_request() -> None:
     with running(broken_policy("add")) as server:
         with server.held_when():
             streams = [server.stream(prompt=[1]) for _ in range(3)]
@@ -141,7 +141,7 @@ def test_a_policy_that_does_not_take_a_request() -> None:
         check_failed(server, "KeyError: 'a bug'")
 
 
-def test_a_policy_that_does_not_let_go_of_a_request() -> None:
+def test_a_policy_that_fails_to_abort_a_request() -> None:
     with running(broken_policy("abort")) as server:
         first = server.stream(prompt=[1], max_tokens=50_000)
         server.until(lambda: server.watcher.num_tokens.total() > 0)
@@ -154,7 +154,7 @@ def test_a_policy_that_does_not_let_go_of_a_request() -> None:
         check_failed(server, "KeyError: 'a bug'")
 
 
-def test_what_is_asked_of_the_engines_thread_may_be_given_up_and_may_fail() -> None:
+def test_a_call_into_the_engines_thread_may_be_cancelled_and_may_fail() -> None:
     with running(simulated) as server:
         engine = server.server.engine
 
@@ -197,7 +197,7 @@ def test_an_event_loop_may_be_closed_before_its_engine() -> None:
     assert failures == []
 
 
-def test_a_model_that_cannot_be_made_is_the_makers_error() -> None:
+def test_an_error_while_the_model_is_built_is_raised() -> None:
     def build() -> Any:
         raise RankError(GONE)
 
@@ -230,7 +230,7 @@ def test_the_command_ends_with_its_engine(tmp_path: Path) -> None:
         *events, last = server.stream(prompt=[1], max_tokens=50)
         assert len(events) == 6
         assert "policy 'broken_policy:Broken' failed: ValueError: six tokens are too many" in last["error"]["message"]
-        # For a while it says so on new connections.
+        # For two seconds it says so on new connections.
         with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
             connection.request("GET", "/health")
             health = connection.getresponse()

@@ -32,7 +32,7 @@ NUM_AT_ONCE = 24
 
 @pytest.fixture(scope="module")
 def busy() -> Iterator[RunningServer]:
-    """Two requests at a time, the first come first: most requests wait long for their first token."""
+    """Two requests run at a time, in order of arrival: most requests wait long for their first token."""
     build = partial(simulated, "fastserve-fcfs", iteration_s=0.002, max_batch_size=2, tokenizer=of_words())
     with running(build) as server:
         yield server

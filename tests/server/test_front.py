@@ -33,14 +33,14 @@ def test_every_response_has_the_clients_request_id(quick: RunningServer, path: s
 
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, "<b>", "a\tb", "\xe9"])
-def test_an_id_is_made_up_where_the_client_has_none_that_can_be_taken(quick: RunningServer, given: str | None) -> None:
+def test_a_missing_or_invalid_id_is_replaced(quick: RunningServer, given: str | None) -> None:
     headers = {} if given is None else {"X-Request-Id": given}
     ids = {quick.get("/health", headers).headers["x-request-id"] for _ in range(3)}
     assert len(ids) == 3
     assert all(re.fullmatch("[0-9a-f]{24}", one) for one in ids)
 
 
-def test_the_id_is_the_answers_the_engines_and_the_pages() -> None:
+def test_the_answer_the_engine_and_the_page_show_the_id() -> None:
     with running(simulated) as server:
         headers = {"X-Request-Id": "order-66", "Content-Type": "application/json"}
         reply = server.ask("POST", TEXT, b'{"prompt": [[1], [2]], "max_tokens": 2}', headers)
@@ -50,7 +50,7 @@ def test_the_id_is_the_answers_the_engines_and_the_pages() -> None:
         assert sorted(one["id"] for one in server.get("/page/state").json["recent"]) == sorted(ids)
 
 
-def test_two_requests_of_one_id_at_a_time_do_not_meet() -> None:
+def test_requests_with_the_same_id_are_kept_apart() -> None:
     with running(partial(simulated, iteration_s=0.001)) as server, ThreadPoolExecutor() as clients:
         headers = {"X-Request-Id": "again", "Content-Type": "application/json"}
         body = b'{"prompt": [1], "max_tokens": 50, "return_token_ids": true}'
@@ -79,12 +79,12 @@ def test_answers_are_counted_by_path_and_status() -> None:
         assert count(method="POST", path=TEXT, status="400") == 1
         assert count(method="POST", path=TEXT, status="404") == 1
         assert count(method="GET", path=TEXT, status="405") == 1
-        # A bounded number of paths, whatever clients ask for.
+        # The number of paths is bounded, whatever clients ask for.
         assert count(method="GET", path="/v1/models/{name}", status="404") == 2
         assert count(method="GET", path="other", status="404") == 2
 
 
-def test_a_client_that_goes_away_before_its_answer_is_counted_as_499() -> None:
+def test_a_client_that_disconnects_before_its_answer_is_counted_as_499() -> None:
     with running(partial(simulated, iteration_s=0.001)) as server:
         with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as whole:
             body = b'{"prompt": [1], "max_tokens": 50000}'
@@ -128,7 +128,7 @@ def test_a_bug_is_answered_500_and_counted(caplog: pytest.LogCaptureFixture) -> 
         assert reply.headers["x-request-id"] == "bad-day"
         assert server.metric("http_requests_total", path=TEXT, status="500") == 1
         assert server.get("/health").status == 200
-    # With its place in the code.
+    # The log has the traceback.
     assert any(record.exc_info for record in caplog.records if record.name == "uvicorn.error")
 
 
@@ -145,7 +145,7 @@ def test_the_timeline_shows_requests_by_the_clients_ids(tmp_path: Path) -> None:
         status, said = server.end()
     assert status == 0
     assert said[-1] == f"wrote {path}"
-    # The access line, among those of the HTTP library.
+    # The access line, among lines of the HTTP library.
     assert any(
         re.search(r'info: 127\.0\.0\.1:\d+ "POST /v1/completions" 200 \d\.\d{3} s find-me$', line) for line in said
     )

@@ -1,4 +1,4 @@
-"""Any JSON is answered: with 200, or with a 4xx and an error as OpenAI's clients expect it. Never with a 500."""
+"""Any JSON is answered with 200, or with 4xx and an error in OpenAI's form; never with 500."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANY = st.recursive(
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),
     max_leaves=6,
 )
-"""Also NaN and lone surrogates, which `json` writes and reads though they are no JSON."""
+"""Includes NaN and lone surrogates, which `json` writes and reads although JSON has neither."""
 FEW = st.integers(-2, 3)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
@@ -70,7 +70,7 @@ def bodies(path: str) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("path", MODELS)
-def test_any_json_is_answered_well(server: RunningServer, path: str) -> None:
+def test_any_json_is_served_or_refused_with_an_error(server: RunningServer, path: str) -> None:
     statuses = set()
 
     @share(0.5)

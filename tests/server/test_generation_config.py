@@ -1,4 +1,4 @@
-"""What a model's makers say of its output counts: end tokens wherever they stand, and how tokens are drawn."""
+"""Defaults of a model: end tokens in any of its files, and sampling in generation_config.json."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
 
 
 def offline(folder: Path, **arguments: Any) -> list[int]:
-    """What is generated greedily, up to an end token."""
+    """Return the greedy output up to an end token."""
     with LLM(folder, policy="fastserve-fcfs", **SIZES, **arguments) as llm:
         (output,) = llm.generate(prompt_token_ids=[PROMPT], sampling_params=SamplingParams(max_tokens=LENGTH))
     return output.token_ids
@@ -55,7 +55,7 @@ def offline(folder: Path, **arguments: Any) -> list[int]:
 
 @pytest.fixture(scope="module")
 def free(model: Path) -> list[int]:
-    """What is generated greedily where nothing ends it."""
+    """The greedy output without an end token."""
     tokens = offline(model)
     assert len(tokens) == LENGTH
     return tokens
@@ -89,7 +89,7 @@ def write(folder: Path, **content: Any) -> None:
 
 
 @pytest.mark.parametrize("say", [say_in_generation_config, say_in_tokenizer])
-def test_an_end_token_that_stands_in_one_place_only_ends_an_output(
+def test_an_end_token_named_in_one_file_ends_an_output(
     folder: Path, free: list[int], say: Callable[[Path, int], None]
 ) -> None:
     end = free[6]
@@ -99,7 +99,7 @@ def test_an_end_token_that_stands_in_one_place_only_ends_an_output(
     with running(served(folder)) as server:
         assert tokens_of(server, GREEDY) == (expected, "stop")
         assert tokens_of(server, GREEDY | {"ignore_eos": True}) == (free, "length")
-        # That of config.json goes on to count.
+        # The end token of config.json still counts.
         assert set(server.engine.eos_token_ids) >= {2, end}
 
 
@@ -113,16 +113,14 @@ def test_generation_config_can_be_ignored(folder: Path, free: list[int]) -> None
 
 
 @pytest.mark.parametrize("says", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
-def test_it_says_how_tokens_are_drawn_unless_the_request_does(
-    folder: Path, free: list[int], says: dict[str, float]
-) -> None:
+def test_it_gives_defaults_for_sampling(folder: Path, free: list[int], says: dict[str, float]) -> None:
     write(folder, **says)
     ((name, _),) = says.items()
     ask = {"prompt": PROMPT, "max_tokens": LENGTH, "return_token_ids": True, "seed": 1}
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     with running(served(folder)) as server:
         assert tokens_of(server, ask)[0] == free
-        # What the request says otherwise, null aside, is all that changes.
+        # Null is no other value; the request's own value is the only change.
         assert tokens_of(server, ask | {name: None})[0] == free
         drawn = tokens_of(server, ask | {name: neutral[name]})[0]
         assert drawn != free
@@ -138,7 +136,7 @@ def test_it_bounds_a_chat_that_sets_no_limit(folder: Path) -> None:
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [7, 9]
 
 
-def test_what_is_read(tmp_path: Path) -> None:
+def test_the_fields_that_are_read(tmp_path: Path) -> None:
     assert load_generation_config(tmp_path) == load_generation_config(None) == GenerationConfig()
     write(tmp_path, eos_token_id=3, top_k=None, do_sample=True, temperature=0.6, bos_token_id=1)
     assert load_generation_config(tmp_path) == GenerationConfig((3,), {"temperature": 0.6})
@@ -164,7 +162,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         ("\xff", "decode"),
     ],
 )
-def test_nonsense_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_errors_name_the_file_and_the_fault(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "generation_config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=message) as caught:
         load_generation_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Requests that do not arrive whole are answered 408 after a while, and hold up no other connection."""
+"""Requests that do not arrive whole are answered 408 after the timeout, and delay no other connection."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HALVES = [
 ]
 
 
-def test_half_a_request_is_answered_408(server: RunningServer) -> None:
+def test_incomplete_requests_are_answered_408(server: RunningServer) -> None:
     with ExitStack() as connections:
         began = time.monotonic()
         sent = []
@@ -105,7 +105,7 @@ def test_an_answer_may_take_longer_than_its_request(server: RunningServer) -> No
     body = b'{"prompt": [1], "max_tokens": 40}'
     whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with closing(connected(server)) as connection:
-        # The next request's first half, sent ahead, does not end the answer to this one.
+        # The first half of the next request, sent ahead, does not end this answer.
         connection.sendall(whole + HEAD)
         received = read_all(connection)
     assert received.startswith(b"HTTP/1.1 200 OK")

@@ -35,12 +35,12 @@ from support.tokenizers import of_bytes
 MOST_GAP_S = 0.2
 MOST_BYTES = 200 * 10**6
 ATTEMPTS = 5
-"""A machine may be busy for a moment; what a request does, it does each time."""
+"""A machine may be busy for a moment; what a request costs, it costs each time."""
 CONTEXT = 131_072
 """Of which a body may be 4 MiB."""
 LARGEST = 4 * MIB
 SIZES = [2**16, 2**19, LARGEST]
-"""The two smaller ones are not refused for how much they have in them, or only just."""
+"""The two smaller sizes are within the bounds on a body's parts, or just beyond."""
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 @pytest.fixture(scope="module")
 def stream(server: Command) -> Iterator[Watched]:
     with watched(server.port, server.process.pid) as stream:
-        # Whatever is done once only, is done.
+        # One-time work is done after this.
         stream.cost([post(TEXT, json.dumps({"prompt": "a b " * 50_000, "max_tokens": 1}).encode())])
         yield stream
 
 
 def bounded_cost(stream: Watched, request: list[bytes]) -> Cost:
-    """What a request costs, which must be within the bounds at one attempt at least."""
+    """Return what a request costs. At least one attempt must be within the bounds."""
     costs = []
     usual_s = 0.0
     for attempt in range(ATTEMPTS):
@@ -93,7 +93,7 @@ def test_no_body_holds_up_a_stream_or_fills_the_memory(stream: Watched, name: st
 
 
 @pytest.mark.parametrize("name", ["texts, the last a number", "lists of one id"])
-def test_what_is_larger_is_not_read(stream: Watched, name: str) -> None:
+def test_a_larger_body_is_not_read(stream: Watched, name: str) -> None:
     path, make = HOSTILE[name]
     cost = bounded_cost(stream, [post(path, make(31 * MIB))])
     assert cost.status == 413
@@ -129,7 +129,7 @@ VALID: dict[str, tuple[str, dict[str, Any], int]] = {
         CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": WORD}] * 1000}] * 10}, 0,
     ),
 }  # fmt: skip
-"""Each with how many prompt tokens it has, where that is known."""
+"""Each with its number of prompt tokens; 0: not known."""
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -188,5 +188,5 @@ def test_many_bodies_at_once_are_bounded_together(server: Command, stream: Watch
     assert refusals[503] >= num_clients - 32 * MIB // half
     full = next(answer for status, answer in answers if status == 503)
     assert json.loads(full)["error"]["code"] == "bodies_full"
-    # Nothing of them is left.
+    # Nothing of them is held any more.
     assert stream.cost([post(path, body)]).status == 400

@@ -29,7 +29,7 @@ def ask_as(server: RunningServer, host: str) -> int:
     "host",
     ["localhost", "localhost:8000", "LocalHost.", "a.localhost:1", "127.0.0.1", "127.0.0.1:80", "10.1.2.3", "[::1]:80"],
 )
-def test_loopback_names_and_addresses_are_let_through(quick: RunningServer, host: str) -> None:
+def test_loopback_names_and_addresses_are_accepted(quick: RunningServer, host: str) -> None:
     assert ask_as(quick, host) == 200
 
 
@@ -57,7 +57,7 @@ def test_other_names_are_refused_on_a_loopback_address(quick: RunningServer, hos
         (ServerOptions(allowed_hosts=("*",)), "evil.example", 200),
     ],
 )
-def test_hosts_that_are_told(options: ServerOptions, host: str, status: int) -> None:
+def test_allowed_hosts(options: ServerOptions, host: str, status: int) -> None:
     with running(simulated, options) as server:
         assert ask_as(server, host) == status
 
@@ -86,7 +86,7 @@ def test_a_preflight_is_answered_without_a_key(shared: RunningServer) -> None:
     assert all(name in allowed for name in ("authorization", "content-type", "x-request-id"))
 
 
-def test_errors_too_can_be_read_by_an_allowed_origin(shared: RunningServer) -> None:
+def test_an_allowed_origin_can_read_errors(shared: RunningServer) -> None:
     for headers, status in (({}, 401), ({"Authorization": "Bearer key"}, 200)):
         reply = shared.post({"prompt": [1], "max_tokens": 1}, headers={"Origin": ORIGIN, **headers})
         assert reply.status == status
@@ -94,7 +94,7 @@ def test_errors_too_can_be_read_by_an_allowed_origin(shared: RunningServer) -> N
         assert "x-request-id" in reply.headers["access-control-expose-headers"]
 
 
-def test_other_origins_are_told_nothing(shared: RunningServer, quick: RunningServer) -> None:
+def test_other_origins_are_refused(shared: RunningServer, quick: RunningServer) -> None:
     reply = shared.ask("OPTIONS", "/v1/completions", headers={"Origin": "https://evil.example", **PREFLIGHT})
     assert reply.status == 400
     assert "access-control-allow-origin" not in reply.headers
@@ -103,7 +103,7 @@ def test_other_origins_are_told_nothing(shared: RunningServer, quick: RunningSer
 
 
 @pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/path", "https://", "://x"])
-def test_an_origin_that_is_none_is_named(origin: str) -> None:
+def test_an_invalid_origin_is_named(origin: str) -> None:
     with pytest.raises(ConfigError, match="is no origin; give scheme, host and port"):
         ServerOptions(allowed_origins=(origin,))
 
@@ -127,12 +127,12 @@ def test_a_root_path_is_served_whether_the_proxy_strips_it_or_not() -> None:
             assert server.get(f"{prefix}/page/state").status == 200
             assert server.post({"prompt": [1], "max_tokens": 1}, f"{prefix}/v1/completions").status == 200
         assert server.get("/openapi.json").json["servers"] == [{"url": "/llm"}]
-        # Both are the same to /metrics.
+        # /metrics counts both as the same path.
         assert server.metric("http_requests_total", path="/v1/completions", status="200") == 2
 
 
 @pytest.mark.parametrize("path", ["llm", "/llm/", "/"])
-def test_a_root_path_that_is_none_is_named(path: str) -> None:
+def test_an_invalid_root_path_is_named(path: str) -> None:
     with pytest.raises(ConfigError, match="root_path must begin with / and not end with one"):
         ServerOptions(root_path=path)
 
@@ -182,9 +182,7 @@ def test_https_with_a_self_signed_certificate(certificate: Path, tmp_path: Path)
         ("cert.pem", "locked.pem", "are no certificate in PEM format with its unencrypted key"),
     ],
 )
-def test_a_certificate_that_cannot_be_used_is_named(
-    certificate: Path, cert: str, key: str | None, message: str
-) -> None:
+def test_an_unusable_certificate_is_named(certificate: Path, cert: str, key: str | None, message: str) -> None:
     from fastserve.server.serve import require_certificate
 
     options = ServerOptions(ssl_certfile=certificate / cert, ssl_keyfile=None if key is None else certificate / key)

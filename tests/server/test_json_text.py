@@ -1,4 +1,4 @@
-"""Large answers are written in pieces, and the same as in one."""
+"""Large answers are written in pieces, with the same text as in one call."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ VALUES = st.recursive(
 
 @share(0.5)
 @given(VALUES, st.integers(0, 5))
-def test_pieces_are_what_json_is(value: Any, levels: int) -> None:
+def test_pieces_are_the_text_of_json_dumps(value: Any, levels: int) -> None:
     assert json_in_pieces(value, levels) == json.dumps(value)
 
 
 @pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 2500])
-def test_long_lists_too(count: int) -> None:
+def test_long_lists_are_written_in_pieces(count: int) -> None:
     for value in (list(range(count)), [{"a": [i]} for i in range(count)], [None, *({} for _ in range(count))]):
         assert json_in_pieces({"a": value}) == json.dumps({"a": value})

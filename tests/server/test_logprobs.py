@@ -1,4 +1,4 @@
-"""Log probabilities over HTTP: those of transformers, in OpenAI's and vLLM's forms, whatever becomes of the caches."""
+"""Log probabilities over HTTP equal those of transformers, in OpenAI's and vLLM's forms, also after preemption."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_SPECIAL_TOKENS = {"logit_bias": {"0": -100, "1": -100, "2": -100}}
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose vocabulary is its tokenizer's, which is of bytes."""
+    """A Llama with the vocabulary of its byte-level tokenizer."""
     path: Path = tmp_path_factory.mktemp("scored")
     tokenizer = of_bytes()
     tokenizer.save_pretrained(path)
@@ -71,7 +71,7 @@ def chat(server: RunningServer, **body: Any) -> Any:
 def check_columns(
     model: PlainModel, columns: dict[str, list[Any]], tokens: list[int], first: int, num_top: int
 ) -> None:
-    """The `logprobs` of a completion are those of `tokens` from place `first` on."""
+    """Check that a completion's `logprobs` are those of `tokens` from position `first` on."""
     expected = model.logprobs(tokens)
     assert {len(column) for column in columns.values()} == {len(tokens) - first}
     for place, told, top in zip(
@@ -86,7 +86,7 @@ def check_columns(
         own_is_one = row[tokens[place]] >= row.topk(max(num_top, 1)).values[-1] if num_top else False
         assert len(top) == num_top + (not own_is_one)
         assert sorted(top.values(), reverse=True)[:num_top] == pytest.approx(likeliest, abs=TOLERANCE)
-        # As lm-eval tells whether a token was the likeliest.
+        # lm-eval decides in this way whether a token was the likeliest.
         if num_top:
             assert (told == max(top.values())) == (int(row.argmax()) == tokens[place])
 
@@ -104,7 +104,7 @@ def test_a_completion(roomy: RunningServer, model: PlainModel, tokenizer: Any) -
     assert ask(roomy, prompt=prompt)["choices"][0]["logprobs"] is None
 
 
-def test_a_token_stands_where_its_offset_says(roomy: RunningServer, tokenizer: Any) -> None:
+def test_offsets_are_positions_in_the_text(roomy: RunningServer, tokenizer: Any) -> None:
     letters = [token for token in range(3, len(tokenizer)) if tokenizer.decode([token]).isascii()]
     for echo in (False, True):
         (choice,) = ask(roomy, prompt="hello world", allowed_token_ids=letters, logprobs=0, echo=echo)["choices"]
@@ -114,7 +114,7 @@ def test_a_token_stands_where_its_offset_says(roomy: RunningServer, tokenizer: A
         assert "".join(told["tokens"]) == choice["text"]
 
 
-def test_an_echo_has_the_prompts_too(roomy: RunningServer, model: PlainModel, tokenizer: Any) -> None:
+def test_an_echo_has_the_prompts_log_probabilities(roomy: RunningServer, model: PlainModel, tokenizer: Any) -> None:
     prompt = tokenizer.encode(TEXT)
     plain = ask(roomy, prompt=TEXT)
     answer = ask(roomy, prompt=TEXT, echo=True, logprobs=2)
@@ -123,7 +123,7 @@ def test_an_echo_has_the_prompts_too(roomy: RunningServer, model: PlainModel, to
     assert choice["token_ids"] == prompt + plain["choices"][0]["token_ids"]
     check_columns(model, choice["logprobs"], choice["token_ids"], 0, 2)
     assert answer["usage"] == plain["usage"]
-    # As token ids its text is decoded.
+    # For token ids the echo is the decoded text.
     assert ask(roomy, prompt=prompt, echo=True)["choices"][0]["text"] == choice["text"]
 
 
@@ -138,7 +138,7 @@ def test_an_echo_of_the_prompt_alone(roomy: RunningServer, model: PlainModel, to
     assert (reply.status, reply.error["param"]) == (400, "max_tokens")
 
 
-def test_a_stream_has_the_same(roomy: RunningServer, tokenizer: Any) -> None:
+def test_a_stream_has_the_same_log_probabilities(roomy: RunningServer, tokenizer: Any) -> None:
     body = {"max_tokens": NEW, "temperature": 0, "ignore_eos": True, "prompt": TEXT, "echo": True, "logprobs": 3}
     whole = ask(roomy, **body)["choices"][0]
     streamed: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
@@ -222,7 +222,9 @@ def test_prompt_logprobs(roomy: RunningServer, model: PlainModel, tokenizer: Any
         ("vllm-chunked", {"chunk_tokens": CHUNK}),
     ],
 )
-def test_scores_where_cache_is_short(directory: Path, model: PlainModel, policy: str, options: dict[str, Any]) -> None:
+def test_log_probabilities_survive_preemption(
+    directory: Path, model: PlainModel, policy: str, options: dict[str, Any]
+) -> None:
     prompts = prompt_lists()
     with running(served(directory, policy, options, TINY_POOL)) as server:
         answer = ask(server, prompt=prompts, echo=True, logprobs=2, prompt_logprobs=1, max_tokens=24)
@@ -267,12 +269,14 @@ def test_a_long_prompt_is_scored_in_parts(
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs"),
     ],
 )
-def test_what_cannot_be_told(roomy: RunningServer, path: str, body: dict[str, Any], param: str) -> None:
+def test_invalid_requests_for_log_probabilities(
+    roomy: RunningServer, path: str, body: dict[str, Any], param: str
+) -> None:
     reply = roomy.post(body, path)
     assert (reply.status, reply.error["param"]) == (400, param)
 
 
-def test_an_answer_has_room_for_so_many(roomy: RunningServer) -> None:
+def test_the_log_probabilities_of_prompts_are_bounded(roomy: RunningServer) -> None:
     prompt = [5] * 200
     for asked in ({"prompt_logprobs": 20}, {"logprobs": 20, "echo": True}):
         reply = roomy.post({"prompt": [prompt] * 32, "max_tokens": 1, **asked})
@@ -280,7 +284,7 @@ def test_an_answer_has_room_for_so_many(roomy: RunningServer) -> None:
         assert "134400 log probabilities of prompt tokens in one answer; 131072 are the most" in reply.error["message"]
 
 
-def test_a_simulation_has_none() -> None:
+def test_a_simulation_refuses_log_probabilities() -> None:
     with running(simulated) as server:
         for body in ({"logprobs": 0}, {"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}):
             reply = server.post({"prompt": [1, 2]} | body)

@@ -90,11 +90,11 @@ def test_counters_are_the_sums_over_the_requests(policy: str) -> None:
     assert (found["preemptions_total", ""] > 0) == (policy != "orca")
 
 
-def test_gauges_are_how_the_engine_stands() -> None:
+def test_gauges_are_the_engines_state() -> None:
     build = partial(simulated, "fastserve", {"swap": "reactive"}, iteration_s=0.0005, num_blocks=12, max_batch_size=2)
     with running(build) as server, ThreadPoolExecutor() as clients:
         with server.held_when():
-            # Each fills the cache before it ends.
+            # Each request fills the cache before it ends.
             streams = [server.stream(prompt=[1] * length, max_tokens=185 - length) for length in (4, 20, 40, 80)]
             server.until_unfinished(4)
         queue = server.engine.scheduler.queue
@@ -112,8 +112,8 @@ def test_gauges_are_how_the_engine_stands() -> None:
         server.check_empty()
 
 
-def test_each_levels_queue_is_there_while_requests_wait() -> None:
-    # One runs, and the others stand where their prompts put them.
+def test_each_level_with_requests_has_a_queue_length() -> None:
+    # One request runs; the others are in the levels of their prompts.
     build = partial(simulated, "fastserve", {"quantum_base_s": 0.001}, iteration_s=0.0005, max_batch_size=1)
     with running(build) as server:
         with server.held_when():

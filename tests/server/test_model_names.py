@@ -1,4 +1,4 @@
-"""Several names of the served model: all are accepted, the first is said."""
+"""Several names of the served model: all are accepted, and answers say the first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def server() -> Iterator[RunningServer]:
         yield server
 
 
-def test_every_name_is_accepted_and_the_first_is_said(server: RunningServer) -> None:
+def test_every_name_is_accepted_and_answers_say_the_first(server: RunningServer) -> None:
     for name in ("first", "second", "org/third", None):
         answer = server.post({"prompt": [1], "max_tokens": 1, "model": name}).json
         assert answer["model"] == "first"

@@ -1,4 +1,4 @@
-"""The openai package, as it is, drives the server: what it sends is understood, and what comes back has its types."""
+"""The openai package works with the server unchanged: requests are understood, and answers have its types."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_chat(client: openai.OpenAI) -> None:
     assert completion.usage.completion_tokens == 5
 
 
-def test_the_newer_name_of_max_tokens_goes_first(client: openai.OpenAI) -> None:
+def test_the_newer_name_of_max_tokens_wins(client: openai.OpenAI) -> None:
     completion = client.chat.completions.create(model="quick", messages=[USER], max_completion_tokens=4, max_tokens=9)
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 4
@@ -105,7 +105,7 @@ def test_a_stream_of_a_chat(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 6
 
 
-def test_the_clients_own_way_to_gather_a_stream(client: openai.OpenAI) -> None:
+def test_the_clients_stream_helper(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="quick", messages=[USER], max_tokens=9, stop="w3") as stream:
         for _ in stream:
             pass
@@ -135,7 +135,7 @@ def test_many_streams_at_a_time(server: RunningServer) -> None:
         assert pieces == ["", *(f" w{i}" for i in range(3 + number % 20))]
 
 
-def test_each_refusal_is_the_clients_error_for_it(server: RunningServer, client: openai.OpenAI) -> None:
+def test_each_refusal_raises_the_clients_error_for_it(server: RunningServer, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match=r"suffix: .x. is not supported by this server") as bad:
         client.completions.create(model="quick", prompt=[1], suffix="x")
     assert (bad.value.param, bad.value.type) == ("suffix", "invalid_request_error")
@@ -152,7 +152,7 @@ def test_each_refusal_is_the_clients_error_for_it(server: RunningServer, client:
     assert stranger.value.code == "invalid_api_key"
 
 
-def test_a_client_that_finds_the_queue_full_comes_again() -> None:
+def test_the_client_tries_again_when_the_queue_is_full() -> None:
     with (
         running(partial(simulated, iteration_s=0.002), ServerOptions(max_requests=1)) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
@@ -162,7 +162,7 @@ def test_a_client_that_finds_the_queue_full_comes_again() -> None:
         with pytest.raises(openai.RateLimitError, match="the queue is full: 1 of 1 requests are unfinished") as full:
             client.completions.create(model="quick", prompt=[1], max_tokens=2)
         assert int(full.value.response.headers["retry-after"]) >= 1
-        # The next refusal makes room, for the client to find when it has waited as long as it was told.
+        # The next refusal makes room, which the client finds after Retry-After.
         refused = threading.Event()
         count = server.server.metrics.refused
 

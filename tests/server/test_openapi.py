@@ -1,4 +1,4 @@
-"""What the server says of itself in /openapi.json, held against it by generated requests: no status but those named."""
+"""Generated requests check /openapi.json: answers have no status and no form but the documented ones."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ EXAMPLES = {
     ("GET", "/version", VALID): 3,
     ("GET", "/metrics", VALID): 3,
 }
-"""How many requests of each kind. Without parameters none can be invalid."""
+"""How many requests of each kind. A request without parameters cannot be invalid."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    # With a context as short as this, whatever is generated ends soon.
+    # With such a short context every output ends soon.
     tokenizer = of_words()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}w1"  # For any role.
     build = partial(simulated, iteration_s=0.00001, max_model_len=48, tokenizer=tokenizer)
@@ -96,7 +96,7 @@ def test_every_answer_is_one_that_is_documented(
     )
     def check(case: Any) -> None:
         if mode is VALID and isinstance(case.body, dict):
-            # Of what is valid and refused there is enough elsewhere.
+            # Other tests cover valid requests that are refused.
             for name in SELDOM_SERVED:
                 case.body.pop(name, None)
         case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, checks=CHECKS)

@@ -1,4 +1,4 @@
-"""The live page in headless Chromium, fed by a server that says what a test wants it to say."""
+"""The live page in headless Chromium, with a server whose state the test sets."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def only_by_hash() -> str:
 
 
 def a_state(**changes: Any) -> State:
-    """What a server says that has just begun."""
+    """Return the state of a server that has just started."""
     totals = dict.fromkeys(
         ["requests", "finished", "aborted", "failed", "output_tokens", "iterations", "preemptions"], 0
     )
@@ -105,7 +105,7 @@ def ended(request_id: str, **changes: Any) -> State:
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves the page, and `next_state()` as its state, which is asked for once a poll."""
+    """Serves the page, and `next_state()` as its state, once a poll."""
 
     daemon_threads = True
 
@@ -114,7 +114,7 @@ class StandIn(ThreadingHTTPServer):
         self.next_state: Callable[[], State] = a_state
         self.key: str | None = None
         self.broken: HTTPStatus | None = None
-        """What it answers instead of a state."""
+        """Status of its answer instead of a state."""
         self.gone = False
         """Whether it closes connections without an answer."""
         self.polls = 0
@@ -125,7 +125,7 @@ class StandIn(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/"
 
     def say(self, **changes: Any) -> None:
-        """From now on the state is this one."""
+        """Set the state."""
         self.next_state = lambda: a_state(**changes)
 
 
@@ -169,7 +169,7 @@ def server() -> Iterator[StandIn]:
 
 @contextmanager
 def tab(browser: Browser, url: str) -> Iterator[Page]:
-    """A tab for the server at `url`, in which nothing may go wrong but polls, and which may ask nobody else."""
+    """A tab for the server at `url`. No error may occur but failed polls, and no other server is contacted."""
     wrong: list[str] = []
     asked: set[str] = set()
     with browser.new_context(viewport={"width": 1280, "height": 800}) as context:
@@ -177,7 +177,7 @@ def tab(browser: Browser, url: str) -> Iterator[Page]:
         page.set_default_timeout(1000 * LONG_S)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: asked.add(request.url))
-        # Chromium itself writes an error for a poll that fails, with the address as its place.
+        # Chromium writes an error for a failed poll, located at its address.
         page.on("console", lambda said: None if said.location["url"] == url + "page/state" else wrong.append(said.text))
         yield page
     assert wrong == []
@@ -187,7 +187,7 @@ def tab(browser: Browser, url: str) -> Iterator[Page]:
 @pytest.fixture
 def page(browser: Browser, server: StandIn) -> Iterator[Page]:
     with tab(browser, server.url) as page:
-        # What polls would be apart is not waited for.
+        # Shorten the time between polls.
         page.add_init_script(
             """const setLater = window.setTimeout;
             window.setTimeout = (action, ms) => setLater(action, ms === 330 ? 50 : ms);"""
@@ -213,7 +213,7 @@ def fits(page: Page) -> bool:
 
 
 def hide(page: Page, hidden: bool) -> None:
-    """Do to the page what a browser does when the tab goes to the back or comes to the front."""
+    """Hide or show the page as a browser does when the user switches tabs."""
     page.evaluate(
         """hidden => {
             Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
@@ -270,7 +270,7 @@ def test_the_state_is_shown(page: Page, server: StandIn) -> None:
     assert cells(page, '#recent [data-key="cmpl-c"]')[1:5] == ["aborted", "12", "64", "–"]
 
 
-def test_it_follows_the_server(page: Page, server: StandIn) -> None:
+def test_the_page_follows_the_server(page: Page, server: StandIn) -> None:
     open_page(page, server)
     expect(page.get_by_text("Nothing is running.")).to_be_visible()
     expect(page.get_by_text("No request has ended yet.")).to_be_visible()
@@ -296,7 +296,7 @@ def test_it_follows_the_server(page: Page, server: StandIn) -> None:
     expect(page.get_by_role("alert").get_by_text("rank 1 was lost")).to_be_visible()
 
 
-def test_a_policy_with_many_levels_takes_no_more_room(page: Page, server: StandIn) -> None:
+def test_many_levels_share_a_row(page: Page, server: StandIn) -> None:
     server.say(queues=[{"level": 7 * number, "fresh": 1, "resident": 2, "away": 0} for number in range(40)])
     open_page(page, server)
     rows = page.locator("#queues tbody tr")
@@ -307,7 +307,7 @@ def test_a_policy_with_many_levels_takes_no_more_room(page: Page, server: StandI
 
 
 class Steady:
-    """A server whose totals grow by the same with every second of a clock that the test moves."""
+    """A server whose totals grow at a constant rate, by a clock that the test sets."""
 
     def __init__(self, second: int, tokens_per_second: int) -> None:
         self.second = second
@@ -333,14 +333,16 @@ def test_rates_are_differences_of_totals(page: Page, server: StandIn) -> None:
     expect(rate(page, "swap")).to_have_text("4.00")
     expect(page.locator('[data-rate="swap"] .detail')).to_have_text("303.0 MB out, 101.0 MB in")
     steady.second = 104
-    expect(rate(page, "preemptions")).to_have_text("0.67")  # 2 in 3 seconds, since two seconds ago nobody looked
+    expect(rate(page, "preemptions")).to_have_text(
+        "0.67"
+    )  # 2 in 3 seconds, since there is no sample of two seconds ago
     expect(page.get_by_role("img", name="Output tokens/s in the last minute: now 50.0, at most 50.0")).to_be_visible()
     line = page.locator('[data-rate="output_tokens"] polyline')
     expect(line).to_have_attribute("points", "57.00,0.00 60.00,0.00")
     steady.second = 162
     expect(line).to_have_attribute("points", "2.00,0.00 60.00,0.00")  # of the last minute
 
-    # Another server answers at the same address: its totals are not held against those of the one before.
+    # A new server at the same address: its totals are not compared with those of the old one.
     server.next_state = steady = Steady(3, tokens_per_second=10)
     expect(rate(page, "output_tokens")).to_have_text("–")
     steady.second = 5
@@ -411,7 +413,7 @@ def test_unfinished_requests_are_drawn_by_where_their_caches_are(page: Page, ser
         ([(0, 0, 0, 12), (2, 0, 4, 0)], [], "level 0 is served first"),
     ],
 )
-def test_it_is_said_why_a_later_level_runs(
+def test_the_page_says_why_a_later_level_runs(
     page: Page, server: StandIn, queues: list[tuple[int, int, int, int]], levels: list[int], says: str
 ) -> None:
     keys = ("level", "fresh", "resident", "away")
@@ -424,7 +426,7 @@ def test_it_is_said_why_a_later_level_runs(
 
 
 @pytest.mark.parametrize("width", [1400, 1280, 800])
-def test_the_columns_are_as_long_as_each_other(page: Page, server: StandIn, width: int) -> None:
+def test_the_columns_have_about_the_same_height(page: Page, server: StandIn, width: int) -> None:
     server.say(
         queues=[{"level": level, "fresh": 1, "resident": 1, "away": 1} for level in range(10)],
         running=[running(f"r{number}") for number in range(16)],
@@ -438,7 +440,7 @@ def test_the_columns_are_as_long_as_each_other(page: Page, server: StandIn, widt
     assert fits(page)
 
 
-def test_what_the_server_says_is_text(page: Page, server: StandIn) -> None:
+def test_text_of_the_server_is_never_markup(page: Page, server: StandIn) -> None:
     server.say(
         model=HOSTILE,
         policy=HOSTILE,
@@ -456,10 +458,10 @@ def test_what_the_server_says_is_text(page: Page, server: StandIn) -> None:
     assert page.evaluate("window.hacked") is None
 
 
-def test_a_server_that_goes_and_comes_back(page: Page, server: StandIn) -> None:
+def test_the_page_reconnects(page: Page, server: StandIn) -> None:
     open_page(page, server)
     page.evaluate("window.loadedOnce = true")
-    # It does not try by itself, before the button is found.
+    # It does not try again by itself before the button is clicked.
     page.evaluate("const soon = setTimeout; window.setTimeout = (action, ms) => ms < 500 ? soon(action, ms) : 0")
     server.gone = True
     page.wait_for_selector(LOST)
@@ -478,7 +480,7 @@ def test_a_server_that_goes_and_comes_back(page: Page, server: StandIn) -> None:
     assert page.evaluate("window.loadedOnce")
 
 
-def test_what_is_no_state_is_said(page: Page, server: StandIn) -> None:
+def test_an_invalid_state_is_reported(page: Page, server: StandIn) -> None:
     server.broken = HTTPStatus.SERVICE_UNAVAILABLE
     page.goto(server.url)
     expect(page.locator("#connection")).to_contain_text("the server answers 503")
@@ -488,10 +490,10 @@ def test_what_is_no_state_is_said(page: Page, server: StandIn) -> None:
     expect(page.locator("#connection")).to_contain_text("the server's answer is not a state")
 
 
-def test_tries_come_further_and_further_apart(page: Page, server: StandIn) -> None:
+def test_retries_slow_down(page: Page, server: StandIn) -> None:
     waits: list[float] = []
     page.expose_function("told", lambda ms: waits.append(ms))
-    # Timers are what the page waits by: each is told and then fires at once.
+    # Each timer is recorded and fires at once.
     page.add_init_script(
         """const setAtOnce = window.setTimeout;
         window.setTimeout = (action, ms) => { window.told(ms); return setAtOnce(action, 0); };"""
@@ -523,7 +525,7 @@ def test_a_hidden_tab_does_not_poll(page: Page, server: StandIn) -> None:
     expect(page.locator("#model")).to_have_text("opt-tiny")
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page, server: StandIn) -> None:
+def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(page: Page, server: StandIn) -> None:
     server.key = "secret-1"
     page.goto(server.url)
     page.wait_for_selector(LOCKED)
@@ -554,7 +556,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page, server: StandIn) -> 
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_what_a_screen_reader_is_told(page: Page, server: StandIn) -> None:
+def test_names_and_roles_for_screen_readers(page: Page, server: StandIn) -> None:
     server.say(gpu={"blocks": 64, "free": 10}, running=[running("a")], recent=[ended("b")])
     open_page(page, server)
     expect(page.locator("html")).to_have_attribute("lang", "en")
@@ -569,7 +571,7 @@ def test_what_a_screen_reader_is_told(page: Page, server: StandIn) -> None:
     meter = page.get_by_role("meter", name="GPU blocks in use")
     for name, value in {"valuemin": "0", "valuemax": "64", "valuenow": "54", "valuetext": "54 of 64 blocks"}.items():
         expect(meter).to_have_attribute(f"aria-{name}", value)
-    # What scrolls can be reached with the keyboard.
+    # A region that scrolls can be focused with the keyboard.
     page.locator("#running-box").focus()
     expect(page.get_by_role("region", name="Running requests")).to_be_focused()
 
@@ -640,7 +642,7 @@ ALL_IN_QUEUES = """expected => {
 
 
 def begin_stream(server: RunningServer, max_tokens: int) -> HTTPConnection:
-    """Ask for a completion as a stream."""
+    """Start a streamed completion."""
     body = {"prompt": [1, 2, 3], "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     connection = HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)
@@ -650,7 +652,7 @@ def begin_stream(server: RunningServer, max_tokens: int) -> HTTPConnection:
 
 @pytest.fixture
 def real_server() -> Iterator[RunningServer]:
-    """With a simulated model that computes fifty tokens a second for each request; it asks for KEY."""
+    """A server with a simulated model that generates fifty tokens a second for each request; it requires KEY."""
     with running_server(lambda: simulated(iteration_s=0.02), ServerOptions(api_key=KEY)) as server:
         yield server
 
@@ -664,7 +666,7 @@ def test_requests_of_a_real_server_appear(browser: Browser, real_server: Running
         expect(page.locator("#model")).to_have_text("quick")
         expect(page.locator("#status")).to_have_text("ready")
 
-        # More than a batch, that last until they are closed.
+        # More requests than a batch holds; they run until they are closed.
         longest = [streams.enter_context(closing(begin_stream(real_server, 3000))) for _ in range(20)]
         expect(page.locator("#running-count")).to_have_text("16 of 16 places")
         expect(page.locator("#running tbody tr")).to_have_count(16)

@@ -1,4 +1,4 @@
-"""Small real models behind HTTP: the tokens are those of an undisturbed run, and their text is theirs."""
+"""Small real models behind HTTP: tokens equal those of an undisturbed run, and texts are those of the tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def roomy(reference: Reference) -> Iterator[RunningServer]:
-    """The model with room for everyone."""
+    """The model, with a cache for all requests."""
     with running(served(reference[0], "fastserve", {}, 100)) as server:
         yield server
 
@@ -96,7 +96,7 @@ def test_greedy_tokens_over_http_are_those_of_an_undisturbed_run(
 
 
 def test_the_text_is_that_of_the_tokens(reference: Reference, roomy: RunningServer, tokenizer: Any) -> None:
-    # A prompt that ends within a character would have the first token complete it.
+    # The first token would complete a character at the prompt's end.
     ended = [prompt + tokenizer.encode("w1") for prompt in prompts()]
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(reference[0], policy="fastserve-fcfs", num_gpu_blocks=100, num_host_blocks=0) as llm:
@@ -109,7 +109,7 @@ def test_the_text_is_that_of_the_tokens(reference: Reference, roomy: RunningServ
             (choice,) = event["choices"]
             streamed[choice["index"]] += choice["text"]
     assert streamed == whole
-    # Words have a space before them where they go on after others.
+    # Words after other words begin with a space.
     assert [text.removeprefix(" ") for text in whole] == [(output.text or "").removeprefix(" ") for output in outputs]
     assert any(whole)
 
@@ -149,7 +149,7 @@ def test_the_same_seed_draws_the_same_tokens(roomy: RunningServer) -> None:
     assert draw(seed=SEED, temperature=0) == draw(seed=SEED, top_k=1) == draw(seed=SEED, top_p=1e-9) == greedy
     # Without a seed, another one each time.
     assert draw() != draw()
-    # Of any size that an integer of 64 bits has.
+    # Any 64-bit integer is a seed.
     for seed in (-1, -(2**63), 2**63 - 1):
         assert draw(seed=seed) == draw(seed=seed)
 
@@ -170,7 +170,7 @@ def test_the_end_of_sequence_ends_an_answer(roomy: RunningServer, reference: Ref
     try:
         tokens, reason, text = ask()
         assert (tokens, reason) == (expected[:count], "stop")
-        # It is a token of the output, and no text of it.
+        # It is a token of the output, without text.
         *before, last = [event for event in roomy.stream(**body) if event != DONE]
         assert "".join(event["choices"][0]["text"] for event in before) == text
         assert last["choices"][0]["token_ids"] == [end]
@@ -178,7 +178,7 @@ def test_the_end_of_sequence_ends_an_answer(roomy: RunningServer, reference: Ref
         assert last["choices"][0]["finish_reason"] == "stop"
         assert last["choices"][0]["stop_reason"] is None  # The model's own end.
         assert ask(ignore_eos=True)[:2] == (expected, "length")
-        # Where it is also the last that was asked for, it is the reason.
+        # If it is also the last token of max_tokens, it is still the reason.
         assert ask(max_tokens=count)[:2] == (expected[:count], "stop")
     finally:
         roomy.call(lambda: setattr(engine, "eos_token_ids", eos))
@@ -228,7 +228,7 @@ def test_a_prompt_that_the_model_cannot_take(
 
 
 @pytest.mark.parametrize(("content", "place"), [("\ud800", ""), ([{"type": "text", "text": "\ud800"}], ".0.text")])
-def test_a_chat_that_is_no_text(roomy: RunningServer, content: Any, place: str) -> None:
+def test_a_chat_with_a_lone_surrogate(roomy: RunningServer, content: Any, place: str) -> None:
     reply = roomy.post({"messages": [{"role": "user", "content": content}]}, "/v1/chat/completions")
     assert reply.status == 400
     assert "a lone surrogate at character 0" in reply.error["message"]

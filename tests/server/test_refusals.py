@@ -1,4 +1,4 @@
-"""What is refused is refused clearly: a status, and OpenAI's error that names what is wrong."""
+"""Refusals are clear: a status, and OpenAI's error that names the fault."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "a"}]
 
 @pytest.fixture(autouse=True)
 def _goes_on(quick: RunningServer) -> Iterator[None]:
-    """Whatever was refused, the server serves, and nothing of it is left."""
+    """After each refusal the server still serves, and nothing is left of the request."""
     yield
     assert quick.post({"prompt": [1], "max_tokens": 1}).status == 200
     quick.check_empty()
@@ -58,7 +58,7 @@ OF_ANY: dict[str, list[Any]] = {
     "kv_transfer_params": [{}],
     "typical_p": [0.9, float("nan")],
 }
-"""Fields that this server does not support, with values that ask for something."""
+"""Unsupported fields with values that are not neutral."""
 OF_TEXT: dict[str, list[Any]] = OF_ANY | {"best_of": [2, 0], "suffix": ["x"], "prompt_embeds": ["AAAA"]}
 OF_CHAT: dict[str, list[Any]] = OF_ANY | {
     "tools": [[{"type": "function", "function": {"name": "f"}}]],
@@ -89,7 +89,7 @@ def least(path: str) -> dict[str, Any]:
         for value in values
     ],
 )
-def test_what_is_asked_for_and_not_there(quick: RunningServer, path: str, name: str, value: Any) -> None:
+def test_unsupported_fields_are_refused(quick: RunningServer, path: str, name: str, value: Any) -> None:
     for stream in (False, True):
         reply = quick.post({**least(path), name: value, "stream": stream}, path)
         refused(reply, 400, name, f"{name}: ", " is not supported by this server; leave it out")
@@ -107,7 +107,7 @@ def test_every_field_of_the_table_is_refused_unless_neutral(quick: RunningServer
 
 
 @pytest.mark.parametrize("name", ChatMessage.NEUTRAL)
-def test_what_a_message_has_beside_its_text_is_refused_unless_neutral(quick: RunningServer, name: str) -> None:
+def test_unsupported_fields_of_a_message_are_refused_unless_neutral(quick: RunningServer, name: str) -> None:
     def messages(value: Any) -> list[dict[str, Any]]:
         return [*MESSAGES, {"role": "assistant", "content": "a", name: value}]
 
@@ -139,7 +139,7 @@ def test_the_docs_name_every_field() -> None:
     assert {name for part in parts for name in part.NEUTRAL} == refused_ones
 
 
-def test_what_no_server_knows_is_ignored(quick: RunningServer) -> None:
+def test_unknown_fields_are_ignored(quick: RunningServer) -> None:
     more = {"user": "someone", "unknown": [1], "metadata": {"a": "b"}, "store": False, "cache_salt": "x"}
     assert quick.post({**least(TEXT), **more}).status == 200
 
@@ -182,7 +182,7 @@ def test_what_no_server_knows_is_ignored(quick: RunningServer) -> None:
         ({"model": 5}, "model", "valid string"),
     ],
 )
-def test_what_is_not_valid(quick: RunningServer, changes: dict[str, Any], param: str | None, says: str) -> None:
+def test_invalid_values(quick: RunningServer, changes: dict[str, Any], param: str | None, says: str) -> None:
     refused(quick.post({"prompt": [1]} | changes), 400, param, says)
 
 
@@ -199,11 +199,11 @@ def test_what_is_not_valid(quick: RunningServer, changes: dict[str, Any], param:
         ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], "messages.0.content.1"),
     ],
 )
-def test_messages_that_are_not_valid(quick: RunningServer, messages: Any, param: str) -> None:
+def test_invalid_messages(quick: RunningServer, messages: Any, param: str) -> None:
     refused(quick.post({"messages": messages}, CHAT), 400, param)
 
 
-def test_a_request_that_can_never_be_served_is_told_its_numbers(quick: RunningServer) -> None:
+def test_a_request_that_never_fits_is_refused_with_the_numbers(quick: RunningServer) -> None:
     most = quick.get("/v1/models").json["data"][0]["max_model_len"]
     assert most == 65_537
     error = refused(quick.post({"prompt": [1] * 9, "max_tokens": most - 8}), 400, "max_tokens")
@@ -247,14 +247,14 @@ def test_a_model_that_is_not_served(quick: RunningServer, path: str) -> None:
         (b'{"prompt": [1], "max_tokens": 1e999}', "finite"),
     ],
 )
-def test_a_body_that_is_none(quick: RunningServer, content: bytes, says: str) -> None:
+def test_invalid_bodies(quick: RunningServer, content: bytes, says: str) -> None:
     reply = quick.post(content)
     assert reply.status == 400
     assert says in reply.error["message"]
 
 
 @pytest.mark.parametrize("depth", range(50, 1000, 50))
-def test_a_body_that_is_deep(quick: RunningServer, depth: int) -> None:
+def test_deeply_nested_bodies(quick: RunningServer, depth: int) -> None:
     deep = '{"a":' * depth + "1" + "}" * depth
     reply = quick.post(f'{{"messages": {json.dumps(MESSAGES)}, "response_format": {deep}}}'.encode(), CHAT)
     assert reply.status == 400
@@ -263,18 +263,18 @@ def test_a_body_that_is_deep(quick: RunningServer, depth: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
-def test_a_body_of_another_kind(quick: RunningServer, kind: str) -> None:
+def test_a_body_of_another_content_type(quick: RunningServer, kind: str) -> None:
     reply = quick.post({"prompt": [1]}, headers={"Content-Type": kind})
     refused(reply, 400, None, "the body must be a JSON object, sent with 'Content-Type: application/json'")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br"])
-def test_a_body_that_is_compressed(quick: RunningServer, encoding: str) -> None:
+def test_a_compressed_body(quick: RunningServer, encoding: str) -> None:
     reply = quick.post(b"\x1f\x8b", headers={"Content-Encoding": encoding})
     refused(reply, 400, None, f"Content-Encoding '{encoding}' is not supported; send the body as it is")
 
 
-def test_a_body_with_a_byte_order_mark_is_the_body(quick: RunningServer) -> None:
+def test_a_byte_order_mark_is_ignored(quick: RunningServer) -> None:
     assert quick.post(b"\xef\xbb\xbf" + b'{"prompt": [1], "max_tokens": 1}').status == 200
 
 
@@ -312,7 +312,7 @@ def test_as_many_prompts_as_the_server_holds_and_no_more() -> None:
         ("GET", "/v1/completions/x", 404),
     ],
 )
-def test_what_there_is_no_such_thing_as(quick: RunningServer, method: str, path: str, status: int) -> None:
+def test_unknown_paths_and_methods(quick: RunningServer, method: str, path: str, status: int) -> None:
     reply = quick.ask(method, path)
     refused(reply, status, None)
     assert (status == 405) == ("allow" in reply.headers)
@@ -321,7 +321,7 @@ def test_what_there_is_no_such_thing_as(quick: RunningServer, method: str, path:
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 KEY = "ключ 1"
-"""Not one that the openai package would send, but one that a command line may have."""
+"""The openai package would not send such a key, but a command line may have one."""
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ PROTECTED = [
     "given",
     ["", f"Bearer {KEY}x", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer{KEY}", "Bearer \xff\xfe"],
 )
-def test_without_the_key_nothing_is_told(
+def test_requests_without_the_key_are_refused(
     locked: RunningServer, method: str, path: str, content: bytes, given: str
 ) -> None:
     encoded = given.encode("latin-1") if "\xff" in given else given.encode()
@@ -357,7 +357,7 @@ def test_without_the_key_nothing_is_told(
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b'{"prompt": "text", "model": "gpt"}', b" " * (33 * 2**20)])
 def test_the_key_comes_before_the_body(locked: RunningServer, content: bytes) -> None:
-    # Of a body that is too large it reads no more than it must.
+    # The server need not read all of a large body.
     if len(content) < 1000:
         refused(locked.post(content), 401, None)
     else:
@@ -375,5 +375,5 @@ def test_with_the_key(locked: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/metrics", "/version", "/", "/openapi.json"])
-def test_whoever_watches_needs_no_key(locked: RunningServer, path: str) -> None:
+def test_monitoring_needs_no_key(locked: RunningServer, path: str) -> None:
     assert locked.get(path).status == 200

@@ -1,4 +1,4 @@
-"""Parameters beyond temperature over HTTP: choices, what is drawn, where output ends, how much of a prompt is read."""
+"""Parameters beyond temperature over HTTP: choices, sampling, ends of outputs, truncated prompts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_changes_the_logits(server: RunningServer, model: PlainModel, asked
     assert tokens(server, prompt=prompt, **asked) == model.generate(prompt, params, ())
 
 
-def test_the_likeliest_alone_is_greedy(server: RunningServer) -> None:
+def test_drawing_from_the_likeliest_token_is_greedy(server: RunningServer) -> None:
     prompt = prompts()[1]
     assert tokens(server, prompt=prompt, temperature=1.5, min_p=1.0, seed=3) == tokens(server, prompt=prompt)
 
@@ -94,11 +94,11 @@ def test_choices_draw_with_one_seed_after_the_other(server: RunningServer) -> No
     # A prompt counts once.
     assert answer["usage"]["prompt_tokens"] == sum(map(len, some))
     assert answer["usage"]["completion_tokens"] == 6 * NEW
-    # Without a seed each differs too; the largest seed has one after it.
+    # Without a seed choices differ, too; the largest seed has a successor.
     for asked in ({}, {"seed": 2**63 - 1}):
         choices = ask(server, prompt=some[0], n=2, temperature=1, **asked)["choices"]
         assert choices[0]["token_ids"] != choices[1]["token_ids"]
-    # Each is a request of the engine.
+    # The engine takes each choice as one request.
     before = server.server.metrics.totals["requests"]
     chat = ask(server, "/v1/chat/completions", messages=[{"role": "user", "content": "w1"}], n=4, temperature=1)
     assert len({choice["message"]["content"] for choice in chat["choices"]}) == 4
@@ -146,7 +146,7 @@ def test_usage_in_every_event_of_a_chat(server: RunningServer) -> None:
             stream_options={"continuous_usage_stats": True},
         )
     )
-    # The one that says the role comes before the first token.
+    # The event with the role precedes the first token.
     assert [event["usage"]["completion_tokens"] for event in events[:-1]] == [0, 1, 2, 3, 4]
     assert events[-1] == DONE
 
@@ -163,7 +163,7 @@ def test_no_end_before_min_tokens(server: RunningServer, model: PlainModel) -> N
         assert found == model.generate(prompt, params, ())
         assert len(found) >= least
         assert end not in found[:least]
-    # Nor is a text looked for that would stop it.
+    # No stop text is looked for, either.
     text = f"w{plain[2] - 3}"
     (choice,) = ask(server, prompt=prompt, stop=text)["choices"]
     assert len(choice["token_ids"]) == first
@@ -226,26 +226,26 @@ def test_the_end_of_a_prompt_is_used(server: RunningServer) -> None:
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
     ],
 )
-def test_what_cannot_be_served(server: RunningServer, body: dict[str, Any], param: str, says: str) -> None:
+def test_invalid_sampling_parameters(server: RunningServer, body: dict[str, Any], param: str, says: str) -> None:
     reply = server.post({"prompt": [5], "max_tokens": NEW} | body)
     assert reply.status == 400
     assert reply.error["param"] == param
     assert says in reply.error["message"]
 
 
-def test_a_simulation_takes_what_only_changes_the_draw() -> None:
+def test_a_simulation_accepts_fields_that_only_change_the_draw() -> None:
     asked = {
         "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 2, "logit_bias": {"7": 1},
         "allowed_token_ids": [3], "min_tokens": 4, "stop_token_ids": [2], "truncate_prompt_tokens": 2, "n": 2,
     }  # fmt: skip
     with running(simulated) as server:
         answer = server.post({"prompt": [1, 2, 3], "max_tokens": 6, "return_token_ids": True} | asked).json
-        # A stop token is generated in its turn, and ends nothing before there are min_tokens.
+        # Before min_tokens a stop token ends nothing.
         assert [choice["token_ids"] for choice in answer["choices"]] == [[0, 1, 2, 3, 4, 5]] * 2
         assert answer["usage"]["prompt_tokens"] == 2
         body = {"prompt": [1], "max_tokens": 6, "return_token_ids": True, "stop_token_ids": [4], "min_tokens": 4}
         assert server.post(body).json["choices"][0]["token_ids"] == [0, 1, 2, 3, 4]
-        # Each output needs the prompt for itself.
+        # Each output computes the prompt for itself.
         reply = server.post({"prompt": [1] * 60_000, "max_tokens": 1, "n": 5})
         assert (reply.status, reply.error["param"]) == (400, "n")
         assert "300000 prompt tokens, counted for each of the n outputs, are more than 262144" in reply.error["message"]

@@ -21,7 +21,7 @@ from support.servers import LONG_S, RunningServer, command, profile, running, si
 
 
 class HangingPolicy:
-    """Makes a policy's `schedule` wait, once it is told to hang, until it is told to go on."""
+    """Makes a policy's `schedule` wait from `hangs` until `go_on`."""
 
     def __init__(self) -> None:
         self.hangs = threading.Event()

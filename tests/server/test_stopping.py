@@ -1,4 +1,4 @@
-"""How the command ends: drained, cut off, or not begun at all, with what it says and its exit status."""
+"""How the command ends: drained, cut off, or not started; with its messages and its exit status."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def health(server: Command) -> int:
 
 
 def until_arrived(server: Command, count: int) -> None:
-    """Wait until so many requests have."""
+    """Wait until `count` requests have arrived."""
     arrived = 0.0
     while arrived < count:
         with closing(HTTPConnection("127.0.0.1", server.port, timeout=LONG_S)) as connection:
@@ -62,9 +62,7 @@ def ask(server: Command, body: bytes) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_it_finishes_what_it_has_begun_says_so_and_takes_nothing_new(
-    simulation: list[str], number: signal.Signals
-) -> None:
+def test_requests_in_progress_finish_and_new_ones_are_refused(simulation: list[str], number: signal.Signals) -> None:
     with command(*simulation) as server, ThreadPoolExecutor() as clients:
         assert server.said == [f"serving slow by fastserve at http://127.0.0.1:{server.port}"]
         longest = server.stream(prompt=[1], max_tokens=ENDLESS)
@@ -99,7 +97,7 @@ def test_it_finishes_what_it_has_begun_says_so_and_takes_nothing_new(
         assert server.end() == (0, [])
 
 
-def test_who_takes_too_long_is_told_and_cut_off(simulation: list[str]) -> None:
+def test_a_request_that_takes_too_long_is_cut_off(simulation: list[str]) -> None:
     with command(*simulation, "--drain-timeout", "0.1") as server:
         stream = server.stream(prompt=[1], max_tokens=ENDLESS)
         assert stream.tokens(2) == [0, 1]
@@ -126,7 +124,7 @@ def test_a_second_signal_cuts_off_at_once(simulation: list[str]) -> None:
         assert server.end() == (2, [CUT_OFF.replace("1", "2")])
 
 
-def test_who_neither_asks_nor_leaves_does_not_keep_it(simulation: list[str]) -> None:
+def test_idle_and_incomplete_connections_do_not_delay_the_end(simulation: list[str]) -> None:
     with command(*simulation, "--drain-timeout", "1000") as server, socket.socket() as idle, socket.socket() as half:
         for connection in (idle, half):
             connection.connect(("127.0.0.1", server.port))
@@ -142,7 +140,7 @@ def test_who_neither_asks_nor_leaves_does_not_keep_it(simulation: list[str]) -> 
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command says on its one line before it exits with status 2."""
+    """Return the error, one line, with which the command exits with status 2."""
     monkeypatch.setattr(sys, "argv", ["fastserve", "serve", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -194,13 +192,13 @@ SIM = ["--backend", "sim", "--port", "0"]
         (["--model", "opt-tiny", "--port", "0"], "preset 'opt-tiny' has no weights"),
     ],
 )
-def test_what_is_wrong_is_said_on_one_line(
+def test_an_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in run(monkeypatch, capfd, *arguments)
 
 
-def test_a_port_in_use_is_said_before_the_model_is_loaded(
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -209,7 +207,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(
     assert said == f"port {port} of 127.0.0.1 is in use; choose another --port, 0 for any free one"
 
 
-def test_a_port_that_somebody_takes_while_the_model_is_loaded() -> None:
+def test_a_port_is_taken_while_the_model_is_loaded() -> None:
     metrics = ServerMetrics()
     engine = EngineThread(simulated, metrics)
     with bound_socket("127.0.0.1", 0) as ours:

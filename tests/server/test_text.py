@@ -1,4 +1,4 @@
-"""Tokens to text, one by one: nothing lost, nothing twice, no half characters, and nothing after a text to stop at."""
+"""Tokens to text, one by one: nothing lost or repeated, no half characters, and nothing after a stop text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ tokenizer_of = cache(lambda kind: KINDS[kind]())
 
 
 def pieces(decoder: Detokenizer, tokens: Sequence[int]) -> list[str]:
-    """What each token shows, and the rest."""
+    """Return what each token shows, and the rest at the end."""
     return [*map(decoder.add, tokens), decoder.end()]
 
 
@@ -41,7 +41,7 @@ def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
 @share(0.2)
 @given(st.text())
 @example(HARD)
-def test_a_text_comes_back_whole(text: str) -> None:
+def test_a_text_is_decoded_whole(text: str) -> None:
     tokenizer = tokenizer_of("bytes")
     tokens = tokenizer.encode(text)
     shown = pieces(TextCodec(tokenizer).decoder([5], ()), tokens)
@@ -50,7 +50,7 @@ def test_a_text_comes_back_whole(text: str) -> None:
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown), "half a character was shown"
 
 
-def test_a_character_is_shown_when_it_is_whole() -> None:
+def test_a_character_is_shown_when_it_is_complete() -> None:
     tokenizer = tokenizer_of("pieces")
     tokens = [3 + byte for byte in "é👍b".encode()]
     assert pieces(TextCodec(tokenizer).decoder([5], ()), tokens) == ["", "é", "", "", "", "👍", "b", ""]
@@ -58,14 +58,14 @@ def test_a_character_is_shown_when_it_is_whole() -> None:
 
 @share(0.5)
 @given(st.data())
-def test_whatever_tokens_come_the_pieces_are_their_text(data: st.DataObject) -> None:
+def test_the_pieces_of_any_tokens_are_their_text(data: st.DataObject) -> None:
     tokenizer = tokenizer_of("bytes")
     prompt = data.draw(TOKENS | BYTES)
     tokens = data.draw(TOKENS | BYTES)
     shown = "".join(pieces(TextCodec(tokenizer).decoder(prompt, ()), tokens))
     alone = decoded(tokenizer, tokens)
     if decoded(tokenizer, prompt).endswith("\N{REPLACEMENT CHARACTER}"):
-        # The first bytes may belong to a character that the prompt has begun.
+        # The first bytes may complete a character of the prompt.
         shown, alone = shown.lstrip("\N{REPLACEMENT CHARACTER}"), alone.lstrip("\N{REPLACEMENT CHARACTER}")
         assert alone.endswith(shown) or shown.endswith(alone)
     else:
@@ -94,7 +94,7 @@ def test_special_tokens_have_no_text() -> None:
 
 
 @pytest.mark.parametrize("token", [3 + 0x80, 3 + 0xE6, 2])
-def test_what_is_never_text_does_not_pile_up(token: int) -> None:
+def test_bytes_that_are_never_text_do_not_accumulate(token: int) -> None:
     decoder = TextCodec(of_pieces()).decoder([5], ())
     lengths = []
     decode = decoder._tokens._decode  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ class Given(Detokenizer):
 
 
 def expected(texts: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]:
-    """What is shown in all, by one who keeps everything until the end, and whether a stop was there."""
+    """Return the text up to the first stop text, found in the whole text, and whether there is one."""
     for count in range(len(texts) + 1):
         text = "".join(texts[:count])
         if beginnings := [text.find(stop) for stop in stops if stop in text]:
@@ -142,14 +142,14 @@ def expected(texts: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]:
 @example(texts=["aab"], stops=["ab", "aab"])
 @example(texts=["", "ab"], stops=["ab"])
 @example(texts=["ab", "aba", "c"], stops=["abac"])
-def test_stops_cut_where_one_who_reads_it_all_would(texts: list[str], stops: list[str]) -> None:
+def test_stop_texts_cut_as_in_the_whole_text(texts: list[str], stops: list[str]) -> None:
     decoder = StoppingDetokenizer(Given(texts), stops)  # type: ignore[arg-type]
     shown = ""
     for number in range(len(texts)):
         shown += decoder.add(number)
         if decoder.stopped:
             break
-        # What is kept back may be the beginning of a stop, and nothing else is.
+        # Exactly the possible beginning of a stop text is held back.
         so_far = "".join(texts[: number + 1])
         assert so_far.startswith(shown)
         kept = so_far[len(shown) :]

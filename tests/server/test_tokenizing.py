@@ -36,7 +36,7 @@ def tokenize(server: RunningServer, **body: Any) -> Any:
     return reply.json
 
 
-def test_a_text_there_and_back(server: RunningServer, tokenizer: Any) -> None:
+def test_tokenize_and_detokenize_a_text(server: RunningServer, tokenizer: Any) -> None:
     answer = tokenize(server, model="quick", prompt=TEXT)
     assert answer == {
         "count": len(answer["tokens"]),
@@ -50,7 +50,7 @@ def test_a_text_there_and_back(server: RunningServer, tokenizer: Any) -> None:
     assert usage["prompt_tokens"] == answer["count"]
 
 
-def test_special_tokens_are_added_unless_told_otherwise_and_told_back(server: RunningServer, tokenizer: Any) -> None:
+def test_special_tokens_are_added_by_default_and_decoded(server: RunningServer, tokenizer: Any) -> None:
     plain = tokenizer.encode("a b", add_special_tokens=False)
     assert tokenize(server, prompt="a b", add_special_tokens=False)["tokens"] == plain
     assert tokenize(server, prompt="a b")["tokens"] == tokenizer.encode("a b")
@@ -72,7 +72,7 @@ def test_tokens_as_the_vocabulary_writes_them(server: RunningServer, tokenizer: 
     assert answer["token_strs"] == tokenizer.convert_ids_to_tokens(answer["tokens"])
 
 
-def test_nothing_is_no_token(server: RunningServer) -> None:
+def test_an_empty_text_has_no_tokens(server: RunningServer) -> None:
     assert tokenize(server, prompt="", add_special_tokens=False)["tokens"] == []
     assert server.post({"tokens": []}, "/detokenize").json == {"prompt": ""}
 
@@ -94,12 +94,12 @@ def test_nothing_is_no_token(server: RunningServer) -> None:
         ("/detokenize", {"tokens": [1], "model": "gpt"}, 404, "model"),
     ],
 )
-def test_what_is_refused(server: RunningServer, path: str, body: Any, status: int, param: str) -> None:
+def test_invalid_requests(server: RunningServer, path: str, body: Any, status: int, param: str) -> None:
     reply = server.post(body, path)
     assert (reply.status, reply.error["param"]) == (status, param)
 
 
-def test_without_a_tokenizer_they_are_refused(quick: RunningServer) -> None:
+def test_without_a_tokenizer_both_are_refused(quick: RunningServer) -> None:
     for path, body in (("/tokenize", {"prompt": "a"}), ("/tokenize", {"messages": MESSAGES})):
         assert "needs a tokenizer and this server has none" in quick.post(body, path).error["message"]
     reply = quick.post({"tokens": [1]}, "/detokenize")
@@ -108,7 +108,7 @@ def test_without_a_tokenizer_they_are_refused(quick: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/reset_prefix_cache"])
-def test_they_ask_for_the_key(path: str) -> None:
+def test_both_require_the_key(path: str) -> None:
     with running(simulated, ServerOptions(api_key="key")) as server:
         assert server.post({"prompt": "a"}, path).status == 401
         assert server.post({"prompt": "a"}, path, {"Authorization": "Bearer key"}).status == 400
