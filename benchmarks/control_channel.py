@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fastserve.core.config import EngineOptions, ModelSource
 from fastserve.core.parallel import ParallelConfig
 from fastserve.core.presets import preset
 from fastserve.core.request import SamplingParams
@@ -44,7 +45,7 @@ class IdleRank(Rank):
         message = self._next_message()
         assert message is not None
         self._timeout_s = message.fields["timeout_s"]
-        shape = ParallelConfig(message.fields["tensor_parallel_size"], message.fields["pipeline_parallel_size"])
+        shape = RankConfig.from_fields(message.fields).parallel
         config = preset(MODEL)
         self._channel.send("configured", digest=model_digest(config, None), gpu_blocks=1, host_blocks=0)
         self._next_message()
@@ -71,9 +72,12 @@ def idle_ranks(kind: type[IdleRank], tensor: int, batch: int, timeout_s: float =
     for process in processes:
         process.start()
     config = RankConfig(
-        MODEL, "dummy", block_size=BLOCK_SIZE, max_batch_size=batch, tensor_parallel_size=tensor, timeout_s=timeout_s
+        ModelSource(MODEL, "dummy"),
+        ParallelConfig(tensor),
+        EngineOptions(batch, block_size=BLOCK_SIZE, num_gpu_blocks=1, num_host_blocks=0),
+        timeout_s=timeout_s,
     )
-    group = RankGroup(config, address=f"127.0.0.1:{port}", num_gpu_blocks=1, num_host_blocks=0)
+    group = RankGroup(config, address=f"127.0.0.1:{port}")
     try:
         yield group
     finally:

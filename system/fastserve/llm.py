@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastserve.core.clock import WallClock
-from fastserve.core.config import CacheConfig, EngineOptions, dtype_bytes
+from fastserve.core.config import CacheConfig, EngineOptions, ModelSource, Processes
 from fastserve.core.countable_tokens import StandIns
 from fastserve.core.errors import ConfigError, RankError
 from fastserve.core.generation_config import load_generation_config, token_ids
-from fastserve.core.logprobs import TokenLogprobs
 from fastserve.core.options import build_options
 from fastserve.core.parallel import ParallelConfig
-from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.core.request import Request, SamplingParams
 from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
-from fastserve.engine import Arrival, Engine, Executor, Job, RequestMetrics
+from fastserve.engine import Arrival, Engine, Executor
+from fastserve.engine.outputs import RequestOutput, request_outputs
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel, load_profile
 from fastserve.latency.fitting import Grid, fit, measure
@@ -37,103 +36,62 @@ from fastserve.runtime.worker.runner import Runner
 from fastserve.runtime.worker.sizing import default_num_blocks, default_num_host_blocks
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One output for a prompt."""
-
-    index: int
-    """Among the prompt's `SamplingParams.n`."""
-    token_ids: list[int]
-    """Generated tokens, without the prompt; empty if the request was rejected."""
-    text: str | None
-    """Decoded by the tokenizer; None without one."""
-    logprobs: list[TokenLogprobs] | None
-    """Of each generated token, if `SamplingParams.logprobs` asks for it."""
-    error: str
-    """Why the request was rejected or failed; empty otherwise."""
-    metrics: RequestMetrics
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one prompt produced: `outputs`, of which the first one's fields are here too."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    """Generated tokens, without the prompt; empty if the request was rejected."""
-    text: str | None
-    """Decoded by the tokenizer; None without one."""
-    error: str
-    """Why the request was rejected or failed; empty otherwise."""
-    metrics: RequestMetrics
-    outputs: list[CompletionOutput]
-    """`SamplingParams.n` of them, each a request of its own to the engine."""
-    prompt_logprobs: list[TokenLogprobs | None] | None
-    """Of each prompt token, None for the first, if `SamplingParams.prompt_logprobs` asks for it."""
-
-
 class LLM:
     """A model, a policy and an engine.
+
+    Sizes, devices and the division over ranks have the names, defaults and meanings of `ModelSource`, `EngineOptions`
+    (both in fastserve.core.config) and `ParallelConfig` (fastserve.core.parallel), and of the commands' options.
 
     Args:
         model: a directory in Hugging Face format, or the name of a preset (architecture only).
         load_format: "auto" reads the directory's weights; "dummy" makes seeded random ones, which a preset needs.
         policy: a scheduling policy's name; `policy_options` are its options.
-        device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16" or "float16".
-        block_size: tokens per cache block.
         num_gpu_blocks: blocks on the device. None: room for a full batch of full contexts, at most a sixteenth of the
             memory that the weights leave, or what one full context needs if that is at most a fifth of it (on a GPU,
             85 % of what the weights leave).
         num_host_blocks: blocks in host memory for swapped caches. None: as many as on the device (for a GPU at most
             half the host's free memory).
-        max_batch_size: requests per iteration.
-        token_budget: prompt tokens per iteration.
         max_model_len: bound on prompt + output, below the model's own.
-        host_link_gb_per_s: None; a simulation can be told the speed of its link to host memory, a machine cannot.
-        tensor_parallel_size: ranks that share each layer.
-        pipeline_parallel_size: stages that the layers are divided into; as many batches are in flight at a time. With
-            more than one rank in all, each is a process of its own, with a GPU of its own on "cuda".
-        stage_layers: layers of each stage, from the first. None: as many as give each the same weight.
+        host_link_gb_per_s: None. Only a simulation takes the speed of its link to host memory as an option.
+        pipeline_parallel_size: stages, and batches in flight. With more than one rank in all, each rank is a process,
+            with a GPU of its own on "cuda".
         ranks: HOST:PORT at which this engine waits for its ranks, which `torchrun ... -m fastserve.worker` starts on
-            one machine or several. None: they are started here. Or an existing RankGroup, as with `worker`; it stays.
+            one machine or several. None: they are started here. Or an existing RankGroup, which stays open.
         rank_timeout_s: how long a rank that should work may be silent, or stand still, before the engine ends.
-        seed: of dummy weights.
         profile: a latency profile for policies that need one. None: measured here, in a few seconds.
         worker: an existing one of the same model, device, dtype and block size, with pools at least as large; `seed`
             and `load_format` are then its own. Engines may use it one after the other. None: a new one is made.
         tokenizer: a directory with one, in Hugging Face format, "builtin" or "none". None: the model directory's, if it
             has one; for a preset the built-in one.
         generation_config: "auto" reads the model directory's generation_config.json, if there is one, for tokens that
-            end an output; "none" ignores it. What it says of sampling is for servers: here SamplingParams say it all.
+            end an output; "none" ignores it. Its sampling defaults are for servers: here SamplingParams decide.
 
-    Raises ConfigError for what is unknown, out of range or too large for memory, CheckpointError for a bad directory,
-    RankError for a rank that fails, dies or hangs.
+    Raises ConfigError for a value that is unknown, out of range or too large for memory, CheckpointError for a bad
+    directory, RankError for a rank that fails, dies or hangs.
     """
 
     def __init__(
         self,
         model: str | Path,
         *,
-        load_format: str = "auto",
+        load_format: str = ModelSource.load_format,
         policy: str = "fastserve",
         policy_options: Mapping[str, Any] | None = None,
-        device: str = "cpu",
-        dtype: str = "float32",
-        block_size: int = 16,
-        num_gpu_blocks: int | None = None,
-        num_host_blocks: int | None = None,
-        max_batch_size: int = 16,
-        token_budget: int = 2048,
-        max_model_len: int | None = None,
-        host_link_gb_per_s: float | None = None,
-        tensor_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
-        stage_layers: Sequence[int] | None = None,
-        ranks: str | RankGroup | None = None,
-        rank_timeout_s: float = 8.0,
-        seed: int = 0,
+        device: str = ModelSource.device,
+        dtype: str = ModelSource.dtype,
+        block_size: int = EngineOptions.block_size,
+        num_gpu_blocks: int | None = EngineOptions.num_gpu_blocks,
+        num_host_blocks: int | None = EngineOptions.num_host_blocks,
+        max_batch_size: int = EngineOptions.max_batch_size,
+        token_budget: int = EngineOptions.token_budget,
+        max_model_len: int | None = EngineOptions.max_model_len,
+        host_link_gb_per_s: float | None = EngineOptions.host_link_gb_per_s,
+        tensor_parallel_size: int = ParallelConfig.tensor_parallel_size,
+        pipeline_parallel_size: int = ParallelConfig.pipeline_parallel_size,
+        stage_layers: Sequence[int] | None = ParallelConfig.stage_layers,
+        ranks: str | RankGroup | None = Processes.ranks,
+        rank_timeout_s: float = RankConfig.timeout_s,
+        seed: int = ModelSource.seed,
         profile: str | None = None,
         worker: Worker | None = None,
         tokenizer: str | Path | None = None,
@@ -144,8 +102,12 @@ class LLM:
                 f"host_link_gb_per_s={host_link_gb_per_s!r}: for simulations only, here the machine's link is what it "
                 "is; leave it out"
             )
+        source = ModelSource(str(model), load_format, device, dtype, seed)
         options = EngineOptions(
             max_batch_size, token_budget, block_size, num_gpu_blocks, num_host_blocks, max_model_len
+        )
+        parallel = ParallelConfig(
+            tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
         )
         policy_class = find_policy(policy)
         build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
@@ -158,24 +120,20 @@ class LLM:
         self.stand_ins = (
             None if self.tokenizer is None else StandIns(self.tokenizer.backend_tokenizer, self.model_config.vocab_size)
         )
-        """What is shown in place of tokens that the tokenizer does not know."""
-        parallel = ParallelConfig(
-            tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
-        )
+        """Texts for tokens that the tokenizer does not know."""
         parallel.layers_by_stage(self.model_config)
         if ranks is None:
             require_device(device, parallel.world_size)
-        dtype_bytes(dtype)
         context = min(self.model_config.max_model_len, max_model_len or self.model_config.max_model_len)
         latency: LatencyModel | None = load_profile(profile).latency if profile else None
         self.worker: Worker | None = None
-        """What computes, unless that is done by several ranks."""
+        """The worker of an engine of one rank; None with several ranks."""
         self.ranks: RankGroup | None = None
-        """Those, if so."""
+        """The ranks of an engine of several; None with one worker."""
         self._own_ranks: RankGroup | None = None
         runner: Runner
         if parallel.world_size == 1 and ranks is None:
-            runner = self.worker = worker or self._new_worker(options, context, device, dtype, seed, model_dir)
+            runner = self.worker = worker or self._new_worker(source, options, context, model_dir)
         elif worker is not None:
             raise ConfigError("a worker was given for an engine of several ranks, which have their own; leave it out")
         elif isinstance(ranks, RankGroup):
@@ -185,25 +143,9 @@ class LLM:
                     f"the group of ranks given has {ranks.config.parallel}, not {parallel}; start another"
                 )
         else:
-            config = RankConfig(
-                model=str(model),
-                load_format=load_format,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                block_size=block_size,
-                max_batch_size=max_batch_size,
-                token_budget=token_budget,
-                max_model_len=max_model_len,
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                stage_layers=parallel.stage_layers,
-                torch_threads=max(1, torch.get_num_threads() // parallel.world_size) if ranks is None else None,
-                timeout_s=rank_timeout_s,
-            )
-            self._own_ranks = RankGroup(
-                config, address=ranks, num_gpu_blocks=num_gpu_blocks, num_host_blocks=num_host_blocks
-            )
+            threads = max(1, torch.get_num_threads() // parallel.world_size) if ranks is None else None
+            config = RankConfig(source, parallel, options, threads, rank_timeout_s)
+            self._own_ranks = RankGroup(config, address=ranks)
             runner = self.ranks = self._own_ranks
         try:
             cache = CacheConfig(
@@ -255,8 +197,8 @@ class LLM:
         """Serve all prompts, which arrive now, and return their outputs in order.
 
         Give `prompts` as text (needs a tokenizer in the model directory) or `prompt_token_ids`. One SamplingParams
-        serves all. A prompt that could never be served has its reason in `error`; the others are served.
-        If a rank is lost, RankError; its `outputs` are what was finished until then, and the others as failed.
+        serves all. A prompt that can never be served has its reason in `error`; the others are served.
+        Raises RankError if a rank is lost; its `outputs` are the finished requests, and the others as failed.
         """
         token_ids = self._token_ids(prompts, prompt_token_ids)
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -279,19 +221,19 @@ class LLM:
         try:
             jobs = self.engine.run(arrivals)
         except RankError as error:
-            error.outputs = self._outputs(self.engine.last_run, numbers)
+            error.outputs = request_outputs(self.engine.last_run, numbers, self._text)
             raise
-        return self._outputs(jobs, numbers)
+        return request_outputs(jobs, numbers, self._text)
 
     def _truncated(self, prompt: list[int], params: SamplingParams) -> list[int]:
-        """As much of the prompt's end as `truncate_prompt_tokens` leaves."""
+        """Return the end of the prompt that `truncate_prompt_tokens` leaves."""
         most = params.truncate_prompt_tokens
         if most is None:
             return prompt
         return prompt[-(max(1, self.engine.longest_request - params.max_tokens) if most < 0 else most) :]
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an output, each once: what the configuration, generation_config.json and the tokenizer say."""
+        """Return the tokens that end an output: of the configuration, generation_config.json and the tokenizer."""
         of_tokenizer = None if self.tokenizer is None else self.tokenizer.eos_token_id
         ids = (*self.model_config.eos_token_ids, *self.generation_config.eos_token_ids, *token_ids(of_tokenizer))
         return tuple(dict.fromkeys(ids))
@@ -305,24 +247,21 @@ class LLM:
         if self._own_ranks is not None:
             self._own_ranks.close()
 
-    def _new_worker(
-        self, options: EngineOptions, context: int, device: str, dtype: str, seed: int, model_dir: Path | None
-    ) -> Worker:
-        """A worker for the whole model, with pools as large as asked for, or as fit."""
-        num_gpu_blocks = options.num_gpu_blocks or default_num_blocks(self.model_config, options, device, dtype)
+    def _new_worker(self, source: ModelSource, options: EngineOptions, context: int, model_dir: Path | None) -> Worker:
+        """Make a worker for the whole model, with pools of the sizes asked for, or of those that fit."""
+        model, device, dtype = self.model_config, source.device, source.dtype
+        num_gpu_blocks = options.num_gpu_blocks or default_num_blocks(model, options, device, dtype)
         num_host_blocks = options.num_host_blocks
         if num_host_blocks is None:
-            num_host_blocks = default_num_host_blocks(
-                self.model_config, num_gpu_blocks, options.block_size, device, dtype
-            )
+            num_host_blocks = default_num_host_blocks(model, num_gpu_blocks, options.block_size, device, dtype)
         return Worker(
-            self.model_config,
+            model,
             num_gpu_blocks=num_gpu_blocks,
             num_host_blocks=num_host_blocks,
             block_size=options.block_size,
             device=device,
             dtype=dtype,
-            seed=seed,
+            seed=source.seed,
             model_dir=model_dir,
             max_batch_size=options.max_batch_size,
             max_model_len=context,
@@ -355,42 +294,6 @@ class LLM:
                 raise ConfigError(f"{what}: a prompt needs at least one token, ids from 0 to {vocab_size - 1}")
         return [list(ids) for ids in prompt_token_ids]
 
-    def _outputs(self, jobs: Iterable[Job], numbers: Iterable[int]) -> list[RequestOutput]:
-        """Of consecutive jobs, so many for each prompt."""
-        remaining = iter(jobs)
-        groups = (list(islice(remaining, number)) for number in numbers)
-        return [self._output(group) for group in groups if group]
-
-    def _output(self, jobs: Sequence[Job]) -> RequestOutput:
-        outputs = [self._completion(index, job) for index, job in enumerate(jobs)]
-        first, request, known = outputs[0], jobs[0].request, jobs[0].logprobs
-        asked = jobs[0].params.prompt_logprobs is not None
-        return RequestOutput(
-            request.request_id.removesuffix("-0"),
-            request.token_ids[: request.num_prompt_tokens],
-            first.token_ids,
-            first.text,
-            first.error,
-            first.metrics,
-            outputs,
-            [None, *known.prompt] if asked and known is not None else None,
-        )
-
-    def _completion(self, index: int, job: Job) -> CompletionOutput:
-        request, params, known = job.request, job.params, job.logprobs
-        generated = request.token_ids[request.num_prompt_tokens :]
-        shown = generated
-        if request.status is RequestStatus.FINISHED and generated[-1] in job.stop_token_ids:
-            shown = generated if params.include_stop_str_in_output else generated[:-1]
-        return CompletionOutput(
-            index,
-            generated,
-            self._text(shown),
-            known.tokens if params.logprobs is not None and known is not None else None,
-            job.error,
-            job.metrics,
-        )
-
     def _text(self, tokens: Sequence[int]) -> str | None:
         if self.stand_ins is None:
             return None
@@ -399,9 +302,9 @@ class LLM:
 
 
 def _warm_up(probe: Probe, device: str, context: int, options: EngineOptions) -> None:
-    """Run what compiles kernels or loads them, lest the first requests wait for it.
+    """Compile and load kernels, so that the first requests do not wait for them.
 
-    On a GPU, prompts of many lengths, and among decodes; libraries have kernels of their own for each.
+    On a GPU this needs prompts of many lengths, alone and among decodes: libraries have a kernel for each.
     """
     longest = min(context - 1, options.token_budget)
     decodes = [min(64, context - 1)] * options.max_batch_size
@@ -416,7 +319,7 @@ def _warm_up(probe: Probe, device: str, context: int, options: EngineOptions) ->
 
 
 class NoLatency:
-    """Given to policies that say they do not need a latency model."""
+    """Latency model of policies that declare they need none."""
 
     def iteration_time(
         self, prefill_lens: Sequence[int], decode_context_lens: Sequence[int], prefix_lens: Sequence[int] = ()

@@ -35,14 +35,14 @@ def test_each_stage_is_timed_by_itself_and_then_works_with_the_others_again(rank
     before = ranks.execute(PROMPTS, GREEDY)
     for _ in range(3):
         seconds = ranks.probe(PROMPTS, GREEDY)
-        assert len(seconds) == ranks.config.pipeline_parallel_size
+        assert len(seconds) == ranks.config.parallel.pipeline_parallel_size
         assert all(0 < each < 10 for each in seconds)
     assert ranks.execute(PROMPTS, GREEDY) == before
 
 
 def test_the_channel_is_what_the_slowest_stage_leaves(ranks: RankGroup) -> None:
     times = StageProbe(ranks).stage_times([12], [20, 30])
-    assert len(times.stages) == ranks.config.pipeline_parallel_size
+    assert len(times.stages) == ranks.config.parallel.pipeline_parallel_size
     assert 0 < times.channel_s < 10
 
 
@@ -51,7 +51,7 @@ def test_messages_between_ranks_are_timed_by_size(ranks: RankGroup) -> None:
     for times in (ranks.send_times(sizes, 3), ranks.all_reduce_times(sizes, 3)):
         assert [size for size, _ in times] == sizes
     assert ranks.send_times(sizes, 3)[0][1] > 0
-    if ranks.config.tensor_parallel_size > 1:
+    if ranks.config.parallel.tensor_parallel_size > 1:
         small, large = ranks.all_reduce_times(sizes, 3)
         assert 0 < small[1] < large[1]
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from fastserve import SamplingParams
-from fastserve.llm import RequestOutput
+from fastserve.engine.outputs import RequestOutput
 from support.parameters import EOS, NUM_TOKENS, PlainModel, check_equal, generate, params
 from support.tokens import CHUNK, TINY_POOL, save_model
 

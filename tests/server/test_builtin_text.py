@@ -17,7 +17,8 @@ openai = pytest.importorskip("openai")
 from fastserve.core.config import EngineOptions  # noqa: E402
 from fastserve.core.errors import ConfigError  # noqa: E402
 from fastserve.core.tokenizer import BuiltinTokenizer  # noqa: E402
-from fastserve.server.model import ModelOptions, load_served_model  # noqa: E402
+from fastserve.server.model import load_served_model  # noqa: E402
+from fastserve.server.options import ModelOptions  # noqa: E402
 from support.servers import Command, RunningServer, command, running  # noqa: E402
 
 TOKENIZER = BuiltinTokenizer()
@@ -101,7 +102,7 @@ def test_a_chat_without_a_limit_ends_with_the_models_context(
 
 def test_a_simulation_may_be_given_another_context() -> None:
     options = EngineOptions(max_model_len=5000)
-    model = load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1", engine_options=options))
+    model = load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1", engine=options))
     assert model.engine.longest_request == 5000
     model.close()
 
@@ -140,7 +141,8 @@ def test_a_tokenizer_whose_tokens_cannot_be_counted_is_refused(tmp_path: Path) -
 
 def test_a_simulated_server_imports_no_torch() -> None:
     code = (
-        "import sys; from fastserve.server.model import ModelOptions, load_served_model\n"
+        "import sys; from fastserve.server.model import load_served_model\n"
+        "from fastserve.server.options import ModelOptions\n"
         "from fastserve.server.serve import serve\n"
         "model = load_served_model(ModelOptions(backend='sim', profile='a100-80g/opt-13b-tp1'))\n"
         "tokens = model.codec.encode_chat([{'role': 'user', 'content': 'a'}])\n"

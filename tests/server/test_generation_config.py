@@ -15,10 +15,11 @@ pytest.importorskip("torch")
 pytest.importorskip("uvicorn")
 
 from fastserve import LLM, SamplingParams
-from fastserve.core.config import EngineOptions
+from fastserve.core.config import EngineOptions, ModelSource, Processes
 from fastserve.core.errors import CheckpointError, ConfigError
 from fastserve.core.generation_config import GenerationConfig, load_generation_config
-from fastserve.server.model import ModelOptions, load_served_model
+from fastserve.server.model import load_served_model
+from fastserve.server.options import ModelOptions
 from support.servers import RunningServer, running
 from support.tokenizers import of_words
 from support.tokens import save_model
@@ -65,7 +66,9 @@ def served(folder: Path, **options: Any) -> Callable[[], Any]:
     sizes = EngineOptions(**SIZES)
     return partial(
         load_served_model,
-        ModelOptions(str(folder), policy="fastserve-fcfs", engine_options=sizes, torch_threads=1, **options),
+        ModelOptions(
+            ModelSource(str(folder)), "fastserve-fcfs", engine=sizes, processes=Processes(torch_threads=1), **options
+        ),
     )
 
 

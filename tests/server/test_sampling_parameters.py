@@ -14,8 +14,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("uvicorn")
 
 from fastserve import SamplingParams
-from fastserve.core.config import EngineOptions
-from fastserve.server.model import ModelOptions, load_served_model
+from fastserve.core.config import EngineOptions, ModelSource, Processes
+from fastserve.server.model import load_served_model
+from fastserve.server.options import ModelOptions
 from support.parameters import PlainModel
 from support.servers import DONE, RunningServer, running, simulated
 from support.tokenizers import of_words
@@ -37,7 +38,12 @@ def server(directory: Path) -> Iterator[RunningServer]:
     options = EngineOptions(max_batch_size=8, num_gpu_blocks=100, num_host_blocks=0)
     build = partial(
         load_served_model,
-        ModelOptions(model=str(directory), engine_options=options, profile="a100-80g/opt-13b-tp1", torch_threads=1),
+        ModelOptions(
+            ModelSource(str(directory)),
+            engine=options,
+            profile="a100-80g/opt-13b-tp1",
+            processes=Processes(torch_threads=1),
+        ),
     )
     with running(build) as running_server:
         yield running_server

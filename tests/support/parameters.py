@@ -14,7 +14,7 @@ import transformers
 from fastserve import LLM, SamplingParams
 from fastserve.core.logprobs import TokenLogprobs
 from fastserve.core.options import option_names
-from fastserve.llm import RequestOutput
+from fastserve.engine.outputs import RequestOutput
 from fastserve.policies.discovery import find_policy
 from support.tokens import IMPATIENT, prompts
 

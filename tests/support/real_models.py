@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastserve.core.config import EngineOptions
+from fastserve.core.config import EngineOptions, ModelSource, Processes
 from fastserve.core.options import option_names
 from fastserve.policies.discovery import find_policy
-from fastserve.server.model import ModelOptions, ServedModel, load_served_model
+from fastserve.server.model import ServedModel, load_served_model
+from fastserve.server.options import ModelOptions
 from support.tokens import IMPATIENT, TINY_POOL
 
 
@@ -22,12 +23,12 @@ def served(
     return partial(
         load_served_model,
         ModelOptions(
-            model=str(directory),
+            source=ModelSource(str(directory)),
             policy=policy,
             policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options,
-            engine_options=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
+            engine=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
             profile="a100-80g/opt-13b-tp1",
-            torch_threads=1,
+            processes=Processes(torch_threads=1),
             served_names=("small",),
         ),
     )

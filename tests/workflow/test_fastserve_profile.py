@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -7,9 +8,13 @@ from typer.testing import CliRunner
 pytest.importorskip("torch")
 
 from fastserve.cli import app
+from fastserve.core.config import EngineOptions, ModelSource
 from fastserve.core.errors import ConfigError, OutputError
+from fastserve.core.options import option_names
+from fastserve.core.parallel import ParallelConfig
 from fastserve.latency import AllReduce, DecodeFit, FittedLatency, PrefillCurve, PrefillFit, load_profile
-from fastserve.profiling.measure import ProfileConfig, _without_all_reduces, measure_profile
+from fastserve.profiling.config import ProfileConfig
+from fastserve.profiling.measure import _without_all_reduces, measure_profile
 from harness.run.config import RunConfig
 from harness.run.runner import run
 
@@ -133,7 +138,16 @@ def test_an_unusable_target_is_named_before_measuring(tmp_path: Path) -> None:
         ({"tensor_parallel_size": 3}, "does not divide"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_measured(wrong: dict[str, object], message: str) -> None:
-    config = ProfileConfig(**{"model": "opt-tiny", "load_format": "dummy", **wrong})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=message):
+def test_bad_input_is_named_before_anything_is_measured(wrong: dict[str, Any], message: str) -> None:
+    given = {"model": "opt-tiny", "load_format": "dummy", **wrong}
+
+    def measure() -> None:
+        source, sizes, parallel = (
+            part(**{name: value for name, value in given.items() if name in option_names(part)})
+            for part in (ModelSource, EngineOptions, ParallelConfig)
+        )
+        config = ProfileConfig(source, sizes, given.get("repeats", 3), parallel=parallel)
         measure_profile(config, "x", lambda steps: pytest.fail("measured"))
+
+    with pytest.raises(ConfigError, match=message):
+        measure()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastserve.core.checks import require_int, require_positive
+from fastserve.core.checks import Integer, OneOf, Positive, require_int
 from fastserve.core.errors import ConfigError
+from fastserve.core.options import check_options, option
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -17,6 +18,10 @@ def dtype_bytes(dtype: str) -> int:
         return _DTYPE_BYTES[dtype]
     except KeyError:
         raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPE_BYTES)}") from None
+
+
+def _check_dtype(_: str, dtype: str) -> None:
+    dtype_bytes(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,32 +112,65 @@ class SchedulerConfig:
         return self.pipeline_depth * self.max_batch_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, with which weights, on which device. ConfigError for a value out of range."""
+
+    model: str = option("", "Model directory or preset.")
+    load_format: str = option(
+        "auto", "auto, or dummy for random weights, which a preset needs.", OneOf(("auto", "dummy"))
+    )
+    device: str = option("cpu", "cpu or cuda.")
+    dtype: str = option("float32", "float32, bfloat16 or float16.", _check_dtype)
+    seed: int = option(0, "Seed of dummy weights.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which processes compute, with how many threads. ConfigError for a value out of range."""
+
+    ranks: str | None = option(
+        None,
+        "Address at which to wait for ranks that torchrun starts.",
+        metavar="HOST:PORT",
+        show_default="start them here",
+    )
+    torch_threads: int | None = option(
+        None, "Threads that torch computes with.", Integer(1, 1024), show_default="torch's choice"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Sizes of an engine, the same for every policy. Defaults are the FastServe artifact's.
 
-    None is left to whoever builds the engine: `simulated_engine` takes the profile's, `LLM` what memory allows.
+    The builder of an engine replaces None: `simulated_engine` by the profile's size, `LLM` by what memory allows.
+    ConfigError for a value out of range.
     """
 
-    max_batch_size: int = 16
-    token_budget: int = 2048
-    block_size: int = 16
-    num_gpu_blocks: int | None = None
-    num_host_blocks: int | None = None
-    max_model_len: int | None = None
-    """Longest prompt + output in tokens; a real engine is bounded by its model as well, a simulation is not."""
-    host_link_gb_per_s: float | None = None
-    """Simulations only: bandwidth between GPU and host memory in each direction, in 1e9 bytes/s over all GPUs."""
+    max_batch_size: int = option(16, "Most requests of an iteration.", Integer(1))
+    token_budget: int = option(2048, "Most prompt tokens of an iteration.", Integer(1))
+    block_size: int = option(16, "Tokens per cache block.", Integer(1))
+    num_gpu_blocks: int | None = option(
+        None, "Cache blocks on the device.", Integer(1), show_default="for a full batch of full contexts"
+    )
+    num_host_blocks: int | None = option(None, "Cache blocks in host memory.", Integer(0))
+    max_model_len: int | None = option(None, "Longest prompt + output in tokens.", Integer(2))
+    """A real engine is bounded by its model as well, a simulation is not."""
+    host_link_gb_per_s: float | None = option(
+        None, "Simulations only: bandwidth between GPU and host memory in each direction, in 1e9 bytes/s.", Positive()
+    )
+    """Over all GPUs."""
 
     def __post_init__(self) -> None:
-        if self.host_link_gb_per_s is not None:
-            require_positive("host_link_gb_per_s", self.host_link_gb_per_s)
-        for name, least in (("max_batch_size", 1), ("token_budget", 1), ("block_size", 1)):
-            require_int(name, getattr(self, name), least)
-        for name, least in (("num_gpu_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 2)):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), least)
+        check_options(self)
 
     def scheduler_config(self, pipeline_depth: int = 1) -> SchedulerConfig:
-        """The limits the scheduler obeys."""
+        """Return the limits that the scheduler obeys."""
         return SchedulerConfig(self.max_batch_size, self.token_budget, pipeline_depth)

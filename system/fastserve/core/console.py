@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import typer
 
-from fastserve.core.errors import ConfigError, FastServeError, OutputError, PolicyError
+from fastserve.core.errors import FastServeError, OutputError, PolicyError
 
 TRACEBACK_VARIABLE = "FASTSERVE_TRACEBACK"
 """Environment variable; 1 prints the traceback of every error, before its line."""
@@ -163,16 +163,6 @@ class _Stdout:
             if error.errno == errno.EPIPE:
                 sys.exit(128 + signal.SIGPIPE)
             raise OutputError(f"cannot write to standard output: {error.strerror}") from error
-
-
-def parse_stage_layers(text: str | None) -> tuple[int, ...] | None:
-    """`5,7` as numbers."""
-    try:
-        return None if text is None else tuple(int(layers) for layers in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--stage-layers takes whole numbers with commas between, such as 5,7, not {text!r}"
-        ) from None
 
 
 class Progress:

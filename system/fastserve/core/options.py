@@ -1,16 +1,75 @@
-"""Typed options from text: `--set key=value` becomes a frozen dataclass, or an error that names what is valid."""
+"""Options: each is defined once, as a field of a frozen dataclass with its type, default, help and check.
+
+`fastserve.core.command` makes a command's options of such fields; `build_options` reads them from `--set key=value`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from fastserve.core.checks import Check
 from fastserve.core.errors import ConfigError
 
 T = TypeVar("T")
+_KEY = "option"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a definition says of an option beside its name, type and default."""
+
+    help: str
+    check: Check | None = None
+    """Which values it may have; None, as a default, always may."""
+    flag: str = ""
+    """On the command line, if it is not the name with hyphens and without the unit `_s`."""
+    parse: Callable[..., Any] | None = None
+    """Makes the value from what the command line gives, whose type is that of the function's parameter."""
+    metavar: str | None = None
+    show_default: str | bool = True
+    """In a command's help, if the default does not speak for itself."""
+    envvar: str | None = None
+    backends: tuple[str, ...] = ()
+    """Backends of `fastbench` that take it; empty: all."""
+
+
+def option(default: Any, help: str, check: Check | None = None, **more: Any) -> Any:
+    """A dataclass field that defines an option; `more` are further fields of `Option`."""
+    metadata = {_KEY: Option(help, check, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def option_of(definition: type, name: str, **changes: Any) -> Any:
+    """A dataclass field for the option `name` that another class defines; `changes` are of fields of `Option`."""
+    (defined,) = (each for each in dataclasses.fields(definition) if each.name == name)
+    known = described(defined)
+    assert known is not None, f"{definition.__name__}.{name} defines no option"
+    return field(default=defined.default, metadata={_KEY: dataclasses.replace(known, **changes)})
+
+
+def described(defined: dataclasses.Field[Any]) -> Option | None:
+    """What the field's definition says of it; None if it defines no option."""
+    return defined.metadata.get(_KEY)
+
+
+def flag_of(name: str, known: Option) -> str:
+    """The option on the command line: `--drain-limit` for `drain_limit_s`."""
+    return known.flag or f"--{name.removesuffix('_s').replace('_', '-')}"
+
+
+def check_options(options: Any) -> None:
+    """Raise ConfigError for an option of this dataclass's instance whose value its check refuses."""
+    for each in dataclasses.fields(options):
+        known, value = described(each), getattr(options, each.name)
+        if known is not None and known.check is not None and not (value is None and each.default is None):
+            known.check(each.name, value)
 
 
 def build_options(cls: type[T], values: Mapping[str, Any], owner: str) -> T:
@@ -29,7 +88,7 @@ def build_options(cls: type[T], values: Mapping[str, Any], owner: str) -> T:
 
 
 def option_names(cls: type) -> list[str]:
-    """Names of the options the dataclass `cls` holds."""
+    """Names of the options that the dataclass `cls` holds."""
     return [field.name for field in dataclasses.fields(cls)]
 
 

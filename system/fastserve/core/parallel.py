@@ -7,23 +7,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastserve.core.checks import require_int
+from fastserve.core.checks import Integer, require_int
 from fastserve.core.config import ModelConfig
 from fastserve.core.errors import ConfigError
+from fastserve.core.options import check_options, option
 
 
-@dataclass(frozen=True, slots=True)
+def parse_stage_layers(text: str | None) -> tuple[int, ...] | None:
+    """Parse `5,7` as numbers."""
+    try:
+        return None if text is None else tuple(int(layers) for layers in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--stage-layers takes whole numbers with commas between, such as 5,7, not {text!r}"
+        ) from None
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
-    """How many ranks there are and in what shape."""
+    """How a model is divided over ranks. ConfigError for a value out of range."""
 
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    stage_layers: tuple[int, ...] | None = None
-    """Layers of each stage, from the first; None: of equal weight, as far as can be (`balanced_stages`)."""
+    tensor_parallel_size: int = option(1, "Ranks that share each layer.", Integer(1))
+    pipeline_parallel_size: int = option(1, "Stages that the layers are divided into.", Integer(1))
+    stage_layers: tuple[int, ...] | None = option(
+        None, "Layers of each stage.", parse=parse_stage_layers, metavar="N,N,...", show_default="of equal weight"
+    )
+    """From the first stage. None: of equal weight, as far as possible (`balanced_stages`)."""
 
     def __post_init__(self) -> None:
-        require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
-        require_int("pipeline_parallel_size", self.pipeline_parallel_size, 1)
+        check_options(self)
         if self.stage_layers is not None:
             object.__setattr__(self, "stage_layers", tuple(self.stage_layers))
             for layers in self.stage_layers:

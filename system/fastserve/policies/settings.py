@@ -1,8 +1,8 @@
-"""`--set key=value`: options of the engine and of the policy, told apart and checked."""
+"""`--set key=value`: divide the settings into options of the engine and of the policy, and check them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastserve.core.config import EngineOptions
@@ -11,10 +11,10 @@ from fastserve.core.options import build_options, option_names
 from fastserve.policies.discovery import find_policy
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts as a mapping."""
+def parse_settings(settings: list[str] | None) -> dict[str, str]:
+    """Parse texts of the form `key=value`. ConfigError for a text without a key."""
     parsed = {}
-    for setting in settings:
+    for setting in settings or ():
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set takes key=value, got {setting!r}")
@@ -23,9 +23,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def resolve_settings(policy: str, settings: Mapping[str, Any]) -> tuple[EngineOptions, dict[str, Any]]:
-    """The engine's options, and the policy's settings, checked.
+    """Return the engine's options and the policy's settings, both checked.
 
-    Raises ConfigError for a value out of range and for a name that is neither's, and then names both's.
+    Raises ConfigError for a value out of range, and for a name that neither the engine nor the policy knows.
     """
     options_class = find_policy(policy).Options
     of_engine, of_policy = option_names(EngineOptions), option_names(options_class)

@@ -18,59 +18,9 @@ from fastserve.core.request import SamplingParams
 from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
 from fastserve.engine import Engine
 from fastserve.latency import Profile, load_profile
+from fastserve.server.options import ModelOptions
 from fastserve.server.text.codec import TextCodec
 from fastserve.simulation import simulated_engine
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, under which policy, on what; the fields are those of `fastserve.LLM`, of the same names."""
-
-    model: str | None = None
-    backend: str = "engine"
-    """engine, or sim: no model at all; iterations take the time that `profile` says, and tokens are counted."""
-    profile: str | None = None
-    policy: str = "fastserve"
-    policy_options: Mapping[str, Any] = field(default_factory=dict)
-    engine_options: EngineOptions = field(default_factory=EngineOptions)
-    served_names: tuple[str, ...] = ()
-    """What clients call it; the server itself says the first. Empty: the name of the preset, the directory or the
-    profile."""
-    tokenizer: str | None = None
-    """A directory, builtin or none. None: the model directory's; of a preset or a simulation the built-in one."""
-    generation_config: str = "auto"
-    """auto: what generation_config.json says counts where requests say nothing; none: it is ignored."""
-    load_format: str = "auto"
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
-    torch_threads: int | None = None
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    stage_layers: tuple[int, ...] | None = None
-    ranks: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.backend not in ("engine", "sim"):
-            raise ConfigError(f"unknown backend {self.backend!r}; known: engine, sim")
-        if self.backend == "sim":
-            if self.profile is None:
-                raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
-            for name, default in _OF_A_REAL_ENGINE.items():
-                if getattr(self, name) != default:
-                    raise ConfigError(f"--{name.replace('_', '-')} applies to --backend engine only")
-        elif self.model is None:
-            raise ConfigError("--model is missing: a directory in Hugging Face format or a preset")
-
-
-_OF_A_REAL_ENGINE = {
-    name: ModelOptions.__dataclass_fields__[name].default
-    for name in (
-        "model", "generation_config", "load_format", "device", "dtype", "seed", "torch_threads", "tensor_parallel_size",
-        "pipeline_parallel_size", "stage_layers", "ranks",
-    )
-}  # fmt: skip
-"""What only a real engine takes, with the defaults."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +74,7 @@ def _simulated(options: ModelOptions) -> ServedModel:
         load_profile(options.profile),
         options.policy,
         options.policy_options,
-        options.engine_options,
+        options.engine,
         None if directory is None else load_tokenizer(directory),
     )
 
@@ -163,25 +113,18 @@ def _real(options: ModelOptions) -> ServedModel:
 
     from fastserve.llm import LLM
 
-    if options.torch_threads is not None:
-        torch.set_num_threads(options.torch_threads)
-    assert options.model is not None
+    if options.processes.torch_threads is not None:
+        torch.set_num_threads(options.processes.torch_threads)
     llm = LLM(
-        options.model,
-        load_format=options.load_format,
+        **asdict(options.source),
+        **asdict(options.parallel),
+        **asdict(options.engine),
+        ranks=options.processes.ranks,
         policy=options.policy,
         policy_options=options.policy_options,
-        device=options.device,
-        dtype=options.dtype,
-        tensor_parallel_size=options.tensor_parallel_size,
-        pipeline_parallel_size=options.pipeline_parallel_size,
-        stage_layers=options.stage_layers,
-        ranks=options.ranks,
-        seed=options.seed,
         profile=options.profile,
         tokenizer=options.tokenizer,
         generation_config=options.generation_config,
-        **asdict(options.engine_options),
     )
     name, *aliases = options.served_names or (llm.model_config.name,)
     return ServedModel(

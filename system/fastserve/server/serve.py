@@ -28,10 +28,10 @@ from fastserve.server.engine.thread import EngineThread
 from fastserve.server.http.half_open import http_protocol
 from fastserve.server.http.hosts import is_loopback
 from fastserve.server.http.log import logger, say, start_log
-from fastserve.server.model import ModelOptions, load_served_model
+from fastserve.server.model import load_served_model
 from fastserve.server.monitoring.metrics import ServerMetrics
 from fastserve.server.monitoring.state import RecentRequests
-from fastserve.server.options import ServerOptions
+from fastserve.server.options import ModelOptions, ServerOptions
 from fastserve.server.service import Server
 
 _BACKLOG = 2048
@@ -68,7 +68,7 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
         engine = EngineThread(partial(load_served_model, model_options), Observers(*watching))
         ended = False
         if model_options.backend == "engine":
-            say(_pools(engine.model.engine.kv.config, model_options.engine_options))
+            say(_pools(engine.model.engine.kv.config, model_options.engine))
         try:
             # What is there now stays, and need not be looked through for garbage while somebody waits for a token.
             gc.collect()

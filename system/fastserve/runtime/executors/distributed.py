@@ -37,7 +37,7 @@ class DistributedExecutor(Executor):
     """
 
     def __init__(self, ranks: RankGroup, kv: KVCacheManager, clock: Clock) -> None:
-        self.max_in_flight = ranks.config.pipeline_parallel_size
+        self.max_in_flight = ranks.config.parallel.pipeline_parallel_size
         self._ranks = ranks
         self._clock = clock
         self._inputs = Inputs(kv)

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastserve
+from fastserve.core.config import EngineOptions, ModelSource
 from fastserve.core.logprobs import Scores, TokenLogprobs
 from fastserve.core.parallel import ParallelConfig
 from fastserve.kvcache import Direction, Transfer
@@ -47,34 +48,26 @@ WORK = ("run", "probe", "exchange")
 """Messages that a rank computes, one after the other."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankConfig:
-    """What every rank is told. Defaults are those of `LLM`."""
+    """What every rank is told. On "cuda" a rank takes the GPU of its number on its machine."""
 
-    model: str
-    load_format: str = "auto"
-    device: str = "cpu"
-    """"cpu" or "cuda"; of several GPUs a rank takes the one of its number on its machine."""
-    dtype: str = "float32"
-    seed: int = 0
-    block_size: int = 16
-    max_batch_size: int = 16
-    token_budget: int = 2048
-    max_model_len: int | None = None
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    stage_layers: tuple[int, ...] | None = None
+    source: ModelSource
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """Pools are sized for it. A size of None: as many blocks as fit on the rank with the least room."""
     torch_threads: int | None = None
     """Threads a rank computes with; None leaves it torch's choice."""
     timeout_s: float = 8.0
-    """Silence after which the other side is given up."""
+    """Silence after which a side gives up the other one."""
     ranks_on_host: int = 1
-    """Ranks that share the memory of this one's machine: told each by the group, which finds out."""
+    """Ranks that share the memory of this rank's machine. The group finds out and tells each rank."""
 
-    @property
-    def parallel(self) -> ParallelConfig:
-        """The shape of the ranks."""
-        return ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size, self.stage_layers)
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> RankConfig:
+        """Return the config that `dataclasses.asdict` turned into `fields`, also after they were JSON."""
+        parts = {"source": ModelSource, "parallel": ParallelConfig, "engine": EngineOptions}
+        return cls(**dict(fields) | {name: part(**fields[name]) for name, part in parts.items()})
 
 
 @cache

@@ -16,13 +16,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.distributed import Store
 
 from fastserve.core.clock import WallClock
-from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError, FastServeError, RankError
 from fastserve.runtime.models.source import model_digest, resolve_model
 from fastserve.runtime.parallel.channel import Channel, ChannelClosed, Message
@@ -137,27 +137,20 @@ class Rank:
         message = self._next_message()
         if message is None:
             return
-        fields = message.fields
-        fields["stage_layers"] = fields["stage_layers"] and tuple(fields["stage_layers"])
-        config = RankConfig(**fields)
+        config = RankConfig.from_fields(message.fields)
+        source, engine = config.source, config.engine
         self._timeout_s = config.timeout_s
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
-        model, directory = resolve_model(self._model or config.model, config.load_format)
+        model, directory = resolve_model(self._model or source.model, source.load_format)
         place = config.parallel.place(self._identity.rank, model)
-        own = config.device if config.device == "cpu" else f"{config.device}:{self._identity.local_rank}"
+        own = source.device if source.device == "cpu" else f"{source.device}:{self._identity.local_rank}"
         device = str(find_device(own))
         # A pipeline has as many batches in flight as stages, so it needs room for as many.
-        options = EngineOptions(
-            config.max_batch_size * place.num_stages,
-            config.token_budget,
-            config.block_size,
-            max_model_len=config.max_model_len,
-        )
-        gpu_blocks = default_num_blocks(model, options, device, config.dtype, place=place, sharers=config.ranks_on_host)
-        host_blocks = default_num_host_blocks(
-            model, gpu_blocks, config.block_size, device, config.dtype, place=place, sharers=config.ranks_on_host
-        )
+        in_flight = replace(engine, max_batch_size=engine.max_batch_size * place.num_stages)
+        sharing: Any = {"place": place, "sharers": config.ranks_on_host}
+        gpu_blocks = default_num_blocks(model, in_flight, device, source.dtype, **sharing)
+        host_blocks = default_num_host_blocks(model, gpu_blocks, engine.block_size, device, source.dtype, **sharing)
         self._channel.send(
             "configured", digest=model_digest(model, directory), gpu_blocks=gpu_blocks, host_blocks=host_blocks
         )
@@ -170,13 +163,13 @@ class Rank:
             model,
             num_gpu_blocks=message.fields["gpu_blocks"],
             num_host_blocks=message.fields["host_blocks"],
-            block_size=config.block_size,
+            block_size=engine.block_size,
             device=device,
-            dtype=config.dtype,
-            seed=config.seed,
+            dtype=source.dtype,
+            seed=source.seed,
             model_dir=directory,
-            max_batch_size=config.max_batch_size,
-            max_model_len=config.max_model_len,
+            max_batch_size=engine.max_batch_size,
+            max_model_len=engine.max_model_len,
             place=place,
             ranks=ranks,
         )

@@ -28,7 +28,6 @@ class EngineBackend(InProcessBackend):
         super().__init__(config, observer)
         if config.model is None:
             raise ConfigError("--backend engine needs --model: a directory in Hugging Face format or a preset")
-        self._model = config.model
         self._worker = worker
         self._ranks = ranks
 
@@ -43,19 +42,14 @@ class EngineBackend(InProcessBackend):
             torch.set_num_threads(config.torch_threads)
         with (
             LLM(
-                self._model,
-                load_format=config.load_format,
+                **asdict(config.source),
+                **asdict(config.parallel),
+                **asdict(self.options),
                 policy=config.policy,
                 policy_options=self.policy_settings,
-                device=config.device,
-                dtype=config.dtype,
                 profile=config.profile,
                 worker=self._worker,
-                tensor_parallel_size=config.tensor_parallel_size,
-                pipeline_parallel_size=config.pipeline_parallel_size,
-                stage_layers=config.stage_layers,
                 ranks=self._ranks or config.ranks,
-                **asdict(self.options),
             ) as llm,
             Progress(self.title, len(workload)) as progress,
         ):

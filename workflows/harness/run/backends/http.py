@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastserve.core.checks import require_int
 from fastserve.core.console import Progress
 from fastserve.core.errors import ConfigError, ServerError
 from fastserve.core.request import RequestStatus
@@ -42,8 +41,6 @@ class HttpBackend:
             )
         if config.endpoint == "chat" and config.prompts != "text":
             raise ConfigError("--endpoint chat takes no token ids: add --prompts text --tokenizer DIR")
-        if config.vocab_size is not None:
-            require_int("vocab_size", config.vocab_size, 1)
         # Here and below, since a simulation imports this module too, and aiohttp is slow to import.
         from harness.client.replay import ReplayOptions
         from harness.client.request import Wording

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pandas as pd
 
-from fastserve.core.config import ModelConfig
+from fastserve.core.config import EngineOptions, ModelConfig
 from fastserve.latency import HostLink, Profile
 from fastserve.latency.fitting import StageTimes, times_between
 from fastserve.policies.settings import resolve_settings
 from harness.run.config import RunConfig
 from harness.run.runner import run
-from harness.studies.fidelity.experiment import layout_of
 from harness.workload.arrivals import AT_ONCE
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Bench(Protocol):
 
 def make_bench(config: RunConfig) -> Bench:
     """A worker in this process for a single rank, else a group of ranks."""
-    return WorkerBench(config) if layout_of(config).world_size == 1 else RanksBench(config)
+    return WorkerBench(config) if config.parallel.world_size == 1 else RanksBench(config)
 
 
 def cache_sizes(config: RunConfig) -> tuple[int, int, int]:
@@ -142,7 +141,7 @@ class RanksBench:
     def __init__(self, config: RunConfig) -> None:
         import torch
 
-        from fastserve.profiling.measure import host_link
+        from fastserve.profiling.links import host_link
         from fastserve.runtime.models.source import resolve_model
         from fastserve.runtime.worker.probe import StageProbe
 
@@ -164,27 +163,7 @@ class RanksBench:
 
         config = self._config
         options, _ = resolve_settings(config.policy, config.settings)
-        num_gpu_blocks, num_host_blocks, block_size = cache_sizes(config)
-        assert config.model is not None
-        return RankGroup(
-            RankConfig(
-                model=config.model,
-                load_format=config.load_format,
-                device=config.device,
-                dtype=config.dtype,
-                block_size=block_size,
-                max_batch_size=options.max_batch_size,
-                token_budget=options.token_budget,
-                max_model_len=options.max_model_len,
-                tensor_parallel_size=config.tensor_parallel_size,
-                pipeline_parallel_size=config.pipeline_parallel_size,
-                stage_layers=config.stage_layers,
-                torch_threads=config.torch_threads,
-                timeout_s=_RANK_TIMEOUT_S,
-            ),
-            num_gpu_blocks=num_gpu_blocks,
-            num_host_blocks=num_host_blocks,
-        )
+        return RankGroup(RankConfig(config.source, config.parallel, options, config.torch_threads, _RANK_TIMEOUT_S))
 
     def stage_times(self, prefill_lens: Sequence[int], context_lens: Sequence[int]) -> StageTimes:
         """Time an iteration in every stage."""
@@ -198,21 +177,12 @@ class RanksBench:
 
     def overhead(self, config: RunConfig, profile: Profile, folder: Path) -> float:
         """Measure it with one iteration in flight: in a full pipeline, the next starts before one has ended."""
-        from fastserve.profiling.measure import ProfileConfig, engine_time
+        from fastserve.profiling.config import ProfileConfig
+        from fastserve.profiling.overhead import engine_time
 
-        assert config.model is not None
         options, _ = resolve_settings(config.policy, config.settings)
-        profile_config = ProfileConfig(
-            config.model,
-            config.load_format,
-            config.device,
-            config.dtype,
-            options.block_size,
-            max_batch_size=options.max_batch_size,
-            token_budget=options.token_budget,
-            tensor_parallel_size=config.tensor_parallel_size,
-            pipeline_parallel_size=config.pipeline_parallel_size,
-        )
+        sizes = EngineOptions(options.max_batch_size, options.token_budget, options.block_size)
+        profile_config = ProfileConfig(config.source, sizes, parallel=config.parallel)
         own = engine_time(profile_config, self._ranks, profile.latency, config.policy, config.profile)
         return own.overhead_s + own.overhead_per_request_s * options.max_batch_size
 

@@ -64,7 +64,7 @@ class FidelityExperiment:
     @property
     def layout(self) -> ParallelConfig:
         """The layout of the ranks."""
-        return layout_of(self.config)
+        return self.config.parallel
 
     @property
     def folder_name(self) -> str:
@@ -77,7 +77,7 @@ class FidelityExperiment:
     def by_layout(self) -> Iterator[FidelityExperiment]:
         """An experiment for each layout of ranks among the series."""
         configs = [series_config(self.config, series) for series in self.series]
-        for layout in dict.fromkeys(map(layout_of, configs)):
+        for layout in dict.fromkeys(config.parallel for config in configs):
             yield replace(
                 self,
                 config=replace(
@@ -86,7 +86,7 @@ class FidelityExperiment:
                     pipeline_parallel_size=layout.pipeline_parallel_size,
                 ),
                 series=[
-                    series for series, config in zip(self.series, configs, strict=True) if layout_of(config) == layout
+                    series for series, config in zip(self.series, configs, strict=True) if config.parallel == layout
                 ],
             )
 
@@ -106,11 +106,6 @@ class FidelityExperiment:
         shapes += [((), (context,) * size) for size in range(1, most + 1) for context in contexts]
         shapes += [((length,), (contexts[0],) * size) for length in prompts[1:4] for size in {1, most - 1} if size]
         return shapes
-
-
-def layout_of(config: RunConfig) -> ParallelConfig:
-    """The layout of the run's ranks."""
-    return ParallelConfig(config.tensor_parallel_size, config.pipeline_parallel_size, config.stage_layers)
 
 
 def series_config(config: RunConfig, series: Mapping[str, Any]) -> RunConfig:

@@ -12,7 +12,6 @@ from fastserve.latency import Profile, StageLink, fit_link
 from fastserve.latency.fitting import Shape, StageTimes, by_stage, fit, residuals, with_overhead
 from harness.run.config import RunConfig
 from harness.studies.fidelity.bench import Bench, cache_sizes, set_threads
-from harness.studies.fidelity.experiment import layout_of
 from harness.studies.fidelity.turns import Turn
 
 DECODES_IN_A_ROW = 4
@@ -81,7 +80,7 @@ class Profiler:
         all_residuals = [residuals(*each) for each in zip(stages, of_stages, strict=True)]
         num_gpu_blocks, _, block_size = cache_sizes(config)
         threads = config.torch_threads or torch.get_num_threads()
-        world_size = layout_of(config).world_size
+        world_size = config.parallel.world_size
         of_ranks = f", {world_size} ranks" if world_size > 1 else ""
         return Profile(
             name="fidelity",
@@ -113,7 +112,7 @@ class Profiler:
     @property
     def _processor_share(self) -> float | None:
         """Processor time over wall time. None for several ranks: those that all-reduce wait for the others."""
-        if layout_of(self._config).world_size > 1:
+        if self._config.parallel.world_size > 1:
             return None
         return min(1.0, self._processor_s / self._wall_s) if self._wall_s else 1.0
 

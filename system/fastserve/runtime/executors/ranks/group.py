@@ -39,8 +39,6 @@ class RankGroup:
     Args:
         config: sent to every rank.
         address: HOST:PORT at which ranks of torchrun connect; None: start the ranks on this machine.
-        num_gpu_blocks: of every rank's pool on its device; None: as many as fit on the rank with the least memory.
-        num_host_blocks: of every rank's host pool; None: likewise.
         start_timeout_s: most time until all ranks are ready.
 
     Raises:
@@ -54,13 +52,11 @@ class RankGroup:
         config: RankConfig,
         *,
         address: str | None = None,
-        num_gpu_blocks: int | None = None,
-        num_host_blocks: int | None = None,
         start_timeout_s: float = 600.0,
     ) -> None:
         self.config = config
         self.world_size = config.parallel.world_size
-        self.model_config, directory = resolve_model(config.model, config.load_format)
+        self.model_config, directory = resolve_model(config.source.model, config.source.load_format)
         places = [config.parallel.place(rank, self.model_config) for rank in range(self.world_size)]
         self._peers: list[Peer] = []
         self._processes = LocalProcesses()
@@ -84,9 +80,10 @@ class RankGroup:
             room = self._gather("configured", deadline)
             digest = model_digest(self.model_config, directory)
             self._require_equal("model", lambda peer: room[peer.rank].fields["digest"], digest)
-            self.num_gpu_blocks = num_gpu_blocks or min(message.fields["gpu_blocks"] for message in room)
+            self.num_gpu_blocks = config.engine.num_gpu_blocks or min(message.fields["gpu_blocks"] for message in room)
             least = min(message.fields["host_blocks"] for message in room)
-            self.num_host_blocks = least if num_host_blocks is None else num_host_blocks
+            wanted = config.engine.num_host_blocks
+            self.num_host_blocks = least if wanted is None else wanted
             for peer in self._peers:
                 self._tell(peer, "load", gpu_blocks=self.num_gpu_blocks, host_blocks=self.num_host_blocks)
             self._gather("ready", deadline)
@@ -96,13 +93,13 @@ class RankGroup:
 
     def require(self, model_config: ModelConfig, cache: CacheConfig, device: str, dtype: str) -> None:
         """Raise ConfigError unless these ranks can serve an engine of that model, with a cache of that size."""
-        own = (self.config.device, self.config.dtype)
+        own = (self.config.source.device, self.config.source.dtype)
         require_runner("group of ranks", self, own, model_config, cache, (device, dtype))
 
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
-        return self.config.block_size
+        return self.config.engine.block_size
 
     def prepare(self, sequences: Sequence[SequenceInput]) -> None:
         """Do nothing: ranks lay out a batch when they receive it."""
@@ -194,7 +191,7 @@ class RankGroup:
     def _ask(self, data: bytes, kind: str) -> list[list[int]]:
         """Send the message to all ranks; returns the numbers that each stage answers with, by stage."""
         self._send(data)
-        answers = self._await(kind, self.config.pipeline_parallel_size)
+        answers = self._await(kind, self.config.parallel.pipeline_parallel_size)
         return [numbers for _, *numbers in sorted(message.numbers for message in answers)]
 
     def _await(self, kind: str, count: int) -> list[Message]:

@@ -31,7 +31,7 @@ def meet(config: RankConfig, address: str | None, processes: LocalProcesses, dea
         ConfigError: the address is wrong or taken, or a rank belongs to a group of another size.
         RankError: a rank has ended or did not connect in time.
     """
-    world_size = config.parallel.world_size
+    parallel, world_size = config.parallel, config.parallel.world_size
     host, port = ("127.0.0.1", 0) if address is None else parse_address(address, "ranks")
     token = secrets.token_hex(16) if address is None else os.environ.get("FASTSERVE_TOKEN", "")
     try:
@@ -64,8 +64,8 @@ def meet(config: RankConfig, address: str | None, processes: LocalProcesses, dea
                     peer.channel.close()
                     raise ConfigError(
                         f"{peer} of {peer.hello['world_size']} connected, but this engine has {world_size} ranks "
-                        f"({config.tensor_parallel_size} shards x {config.pipeline_parallel_size} stages), each once; "
-                        "start as many"
+                        f"({parallel.tensor_parallel_size} shards x {parallel.pipeline_parallel_size} stages), "
+                        "each once; start as many"
                     )
                 peers[peer.rank] = peer
         except BaseException:
