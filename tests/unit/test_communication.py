@@ -184,11 +184,11 @@ def test_what_older_versions_can_say_is_written_so_that_they_can_read_it() -> No
 @pytest.mark.parametrize(
     ("part", "wrong", "message"),
     [
-        ("all_reduce", {"latency_s": 0.0}, "all_reduce has no 'bandwidth_bytes_per_s'; needed: "),
-        ("later_stages", [{"prefill": {}}], r"later_stages\[0\] has no 'decode'; needed: prefill, decode"),
+        ("all_reduce", {"latency_s": 0.0}, "all_reduce\\.bandwidth_bytes_per_s is missing"),
+        ("later_stages", [{"prefill": {}}], r"later_stages\[0\]\.prefill\.constant is missing"),
         ("later_stages", [{"prefill": {"constant": 0, "per_token": 0, "per_token_squared": 0}, "decode": []}],
-         r"later_stages\[0\].decode must be a list of at least one fit, got \[\]"),
-        ("format_version", 5, "format_version 5, expected 1 to 4"),
+         r"later_stages\[0\].decode must be a list with at least 1 entry, got \[\]"),
+        ("format_version", 5, "format_version must be an integer of at most 4, got 5"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_refused(part: str, wrong: Any, message: str, tmp_path: Path) -> None:

@@ -74,7 +74,11 @@ def test_unknown_and_malformed_profiles_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no profile 'a100/opt'.*a100-80g/opt-13b-tp1"):
         load_profile("a100/opt")
     path = tmp_path / "bad.json"
-    for text, reason in (("{", "JSONDecodeError"), ("{}", "format_version"), ("[]", "must be an object, got")):
+    for text, reason in (
+        ("{", "it must be JSON, in UTF-8"),
+        ("{}", "format_version"),
+        ("[]", "must be an object, got"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=reason):
             load_profile(str(path))
@@ -192,10 +196,10 @@ def test_a_profile_with_a_curve_is_written_and_read(tmp_path: Path) -> None:
     curved.save(tmp_path / "curve.json")
     assert load_profile(str(tmp_path / "curve.json")).stage == curved.stage
     data = curved.to_json()
-    # Whoever reads version 2 can read what has no curve.
+    # A reader of version 2 can read a profile without a curve.
     assert (plain.to_json()["format_version"], data["format_version"]) == (2, 3)
     for points, message in (
-        ([], r"prefill\.curve must be a list of pairs, tokens and seconds, with at least one"),
+        ([], r"prefill\.curve must be a list with at least 1 entry, got"),
         ([[8, 0.1], [8, 0.2]], r"prefill\.curve\[1\]\[0\] must be an integer of at least 9, got 8"),
     ):
         data["coefficients"]["prefill"]["curve"] = points

@@ -1,10 +1,9 @@
-"""What a profile's file must hold: known keys, numbers of their types, times that can be true."""
+"""Checks of a profile's numbers: units and times that are possible."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from fastserve.core.errors import ConfigError
 from fastserve.latency.fitted import FittedLatency
@@ -13,33 +12,6 @@ _SHORTEST_S, _LONGEST_S = 1e-6, 10.0
 """What an iteration of one token can take on any machine. Outside, the unit is not seconds."""
 _SLOWEST_BYTES_PER_S = 1e6
 _LARGEST_BATCH = 4096
-
-
-def fields(where: str, data: Any, required: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
-    """`data`, which must be an object with these keys and no others; ConfigError names the key at fault."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} must be an object, got {_shown(data)}")
-    for key in required:
-        if key not in data:
-            raise ConfigError(f"{where} has no {key!r}; needed: {', '.join(required)}")
-    for key in data:
-        if key not in required and key not in optional:
-            raise ConfigError(f"{where} has an unknown key {key!r}; known: {', '.join((*required, *optional))}")
-    return data
-
-
-def number(where: str, value: Any) -> float:
-    """A finite number; ConfigError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
-        raise ConfigError(f"{where} must be a finite number, got {_shown(value)}")
-    return float(value)
-
-
-def text(where: str, value: Any) -> str:
-    """A text; ConfigError otherwise."""
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where} must be a text, got {_shown(value)}")
-    return value
 
 
 def check_bandwidth(where: str, bytes_per_s: float) -> None:
@@ -97,8 +69,3 @@ def _described(prompts: list[int], contexts: list[int]) -> str:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastserve.core.checks import require_int
-from fastserve.core.config import dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from fastserve.core.presets import PRESETS
 from fastserve.latency.base import LatencyModel
-from fastserve.latency.checks import check_bandwidth, check_times, fields, number, text
+from fastserve.latency.checks import check_bandwidth, check_times
 from fastserve.latency.communication import AllReduce, HostLink, StageLink
-from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
+from fastserve.latency.fitted import FittedLatency, PrefillCurve
 from fastserve.latency.pipelined import PipelinedLatency
 
-FORMAT_VERSION = 4
-"""Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`
-and no `rendezvous`; their files are still read. A profile is written in the lowest version, from 2 on, that can say it.
-"""
 _SHIPPED = Path(__file__).parent / "profiles"
 
 
@@ -162,77 +156,42 @@ def load_profile(name: str) -> Profile:
             + ", ".join(list_profiles())
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"profile {path} cannot be read: {reason}; it must be JSON, in UTF-8") from error
-    return _parse(name, data)
+    return _parse(name, content)
 
 
-def _parse(name: str, data: Any) -> Profile:
+def _parse(name: str, content: str) -> Profile:
+    from fastserve.latency.profile_file import parse_profile  # Imports pydantic, which only a file needs.
+
     where = f"profile {name}"
-    required = (
-        "format_version", "model", "hardware", "engine", "dtype", "tensor_parallel_size", "pipeline_parallel_size",
-        "coefficients", "kv_cache", "host_link", "provenance",
-    )  # fmt: skip
-    data = fields(where, data, required, ("stage_link", "later_stages", "all_reduce", "context_tokens"))
-    if data["format_version"] not in range(1, FORMAT_VERSION + 1):
-        raise ConfigError(f"{where}: format_version {data['format_version']!r}, expected 1 to {FORMAT_VERSION}")
-    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
-        require_int(f"{where}: {key}", data[key], 1)
-    if not isinstance(data["provenance"], dict):
-        raise ConfigError(f"{where}: provenance must be an object, got {data['provenance']!r}")
-    try:
-        dtype_bytes(text("dtype", data["dtype"]))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    cache = fields(f"{where}: kv_cache", data["kv_cache"], ("capacity_tokens", "bytes_per_token"))
-    for key, value in cache.items():
-        require_int(f"{where}: kv_cache.{key}", value, 1)
-    links: dict[str, Any] = {}
-    for key, cls in (("host_link", HostLink), ("stage_link", StageLink), ("all_reduce", AllReduce)):
-        links[key] = _parse_link(where, key, cls, data[key]) if data.get(key) is not None else None
-    later = data.get("later_stages", ())
-    if not isinstance(later, list | tuple):
-        raise ConfigError(f"{where}: later_stages must be a list, got {later!r}")
+    data = parse_profile(where, content)
     profile = Profile(
         name=name.removesuffix(".json"),
-        model=text(f"{where}: model", data["model"]),
-        hardware=text(f"{where}: hardware", data["hardware"]),
-        engine=text(f"{where}: engine", data["engine"]),
-        dtype=data["dtype"],
-        tensor_parallel_size=data["tensor_parallel_size"],
-        pipeline_parallel_size=data["pipeline_parallel_size"],
-        stage=_parse_stage(f"{where}: coefficients", data["coefficients"]),
-        kv_capacity_tokens=cache["capacity_tokens"],
-        kv_bytes_per_token=cache["bytes_per_token"],
-        host_link=links["host_link"],
-        provenance=data["provenance"],
-        stage_link=links["stage_link"],
-        later_stages=tuple(_parse_stage(f"{where}: later_stages[{i}]", fits) for i, fits in enumerate(later)),
-        all_reduce=links["all_reduce"],
-        context_tokens=data.get("context_tokens"),
+        model=data.model,
+        hardware=data.hardware,
+        engine=data.engine,
+        dtype=data.dtype,
+        tensor_parallel_size=data.tensor_parallel_size,
+        pipeline_parallel_size=data.pipeline_parallel_size,
+        stage=data.coefficients.fit(),
+        kv_capacity_tokens=data.kv_cache.capacity_tokens,
+        kv_bytes_per_token=data.kv_cache.bytes_per_token,
+        host_link=data.host_link,
+        provenance=data.provenance,
+        stage_link=data.stage_link,
+        later_stages=tuple(stage.fit() for stage in data.later_stages),
+        all_reduce=data.all_reduce,
+        context_tokens=data.context_tokens,
     )
+    for key in ("host_link", "stage_link", "all_reduce"):
+        if (link := getattr(profile, key)) is not None:
+            check_bandwidth(f"{where}: {key}.bandwidth_bytes_per_s", link.bandwidth_bytes_per_s)
     for i, stage in enumerate(profile.stages):
         check_times(f"{where}: stage {i}" if len(profile.stages) > 1 else where, stage, profile.kv_capacity_tokens)
     return profile
-
-
-def _parse_link(where: str, key: str, cls: type[Any], data: Any) -> Any:
-    """A link of that class, its numbers checked."""
-    optional = [field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING]
-    required = [field.name for field in dataclasses.fields(cls) if field.name not in optional]
-    given = dict(fields(f"{where}: {key}", data, required, optional))
-    for name in ("latency_s", "bandwidth_bytes_per_s"):
-        given[name] = number(f"{where}: {key}.{name}", given[name])
-    if "per_stage" in given and not isinstance(given["per_stage"], list):
-        raise ConfigError(f"{where}: {key}.per_stage must be a list, got {given['per_stage']!r}")
-    try:
-        link = cls(**given)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    check_bandwidth(f"{where}: {key}.bandwidth_bytes_per_s", given["bandwidth_bytes_per_s"])
-    return link
 
 
 def _stage_link_to_json(link: StageLink) -> dict[str, Any]:
@@ -256,45 +215,6 @@ def _stage_to_json(stage: FittedLatency) -> dict[str, Any]:
     }
 
 
-def _parse_stage(where: str, data: Any) -> FittedLatency:
-    fits = fields(where, data, ("prefill", "decode"), ("unit",))
-    if fits.get("unit", "seconds") not in ("seconds", "s"):
-        raise ConfigError(f"{where}.unit is {fits['unit']!r}; give every coefficient in seconds, and unit 'seconds'")
-    if not isinstance(fits["decode"], list) or not fits["decode"]:
-        raise ConfigError(f"{where}.decode must be a list of at least one fit, got {fits['decode']!r}")
-    decode, least = [], 1
-    for i, each in enumerate(fits["decode"]):
-        one = f"{where}.decode[{i}]"
-        fit = fields(one, each, ("constant", "per_context_token", "per_request", "max_batch_size"))
-        numbers = {name: number(f"{one}.{name}", value) for name, value in fit.items() if name != "max_batch_size"}
-        most = fit["max_batch_size"]
-        if (most is None) != (i == len(fits["decode"]) - 1):
-            raise ConfigError(
-                f"{one}.max_batch_size is {most!r}; it must be null in the last decode fit, a number in the others"
-            )
-        if most is not None:
-            require_int(f"{one}.max_batch_size", most, least)
-            least = most + 1
-        decode.append(DecodeFit(**numbers, max_batch_size=most))
-    return FittedLatency(_parse_prefill(f"{where}.prefill", fits["prefill"]), tuple(decode))
-
-
 def _curve_to_json(curve: PrefillCurve) -> dict[str, Any]:
     points = [list(point) for point in zip(curve.num_tokens, curve.seconds, strict=True)]
     return {"curve": points, "per_token_squared": curve.per_token_squared}
-
-
-def _parse_prefill(where: str, data: Any) -> PrefillFit | PrefillCurve:
-    if not isinstance(data, dict) or "curve" not in data:
-        names = ("constant", "per_token", "per_token_squared")
-        fit = fields(where, data, names)
-        return PrefillFit(*(number(f"{where}.{name}", fit[name]) for name in names))
-    curve = fields(where, data, ("curve", "per_token_squared"))
-    points = curve["curve"]
-    if not isinstance(points, list) or not points or not all(isinstance(one, list) and len(one) == 2 for one in points):
-        raise ConfigError(f"{where}.curve must be a list of pairs, tokens and seconds, with at least one")
-    for i, (num_tokens, _) in enumerate(points):
-        require_int(f"{where}.curve[{i}][0]", num_tokens, points[i - 1][0] + 1 if i else 1)
-    seconds = tuple(number(f"{where}.curve[{i}][1]", value) for i, (_, value) in enumerate(points))
-    squared = number(f"{where}.per_token_squared", curve["per_token_squared"])
-    return PrefillCurve(tuple(point[0] for point in points), seconds, squared)
