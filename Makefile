@@ -36,7 +36,7 @@ gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchma
 	@PYTHONPATH=system:workflows:. $(PYTHON) tools/gpu_session.py $(GPU_OPTIONS)
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 wheel-test: setup  ## install the wheel into an empty environment and run its commands from another folder
 	$(BIN)/python -m pytest tests/workflow/test_installed.py --empty-environment

@@ -18,6 +18,7 @@ from fastserve.runtime.parallel.channel import Channel, ChannelClosed, Message, 
 from fastserve.runtime.worker.extras import LogitChanges, PromptTargets, RowExtras
 from fastserve.runtime.worker.protocol import copy_frame, parse_copies, parse_run, parse_tokens, run_frame, tokens_frame
 from fastserve.runtime.worker.runner import Computed
+from support.profiles import share
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -124,6 +125,7 @@ def test_a_peer_that_takes_nothing_fails_the_sender() -> None:
         left.send_frame(bytes(1 << 28))
 
 
+@share(1 / 5)
 @given(
     st.lists(
         st.builds(

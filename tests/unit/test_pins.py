@@ -1,6 +1,8 @@
 """requirements.txt, environment.yml and pyproject.toml agree on what is installed."""
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,6 +37,35 @@ def test_every_dependency_of_the_package_is_pinned() -> None:
     named = [*project["dependencies"], *(n for group in project["optional-dependencies"].values() for n in group)]
     for requirement in named:
         assert re.split(r"[<>=~!]", requirement)[0].lower() in requirements, requirement
+
+
+COMES_WITH = {"starlette": "fastapi", "pydantic_core": "pydantic", "yarl": "aiohttp"}
+"""Packages that a dependency needs itself, and whose names we use."""
+CALLED = {"yaml": "pyyaml"}
+"""Modules by another name than their package's."""
+
+
+def imported_modules() -> dict[str, Path]:
+    """Top-level modules that the installed packages import, each with a file that does."""
+    found = {}
+    for folder in ("system/fastserve", "workflows/harness", "baselines"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0]: path for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    found[str(node.module).partition(".")[0]] = path
+    return found
+
+
+def test_every_import_of_the_package_is_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dependencies = {re.split(r"[<>=~!]", named)[0].lower() for named in project["dependencies"]}
+    ours = {"fastserve", "harness", "baselines"}
+    for module, path in imported_modules().items():
+        if module not in sys.stdlib_module_names and module not in ours:
+            name = CALLED.get(module, COMES_WITH.get(module, module)).replace("_", "-")
+            assert name in dependencies, f"{path} imports {module}; add it to dependencies in pyproject.toml"
 
 
 def test_clients_have_the_versions_that_we_have() -> None:
