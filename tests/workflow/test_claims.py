@@ -3,19 +3,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.capacity import first_upward_crossing
-from harness.analysis.claims import Evidence, check_claims, claims_table, relative_difference
-from harness.experiments.experiments import with_defaults
+from harness.analysis.claims import Claims, check_claims, claims_table, relative_difference
+from harness.analysis.measures import Evidence
+from harness.experiments.experiment import Experiment, Series
+from harness.experiments.files import parse_as, read_yaml
 from harness.report.captions import Finding, findings
 from harness.report.claims_page import claims_page
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-CLAIMS = yaml.safe_load((WORKFLOWS / "config" / "claims.yaml").read_text(encoding="utf-8"))["claims"]
+CLAIMS = parse_as(Claims, read_yaml(WORKFLOWS / "config" / "claims.yaml"), "claims.yaml").claims
 REPORTED = pd.read_csv(WORKFLOWS / "data" / "reported_points.csv", keep_default_na=False)
-EXPERIMENT = with_defaults(
+EXPERIMENT = Experiment.model_validate(
     {
         "title": "t",
         "figure": "load",
@@ -40,18 +41,26 @@ def points(fast, slow, **columns):
 
 
 def claim(kind="capacity_ratio", **changes):
-    measure = {"kind": kind, "experiment": "e", "of": "fast", "over": "slow"}
+    measure = {"kind": kind} if kind == "none" else {"kind": kind, "experiment": "e", "of": "fast"}
+    if kind.endswith("ratio") and kind != "x_ratio":
+        measure |= {"over": "slow"}
     measure |= changes.pop("measure", {})
     return {"id": "c", "group": "paper", "claim": "C", "source": "S", "measure": measure} | changes
 
 
-def evidence(table, reported=None):
-    return {"e": Evidence(EXPERIMENT, table, pd.DataFrame() if reported is None else reported)}
+def parsed(*claims):
+    """As the pipeline reads them."""
+    read = parse_as(Claims, {"claims": list(claims)}, "claims.yaml")
+    check_claims(read, {"e": EXPERIMENT}, "claims.yaml")
+    return read.claims
+
+
+def evidence(table, reported=None, experiment=EXPERIMENT):
+    return {"e": Evidence(experiment, table, pd.DataFrame() if reported is None else reported)}
 
 
 def judged(claim_, table):
-    check_claims([claim_], {"e": EXPERIMENT})
-    (row,) = claims_table([claim_], evidence(table)).to_dict("records")
+    (row,) = claims_table(parsed(claim_), evidence(table)).to_dict("records")
     return row
 
 
@@ -108,23 +117,22 @@ def test_ratios_along_one_curve_take_x_as_number_or_text():
 
 
 def test_sorting_the_papers_points_by_latency_gives_another_capacity_than_their_first_crossing():
-    experiment = {
-        **EXPERIMENT,
-        "panels": [{"name": "p"}],
-        "series": [{"name": "fast", "paper_system": "Fast", "policy": "fastserve"}],
-    }
+    experiment = EXPERIMENT.model_copy(
+        update={"series": [Series(name="fast", label="fast", policy="fastserve", paper_system="Fast")]}
+    )
     reported = pd.DataFrame({"panel": "p", "system": "Fast", "rate": [1, 2, 3, 4], "value": [0.1, 0.5, 0.2, 0.4]})
     rows = [
-        {**claim(kind, measure={"panel": "p"}), "id": kind, "group": "suspicion"}
+        {**claim(kind, measure={"panel": "p"}), "id": kind.replace("_", "-"), "group": "suspicion"}
         for kind in ("reported", "reported_sorted")
     ]
-    table = claims_table(rows, {"e": Evidence(experiment, pd.DataFrame(), reported)})
+    claims = parse_as(Claims, {"claims": rows}, "claims.yaml").claims
+    table = claims_table(claims, evidence(pd.DataFrame(), reported, experiment))
     assert table["value"].tolist() == pytest.approx([1.5, 3.5])
 
 
 def test_what_cannot_be_measured_says_why():
     with pytest.raises(ConfigError, match="give a reason"):
-        check_claims([claim("none")], {})
+        parsed(claim("none"))
     row = judged(claim("none", paper=31.4, reason="No such fits."), points([0, 0.4], [0, 0.4]))
     assert (row["verdict"], row["reason"]) == ("cannot be", "No such fits.")
 
@@ -137,8 +145,7 @@ def test_an_objective_never_reached_is_said():
 
 def test_reasons_quote_other_rows():
     rows = [claim(paper=2, reason="Because of {other}."), {**claim(), "id": "other"}]
-    check_claims(rows, {"e": EXPERIMENT})
-    table = claims_table(rows, evidence(points([0.0, 0.4], [0.2, 1.2])))
+    table = claims_table(parsed(*rows), evidence(points([0.0, 0.4], [0.2, 1.2])))
     assert table["reason"][0].startswith("Because of 1.59 (")
 
 
@@ -152,8 +159,34 @@ def test_reasons_quote_other_rows():
     ],
 )
 def test_claims_about_what_is_not_there_are_refused(change, message):
-    with pytest.raises(ConfigError, match=message):
-        check_claims([claim(**change)], {"e": EXPERIMENT})
+    with pytest.raises(ConfigError, match=rf"^claims\.yaml: claim 'c': .*{message}"):
+        parsed(claim(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"kind": "capacity_ratoi"},
+            "measure.kind must be one of 'capacity', 'capacity_ratio', .*'capacity_ratoi'",
+        ),
+        ({"measure": {"ovr": "slow"}}, "claims 'c': measure: unknown key 'ovr'; did you mean 'over'"),
+        ({"kind": "value"}, "claims 'c': measure.x is missing"),
+        ({"kind": "capacity", "measure": {"over": "slow"}}, "unknown key 'over'; valid keys: experiment, panel, of"),
+        ({"paper": "much"}, "paper must be a number, or a list of them, not 'much'"),
+        ({"tolerance": 0}, "tolerance must be a number above 0, not 0"),
+        ({"group": "other"}, "group must be one of 'paper', 'suspicion' or 'beyond', not 'other'"),
+        ({"id": "C 1"}, "claims 'C 1': id must be a name of small letters and digits"),
+    ],
+)
+def test_typos_in_claims_are_refused(change, message):
+    with pytest.raises(ConfigError, match=rf"^claims\.yaml: .*{message}"):
+        parsed(claim(**change))
+
+
+def test_two_claims_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="ids of claims must differ, 'c' is there twice"):
+        parsed(claim(), claim())
 
 
 def test_relative_difference_to_a_range():
@@ -177,33 +210,33 @@ SYSTEMS = {"vllm": "vLLM", "fastserve-fcfs": "FastServe-FCFS", "reactive": "Reac
 DATASETS = {"s": "sharegpt", "a": "alpaca"}
 
 
-@pytest.mark.parametrize("name", [row["id"] for row in CLAIMS if row["id"][:3] in ("f11", "f12", "f15", "f17")])
+@pytest.mark.parametrize("name", [row.id for row in CLAIMS if row.id[:3] in ("f11", "f12", "f15", "f17")])
 def test_the_papers_values_are_the_crossings_of_its_own_points(name):
-    row = next(row for row in CLAIMS if row["id"] == name)
-    measure = row["measure"]
-    if measure["kind"] == "largest_share":
+    row = next(row for row in CLAIMS if row.id == name)
+    measure = row.measure
+    if measure.kind == "largest_share":
         return
-    figure = measure["experiment"]
+    figure = measure.experiment
     where = {}
     if figure in ("fig11", "fig12"):
-        model, dataset = measure["panel"].rpartition("-")[::2]
+        model, dataset = measure.panel.rpartition("-")[::2]
         where = {"model": model, "dataset": dataset}
     elif figure == "fig15":
-        where = {"dataset": measure["panel"]}
+        where = {"dataset": measure.panel}
     system = {"fastserve": "Proactive" if figure == "fig17" else "FastServe", "run-to-completion": "FasterTransformer"}
-    of = crossing(figure, (system | SYSTEMS)[measure["of"]], 0.3, **where)
-    value = of if measure["kind"] == "capacity" else of / crossing(figure, SYSTEMS[measure["over"]], 0.3, **where)
-    assert row["paper"] == pytest.approx(value, rel=0.02, abs=0.005)
+    of = crossing(figure, (system | SYSTEMS)[measure.of], 0.3, **where)
+    value = of if measure.kind == "capacity" else of / crossing(figure, SYSTEMS[measure.over], 0.3, **where)
+    assert row.paper == pytest.approx(value, rel=0.02, abs=0.005)
 
 
 def test_every_claim_on_a_figure_of_the_paper_has_a_value():
     for row in CLAIMS:
-        assert (row["group"] == "paper") == ("paper" in row), row["id"]
+        assert (row.group == "paper") == (row.paper is not None), row.id
 
 
 def test_the_page_and_the_captions_hold_every_claim(tmp_path):
     rows = [claim(paper=2, claim="A <gain>"), {**claim(), "id": "d", "group": "beyond"}]
-    table = claims_table(rows, evidence(points([0.0, 0.4], [0.2, 1.2])))
+    table = claims_table(parsed(*rows), evidence(points([0.0, 0.4], [0.2, 1.2])))
     page = claims_page(table)
     assert "A &lt;gain&gt;" in page
     assert page.count("<tr><td>") == 2

@@ -1,4 +1,4 @@
-import copy
+import json
 import re
 from pathlib import Path
 
@@ -8,30 +8,35 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from fastserve.core.errors import ConfigError
-from harness.analysis.claims import check_claims
-from harness.experiments import experiments
-from harness.experiments.experiments import batches_of, check_experiment, linked, points_of, run_name, with_defaults
+from harness.analysis.claims import Claims, check_claims
+from harness.experiments import points
+from harness.experiments.batches import batches_of
+from harness.experiments.configuration import read_configuration
+from harness.experiments.experiment import Experiment
+from harness.experiments.files import json_schema, parse_as, read_yaml
+from harness.experiments.folder import linked, read_experiments
+from harness.experiments.points import check_runs, points_of, run_name
 from harness.run.config import RunConfig
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = ROOT / "workflows"
 CONFIG = WORKFLOWS / "config"
+MODELS = {"experiment": Experiment, "claims": Claims}
 
 
-def schema(name):
-    return yaml.safe_load((WORKFLOWS / "schemas" / f"{name}.schema.yaml").read_text(encoding="utf-8"))
+def shipped(folder="experiments"):
+    return read_experiments(CONFIG / folder)
 
 
-def raw(folder):
-    files = sorted((CONFIG / folder).glob("*.yaml"))
-    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+def parsed(content):
+    """As the pipeline reads an experiment."""
+    experiment = parse_as(Experiment, content, "tiny.yaml")
+    check_runs(experiment, "tiny.yaml")
+    return experiment
 
 
-def errors(experiment):
-    return [error.message for error in Draft202012Validator(schema("experiment")).iter_errors(experiment)]
-
-
-def shipped():
-    return {name: with_defaults(each) for name, each in linked(raw("experiments")).items()}
+def is_in_schema(content):
+    return Draft202012Validator(json_schema(Experiment)).is_valid(content)
 
 
 def tiny(**changes):
@@ -61,15 +66,22 @@ TARGET = {
 
 
 @pytest.mark.parametrize("name", ["config", "experiment", "claims"])
-def test_schemas_are_schemas(name):
-    Draft202012Validator.check_schema(schema(name))
+def test_the_schemas_for_editors_are_those_of_the_models(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from write_schemas import FOLDER, schema_text
+
+    text = (FOLDER / f"{name}.schema.json").read_text(encoding="utf-8")
+    assert text == schema_text(name), "write them again: python tools/write_schemas.py"
+    Draft202012Validator.check_schema(json.loads(text))
 
 
-@pytest.mark.parametrize("folder", ["experiments", "smoke"])
-def test_shipped_experiments_are_valid(folder):
-    for name, experiment in linked(raw(folder)).items():
-        assert errors(experiment) == [], name
-        check_experiment(name, with_defaults(experiment))
+@pytest.mark.parametrize("folder", ["experiments", "smoke", "external"])
+def test_shipped_experiments_are_valid_and_written_down_without_loss(folder):
+    files = {path.stem: read_yaml(path) for path in (CONFIG / folder).glob("*.yaml")}
+    for name, content in linked(files).items():
+        assert is_in_schema(content), name
+    for experiment in shipped(folder).values():
+        assert Experiment.model_validate(experiment.as_written()) == experiment
 
 
 def test_every_figure_of_the_paper_and_every_group_has_experiments():
@@ -79,17 +91,19 @@ def test_every_figure_of_the_paper_and_every_group_has_experiments():
 
 def test_simulated_experiments_have_at_least_five_seeds():
     for name, experiment in shipped().items():
-        assert experiment["backend"] != "sim" or len(set(experiment["seeds"])) >= 5, name
+        assert experiment.backend != "sim" or len(experiment.seeds) >= 5, name
 
 
 def test_claims_name_what_there_is():
-    claims = yaml.safe_load((CONFIG / "claims.yaml").read_text(encoding="utf-8"))
-    assert list(Draft202012Validator(schema("claims")).iter_errors(claims)) == []
-    check_claims(claims["claims"], shipped())
+    content = read_yaml(CONFIG / "claims.yaml")
+    assert Draft202012Validator(json_schema(Claims)).is_valid(content)
+    claims = parse_as(Claims, content, "claims.yaml")
+    check_claims(claims, shipped(), "claims.yaml")
+    assert Claims.model_validate(claims.model_dump(exclude_unset=True)) == claims
 
 
 def test_a_run_is_its_four_parts_and_the_later_ones_win():
-    experiment = with_defaults(
+    experiment = parsed(
         tiny(
             run={"trace": "sharegpt", "arrivals": "poisson", "settings": {"max_batch_size": 8}, "num_requests": 5},
             panels=[
@@ -114,20 +128,19 @@ def test_series_can_be_cut_and_left_out():
     experiment = tiny(panels=[{"name": "a"}, {"name": "b"}])
     experiment["series"][0] |= {"up_to": 1}
     experiment["series"][1] |= {"not_in": ["b"]}
-    points = {(point.panel, point.series, point.x) for point in points_of(with_defaults(experiment))}
+    points = {(point.panel, point.series, point.x) for point in points_of(parsed(experiment))}
     assert points == {("a", "vllm", 1), ("a", "fastserve", 1), ("a", "fastserve", 2), ("b", "vllm", 1)}
     experiment["series"][0] |= {"up_to": {"a": 1}}
-    assert errors(experiment) == []
-    points = {(point.panel, point.series, point.x) for point in points_of(with_defaults(experiment))}
+    points = {(point.panel, point.series, point.x) for point in points_of(parsed(experiment))}
     assert ("a", "vllm", 2) not in points
     assert ("b", "vllm", 2) in points
 
 
 def test_the_same_run_is_carried_out_once_for_all_experiments():
-    experiments = linked({"one": tiny(), "two": {"same_points_as": "one", "metric": "p95_jct_s", "slo": 9}})
-    one, two = (with_defaults(experiment) for experiment in experiments.values())
-    assert two["metric"] == "p95_jct_s"
-    batches = batches_of([one, two, with_defaults(tiny(seeds=[1, 2]))])
+    contents = linked({"one": tiny(), "two": {"same_points_as": "one", "metric": "p95_jct_s", "slo": 9}})
+    one, two = (parsed(content) for content in contents.values())
+    assert two.metric == "p95_jct_s"
+    batches = batches_of([one, two, parsed(tiny(seeds=[1, 2]))])
     runs = [run for batch in batches.values() for run in batch.runs]
     assert len(runs) == len(set(runs)) == 2 * 2 * 3
     assert set(runs) >= {point.run for point in points_of(two)}
@@ -143,16 +156,16 @@ def test_no_run_of_the_shipped_experiments_is_carried_out_twice():
 
 
 def test_another_series_changes_no_batch():
-    before = batches_of([with_defaults(tiny())])
+    before = batches_of([parsed(tiny())])
     experiment = tiny()
     experiment["series"].append({"name": "srpt", "label": "SRPT", "policy": "srpt"})
-    assert before.items() <= batches_of([with_defaults(experiment)]).items()
+    assert before.items() <= batches_of([parsed(experiment)]).items()
 
 
 def test_everything_that_determines_a_run_is_in_its_name():
-    names = {point.run for point in points_of(with_defaults(tiny()))}
+    names = {point.run for point in points_of(parsed(tiny()))}
     assert len(names) == 8
-    (config, *_) = [point.config for point in points_of(with_defaults(tiny()))]
+    (config, *_) = [point.config for point in points_of(parsed(tiny()))]
     assert run_name(config).startswith("vllm-")
 
 
@@ -166,8 +179,7 @@ def test_what_is_not_said_is_not_in_a_name():
 def test_a_history_is_part_of_a_run_and_of_its_name():
     experiment = tiny()
     experiment["series"][1]["run"] |= {"history": "alpaca", "history_requests": 9}
-    assert errors(experiment) == []
-    plain, taught = (list(points_of(with_defaults(each)))[-1] for each in (tiny(), experiment))
+    plain, taught = (list(points_of(parse_as(Experiment, each, "")))[-1] for each in (tiny(), experiment))
     assert (taught.config.history, taught.config.history_requests) == ("alpaca", 9)
     assert plain.run != taught.run
 
@@ -178,7 +190,8 @@ def test_a_history_is_part_of_a_run_and_of_its_name():
      "p99_slowdown_settled", "max_slowdown_settled", "settled_requests"],
 )  # fmt: skip
 def test_metrics_of_settled_requests_can_be_shown(metric):
-    assert errors(tiny(metric=metric)) == []
+    assert parsed(tiny(metric=metric)).metric == metric
+    assert is_in_schema(tiny(metric=metric))
 
 
 def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
@@ -201,59 +214,91 @@ def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
 
 
 def test_targets_and_ratios_are_valid_and_optional():
-    assert with_defaults(tiny())["targets"] == ()
-    experiment = tiny(figure="ratios", over="vllm", targets=[TARGET, TARGET | {"at": [2, "1"], "at_most": 1}])
-    assert errors(experiment) == []
-    check_experiment("tiny", with_defaults(experiment))
-    assert errors(tiny(targets=[])) == []
+    assert parsed(tiny()).targets == parsed(tiny(targets=[])).targets == ()
+    targets = [TARGET, TARGET | {"at": [2, "1"], "at_most": 1}]
+    assert len(parsed(tiny(figure="ratios", over="vllm", targets=targets)).targets) == 2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e.update(targets=[TARGET | {"statistic": "mean"}]), "is not one of"),
-        (lambda e: e.update(targets=[TARGET | {"metric": ""}]), "does not match"),
-        (lambda e: e.update(targets=[TARGET | {"at_most": 0}]), "minimum"),
-        (lambda e: e.update(targets=[TARGET | {"at": []}]), "non-empty"),
-        (lambda e: e.update(targets=[{"claim": "C"}]), "'metric' is a required property"),
-        (lambda e: e.update(over=1), "not of type 'string'"),
-        (lambda e: e.update(sedes=[0]), "'sedes' was unexpected"),
-        (lambda e: e["series"][0].update(polisy="vllm"), "'polisy' was unexpected"),
-        (lambda e: e["points"][0].update(requests=3), "'requests' was unexpected"),
-        (lambda e: e["run"].update(modle="opt"), "'modle' was unexpected"),
-        (lambda e: e.update(backend="simulation"), "is not one of"),
-        (lambda e: e.update(figure="pie"), "is not one of"),
-        (lambda e: e.update(seeds=[0, 0]), "non-unique"),
-        (lambda e: e.update(seeds=[]), "non-empty"),
-        (lambda e: e.update(seeds=[-1]), "minimum"),
-        (lambda e: e.update(slo=0), "minimum"),
-        (lambda e: e.update(slo="0.3"), "not of type"),
-        (lambda e: e.update(metric="mean_latency"), "does not match"),
-        (lambda e: e["points"][0].update(rate="fast"), "not of type 'number'"),
-        (lambda e: e["points"][0].update(num_requests=1.5), "not of type 'integer'"),
-        (lambda e: e["run"].update(history_requests=-1), "minimum"),
-        (lambda e: e["series"][0].update(name="Up/down"), "does not match"),
-        (lambda e: e["series"][0].update(variant="yes"), "not of type 'boolean'"),
-        (lambda e: e.pop("series"), "'series' is a required property"),
+        (
+            lambda e: e.update(targets=[TARGET | {"statistic": "mean"}]),
+            "targets 'Faster': statistic must be one of 'geometric_mean' or 'largest', not 'mean'",
+        ),
+        (
+            lambda e: e.update(targets=[TARGET | {"metric": ""}]),
+            "targets 'Faster': metric must be a metric of points.csv, such as mean_jct_s or "
+            "p95_normalized_latency_s, not ''",
+        ),
+        (lambda e: e.update(targets=[TARGET | {"at_most": 0}]), "at_most must be a number above 0, not 0"),
+        (lambda e: e.update(targets=[TARGET | {"at": []}]), "at must not be empty, not []"),
+        (lambda e: e.update(targets=[{"claim": "C"}]), "targets 'C': metric is missing (and 4 more)"),
+        (lambda e: e.update(targets=[TARGET, TARGET | {"claim": 3}]), "targets 3: claim must be a text"),
+        (lambda e: e.update(over=1), "over must be a name of small letters and digits"),
+        (lambda e: e.update(sedes=[0]), "unknown key 'sedes'; did you mean 'seeds'?"),
+        (lambda e: e["series"][0].update(polisy="vllm"), "series 'vllm': unknown key 'polisy'; did you mean 'policy'?"),
+        (
+            lambda e: e["points"][0].update(requests=3),
+            "points 1: unknown key 'requests'; did you mean 'num_requests'?",
+        ),
+        (lambda e: e["run"].update(modle="opt"), "run: unknown key 'modle'; did you mean 'model'?"),
+        (lambda e: e["run"].update(zzz=1), "run: unknown key 'zzz'; valid keys: profile, profile_suffix, trace"),
+        (
+            lambda e: e.update(backend="simulation"),
+            "backend must be one of 'sim', 'engine', 'both' or 'http', not 'sim",
+        ),
+        (lambda e: e.update(figure="pie"), "figure must be one of 'load', 'slo', "),
+        (lambda e: e.update(seeds=[0, 0]), "seeds must differ, 0 is there twice"),
+        (lambda e: e.update(seeds=[]), "seeds must not be empty"),
+        (lambda e: e.update(seeds=[-1]), "seeds 1 must be at least 0, not -1"),
+        (lambda e: e.update(seeds=3), "seeds must be a list, not 3"),
+        (lambda e: e.update(slo=0), "slo must be a number above 0, not 0"),
+        (lambda e: e.update(slo="0.3"), "slo must be a number above 0, not '0.3'"),
+        (lambda e: e.update(metric="mean_latency"), "metric must be a metric of points.csv"),
+        (lambda e: e["points"][0].update(rate="fast"), "points 1: rate must be a number above 0, not 'fast'"),
+        (
+            lambda e: e["points"][0].update(num_requests=1.5),
+            "num_requests must be a whole number of at least 1, not 1.5",
+        ),
+        (lambda e: e["points"][0].update(num_requests=None), "num_requests must be a whole number of at least 1"),
+        (lambda e: e["run"].update(history_requests=-1), "run.history_requests must be a whole number of at least 1"),
+        (
+            lambda e: e["run"].update(settings={"alpha_s": [1]}),
+            "run.settings.alpha_s must be a number, a text, true or",
+        ),
+        (lambda e: e["series"][0].update(name="Up/down"), "series 'Up/down': name must be a name of small letters"),
+        (lambda e: e["series"][0].update(variant="yes"), "series 'vllm': variant must be true or false, not 'yes'"),
+        (lambda e: e["series"][0].update(up_to="much"), "up_to must be a number, or numbers by panel, not 'much'"),
+        (lambda e: e.pop("series"), "series is missing"),
+        (lambda e: e.update(series="all"), "series must be a list, not 'all'"),
+        (lambda e: e.update(points=None), "points must be a list, not None"),
+        (lambda e: e.update(run=[]), "run must hold keys with values, not []"),
     ],
 )
 def test_typos_and_wrong_types_are_refused(change, message):
-    experiment = tiny()
-    change(experiment)
-    assert any(message in error for error in errors(experiment)), errors(experiment)
+    content = tiny()
+    change(content)
+    with pytest.raises(ConfigError) as refused:
+        parsed(content)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("tiny.yaml: ")
+    assert message in line
+    assert not is_in_schema(content)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e["series"][1].update(policy="fastsrve"), "unknown policy 'fastsrve'"),
+        (lambda e: e["series"][1].update(policy="fastsrve"), "series 'fastserve': unknown policy 'fastsrve'"),
         (lambda e: e["series"][1].update(run={"settings": {"alfa_s": 1}}), "unknown option 'alfa_s'"),
         (lambda e: e["series"][1].update(run={"settings": {"alpha_s": "soon"}}), "alpha_s"),
         (lambda e: e["series"][1].update(run={"profile": "a100-80g/opt-13"}), "a100-80g/opt-13"),
         (lambda e: e["series"][1].update(run={"trace": "sharegtp"}), "unknown trace 'sharegtp'"),
         (lambda e: e["series"][1].update(name="vllm"), "series must differ, 'vllm' is there twice"),
+        (lambda e: e["series"][1].update(label="vLLM"), "labels must differ, 'vLLM' is there twice"),
         (lambda e: e["points"].append({"rate": 2}), "must differ, 2 is there twice"),
-        (lambda e: e.update(points=None), "there are no points"),
+        (lambda e: e.pop("points"), "there are no points; give `points`"),
         (lambda e: e["series"][1].update(run={"history": "alpaca"}), "needs --history-requests"),
         (
             lambda e: e["series"][1].update(run={"history": "alpaca", "history_requests": 9}),
@@ -264,44 +309,59 @@ def test_typos_and_wrong_types_are_refused(change, message):
         (lambda e: e.update(figure="ratios", over="srpt"), "not 'srpt': vllm, fastserve"),
         (lambda e: e.update(targets=[TARGET | {"of": "srpt"}]), "'srpt' is none of the series; there are: vllm"),
         (lambda e: e.update(targets=[TARGET | {"over": "fastserve"}]), "of and over are both 'fastserve'"),
-        (lambda e: e.update(targets=[TARGET | {"panels": ["b"]}]), "'b' is none of the panels"),
-        (lambda e: e.update(targets=[TARGET | {"metric": ""}]), "target 'Faster': metric is empty"),
+        (lambda e: e.update(targets=[TARGET | {"panels": ["b"]}]), "target 'Faster': 'b' is none of the panels"),
         (lambda e: e.update(targets=[TARGET | {"at": [1, 3]}]), "share no point at 3; they do at: 1, 2"),
         (lambda e: (e["series"][0].update(up_to=0), e.update(targets=[TARGET])), "share no point; see up_to"),
         (lambda e: e.update(backend="both", targets=[TARGET]), "targets need backend sim or engine, not 'both'"),
     ],
 )
-def test_what_the_schema_cannot_see_is_refused_before_any_work(change, message):
-    experiment = copy.deepcopy(tiny())
-    change(experiment)
-    with pytest.raises(ConfigError, match=r"experiment 'tiny'") as refused:
-        check_experiment("tiny", with_defaults(experiment))
+def test_what_no_key_shows_by_itself_is_refused_before_any_work(change, message):
+    content = tiny()
+    change(content)
+    with pytest.raises(ConfigError, match=r"^tiny\.yaml: ") as refused:
+        parsed(content)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [{"panels": 3}, {"series": [3]}, {"series": [{"name": []}]}, {"panels": None}])
+def test_a_link_between_experiments_that_hold_anything_is_refused_in_words(tmp_path, content):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(tiny()), encoding="utf-8")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"same_points_as": "one"} | content), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"two\.yaml: {next(iter(content))}"):
+        read_experiments(tmp_path)
+
+
+def test_the_configuration_is_read_from_texts_too():
+    read = read_configuration({"claims": "null", "seeds": ["0", "1"], "vllm": "cpu"})
+    assert (read.claims, read.seeds, read.vllm) == (None, (0, 1), "cpu")
+    assert read_configuration(read_yaml(CONFIG / "default.yaml")) == read_configuration({})
+    with pytest.raises(ConfigError, match="configuration: vllm must be one of 'auto', 'cpu' or 'cuda', not 'gpu'"):
+        read_configuration({"vllm": "gpu"})
 
 
 def test_rates_of_figure_11_are_the_papers():
     reported = pd.read_csv(WORKFLOWS / "data" / "reported_points.csv", keep_default_na=False)
     assert len(reported) == 585
-    panel = shipped()["fig11"]["panels"][0]
+    panel = shipped()["fig11"].panels[0]
     of_fastserve = reported[
         (reported.figure == "fig11") & (reported.dataset == "sharegpt") & (reported.model == "opt-13b")
     ]
-    rates = {point["rate"] for point in panel["points"]}
+    rates = {point.rate for point in panel.points}
     assert rates - {8} <= set(of_fastserve.request_rate_per_s)  # 8 is ours, to find a crossing between 6 and 10
 
 
 def test_an_edited_policy_gives_its_runs_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = (WORKFLOWS.parent / "docs/add-a-policy.md").read_text(encoding="utf-8")
+    source = (ROOT / "docs/add-a-policy.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n# two_classes\.py\n(.*?)```", source, re.DOTALL)
     path = tmp_path / "two_classes.py"
     path.write_text(code.replace("@register\n", ""))
     monkeypatch.chdir(tmp_path)
-    experiments._source.cache_clear()
+    points._source.cache_clear()
     config = RunConfig(policy="two_classes.py:TwoClasses", profile="a100-80g/opt-13b-tp1", rate=2.0)
     before = run_name(config)
     assert before.startswith("two_classes.TwoClasses-")
     path.write_text(code.replace("@register\n", "") + "# edited\n")
-    experiments._source.cache_clear()  # As another job of the pipeline, in a process of its own.
+    points._source.cache_clear()  # As another job of the pipeline, in a process of its own.
     assert run_name(config) != before
 
 

@@ -899,7 +899,7 @@ def test_a_server_that_dies_midway_is_said(tmp_path: Path, capsys: pytest.Captur
 
 def test_only_a_run_over_http_needs_a_client() -> None:
     code = (
-        "import sys, harness.cli, harness.experiments.experiments; "
+        "import sys, harness.cli, harness.experiments.batches; "
         "sys.exit(bool({'aiohttp', 'prometheus_client', 'transformers'} & set(sys.modules)))"
     )
     environment = {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}", "PATH": ""}

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from harness.experiments.experiments import Experiment, linked, points_of, with_defaults
+from harness.experiments.folder import read_experiments
+from harness.experiments.points import points_of
 from harness.run.config import RunConfig
 from harness.run.runner import run
 from harness.studies.simulations import service_rate
 
-EXPERIMENTS = Path(__file__).parents[2] / "workflows/config/experiments"
+EXPERIMENTS = read_experiments(Path(__file__).parents[2] / "workflows/config/experiments")
 
 
-def experiment(name: str) -> Experiment:
-    files = EXPERIMENTS.glob("own-policy*.yaml"), EXPERIMENTS.glob("fidelity.yaml")
-    raw = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in itertools.chain(*files)}
-    return with_defaults(linked(raw)[name])
-
-
-@pytest.mark.parametrize("panel", [panel["name"] for panel in experiment("own-policy")["panels"]])
+@pytest.mark.parametrize("panel", [panel.name for panel in EXPERIMENTS["own-policy"].panels])
 def test_loads_are_shares_of_the_rate_that_fcfs_serves(panel: str, tmp_path: Path) -> None:
     points = [
         point
         for name in ("own-policy", "own-policy-steady", "own-policy-bounds")
-        for point in points_of(experiment(name))
+        for point in points_of(EXPERIMENTS[name])
         if point.panel == panel
     ]
     config = points[0].config

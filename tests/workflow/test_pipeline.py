@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from harness.experiments.experiments import batches_of, linked, with_defaults
+from harness.experiments.batches import batches_of
+from harness.experiments.folder import read_experiments
 from support.loaded_code import scripts_watched, watch_scripts
 
 pytest.importorskip("snakemake")
@@ -117,7 +118,7 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     write_claims(tmp_path)
     refused = snakemake(tmp_path)
     assert refused.returncode != 0
-    assert "sedes" in refused.stderr
+    assert "experiments/tiny.yaml: unknown key 'sedes'; did you mean 'seeds'?" in refused.stderr
     assert not (tmp_path / "results").exists()
 
     write_experiment(tmp_path)
@@ -173,8 +174,7 @@ def test_the_configuration_is_taken_from_the_command_line(tmp_path, where):
     done = dry_run(tmp_path, f"experiments={where}", "claims=null", "seeds=[0,1]", "vllm=cpu")
     assert done.returncode == 0, done.stderr
     assert "rule claims" not in done.stdout
-    read = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "experiments").iterdir()}
-    expected = batches_of([with_defaults(linked(read)["tiny"] | {"seeds": [0, 1]})])
+    expected = batches_of([read_experiments(tmp_path / "experiments", seeds=[0, 1])["tiny"]])
     assert expected
     assert all(f"results/batches/{name}.json" in done.stdout for name in expected)
 
@@ -186,7 +186,7 @@ def test_the_configuration_is_taken_from_the_command_line(tmp_path, where):
         (b"- 3", "empty.yaml must hold keys with values, as in workflows/config; it holds [3]"),
         (b"a: [", "empty.yaml: while parsing a flow node"),
         (b"\xff\xfe\x00", "cannot read "),
-        (b"title: x", "experiment 'empty' of "),
+        (b"title: x", "experiments/empty.yaml: figure is missing"),
     ],
 )
 def test_an_experiment_that_cannot_be_read_is_named(tmp_path, content, message):

@@ -18,7 +18,7 @@ from fastserve.core.errors import ConfigError, ServerError
 from fastserve.core.request import SamplingParams
 from fastserve.llm import LLM
 from harness.analysis.files import read_table
-from harness.experiments.experiments import with_defaults
+from harness.experiments.experiment import Experiment
 from harness.report.plots import flags_of
 from harness.studies.model_folder import write_model_folder
 from harness.studies.served import COMPARED, compared_with_first, measure_served
@@ -206,7 +206,7 @@ def test_nothing_else_installs_it(tmp_path):
 
 
 def test_a_figure_tells_when_the_machine_did_something_else():
-    drawn = with_defaults(experiment(title="T", figure="bars", backend="http"))
+    drawn = Experiment.model_validate(experiment(title="T", figure="bars", backend="http")).model_dump()
     rows = [
         {"panel": "", "series": series, "label": series, "x": x, "seed": 3, "other_cores": others, "preemptions": 1}
         for series in POLICIES

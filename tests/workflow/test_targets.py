@@ -15,7 +15,7 @@ from harness.analysis.intervals import (
 )
 from harness.analysis.points import paired
 from harness.analysis.targets import COLUMNS, targets_table
-from harness.experiments.experiments import with_defaults
+from harness.experiments.experiment import Experiment
 
 SEEDS = 4
 RATIOS = {("a", 1): 0.5, ("a", 2): 0.8, ("b", 1): 0.9, ("b", 2): 1.2}
@@ -38,10 +38,18 @@ def make_points(ratios=RATIOS, noise=0.2):
 
 def table_of(points, panels=("a", "b"), **target):
     target = {"claim": "Faster", "metric": METRIC, "of": "new", "over": "old", "at_most": 1.0} | target
-    series = [{"name": name, "label": name, "policy": name} for name in ("old", "new")]
-    return targets_table(
-        with_defaults({"series": series, "panels": [{"name": name} for name in panels], "targets": [target]}), points
-    )
+    experiment = {
+        "title": "T",
+        "figure": "bars",
+        "backend": "sim",
+        "seeds": list(range(SEEDS)),
+        "points": [{"x": x} for x in (1, 2, 0.5, "never")],
+        "series": [{"name": name, "label": name, "policy": name} for name in ("old", "new")],
+        "targets": [target],
+    }
+    if any(panels):  # Else there is one, without a name.
+        experiment |= {"panels": [{"name": name} for name in panels]}
+    return targets_table(Experiment.model_validate(experiment), points)
 
 
 def row_of(points, **target):
@@ -105,8 +113,8 @@ def test_categories_panels_without_a_name_and_tables_from_files(tmp_path):
 
 
 def test_a_metric_that_is_not_there_is_an_error():
-    with pytest.raises(ConfigError, match=r"no column 'mean_jtc_s'; there are: panel, series"):
-        table_of(make_points(), metric="mean_jtc_s", statistic="largest")
+    with pytest.raises(ConfigError, match=r"no column 'mean_ttft_s'; there are: panel, series"):
+        table_of(make_points(), metric="mean_ttft_s", statistic="largest")
 
 
 def test_a_draw_takes_the_same_seeds_in_all_settings():

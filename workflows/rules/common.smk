@@ -1,25 +1,25 @@
 # What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
 import re
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import yaml
 from snakemake.exceptions import WorkflowError
-from snakemake.utils import validate
 
 from baselines.external.environment import RECIPES, has_nvidia_gpu
 from fastserve.core.errors import FastServeError
-from harness.studies.agreement import recorded_folders
-from harness.report.captions import Finding
-from harness.analysis.claims import check_claims, claimed_experiments
+from harness.analysis.claims import Claims, check_claims
+from harness.experiments.batches import batches_of
+from harness.experiments.configuration import read_configuration
+from harness.experiments.experiment import BOTH, SERVED
+from harness.experiments.files import parse_as, read_yaml
+from harness.experiments.folder import read_experiments
 from harness.experiments.imports import code_digest
-from harness.experiments.experiments import BOTH, SERVED, batches_of, check_experiment, linked, points_of, with_defaults
+from harness.experiments.points import points_of
+from harness.report.captions import Finding
+from harness.studies.agreement import recorded_folders
 
 BASE = Path(workflow.basedir)
-SCHEMA = workflow.source_path("../schemas/experiment.schema.yaml")
-CLAIMS_SCHEMA = workflow.source_path("../schemas/claims.schema.yaml")
 REPORTED_POINTS = workflow.source_path("../data/reported_points.csv")
 
 
@@ -31,65 +31,31 @@ def code_of(script):
     return code_digest(BASE / "workflows/scripts" / script, BASE)
 
 
-def from_text(value):
-    """A value of the configuration: of `--config claims=null seeds=[0,1]` snakemake makes "null" and ["0", "1"]."""
-    if isinstance(value, list):
-        return [from_text(each) for each in value]
-    with suppress(yaml.YAMLError):
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    return value
-
-
-def read_yaml(path):
-    """What a YAML file holds, which must be a mapping."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise WorkflowError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise WorkflowError(f"{path} must hold keys with values, as in workflows/config; it holds {content!r:.60}")
-    return content
-
-
-def read_experiments(folder, prefix=""):
-    """Every experiment of a folder, validated, by name. The seeds of the configuration, if given, replace theirs."""
-    folder = Path(folder)
-    paths = [folder] if folder.is_file() else sorted(folder.glob("*.yaml"))
-    found = {path.stem: read_yaml(path) for path in paths}
-    if not found:
-        raise WorkflowError(f"there are no experiments (*.yaml) in {folder}; see workflows/config/experiments")
-    experiments = {}
-    for name, raw in linked(found).items():
-        try:
-            validate(raw, SCHEMA)
-            if config["seeds"] is not None:
-                raw["seeds"] = config["seeds"]
-            experiments[prefix + name] = with_defaults(raw)
-            check_experiment(prefix + name, experiments[prefix + name])
-        except WorkflowError as error:
-            raise WorkflowError(f"experiment {name!r} of {folder}: {error}") from None
-    return experiments
-
-
 def located(path):
     """A path of the configuration: of the working directory, or of the project."""
-    return path if Path(path).exists() else BASE / path
+    return Path(path) if Path(path).exists() else BASE / path
 
 
-config |= {key: from_text(value) for key, value in config.items()}
-validate(config, workflow.source_path("../schemas/config.schema.yaml"))
-try:
-    FULL = read_experiments(located(config["experiments"]))
-    SMOKE = read_experiments(BASE / "workflows/config/smoke", "smoke/")
-    # Targets of their own, not of the report: they install what they measure.
-    EXTERNAL = read_experiments(BASE / "workflows/config/external")
-    EXPERIMENTS = EXTERNAL | FULL | SMOKE
-    CLAIMS = read_yaml(located(config["claims"])) if config["claims"] else {"claims": []}
-    validate(CLAIMS, CLAIMS_SCHEMA)
+def read_claims(path):
+    """The claims that are held against the results; none if the configuration has none."""
+    if path is None:
+        return Claims(claims=())
+    claims = parse_as(Claims, read_yaml(located(path)), path)
     try:
-        check_claims(CLAIMS["claims"], FULL)
+        check_claims(claims, FULL, path)
     except FastServeError as error:
         raise WorkflowError(f"{error}; --config claims=null leaves the claims out") from None
+    return claims
+
+
+try:
+    CONFIG = read_configuration(config)
+    FULL = read_experiments(located(CONFIG.experiments), seeds=CONFIG.seeds)
+    SMOKE = read_experiments(BASE / "workflows/config/smoke", "smoke/", CONFIG.seeds)
+    # Targets of their own, not of the report: they install what they measure.
+    EXTERNAL = read_experiments(BASE / "workflows/config/external", seeds=CONFIG.seeds)
+    EXPERIMENTS = EXTERNAL | FULL | SMOKE
+    CLAIMS = read_claims(CONFIG.claims)
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
         EXPERIMENTS[name] for name in sorted(EXPERIMENTS, key=lambda name: (name.startswith(("beyond", "own")), name))
@@ -125,13 +91,13 @@ def results_of(name):
 def tables_of(name):
     """Names of an experiment's tables."""
     experiment = EXPERIMENTS[name]
-    made = {"points": True, "capacity": experiment["slo"] is not None, "targets": bool(experiment["targets"])}
+    made = {"points": True, "capacity": experiment.slo is not None, "targets": bool(experiment.targets)}
     return [table for table, is_made in made.items() if is_made]
 
 
 def headline_results():
     """The table of claims, as numbers, as a page and as a figure."""
-    if not CLAIMS["claims"]:
+    if not CLAIMS.claims:
         return []
     return ["results/headline/claims.csv", "results/headline/claims.html", "figures/headline.png"]
 
@@ -161,27 +127,27 @@ def batch_files(name):
 
 def definition(wildcards):
     """A params function: the experiment, so that a step is repeated if it changes."""
-    return EXPERIMENTS[wildcards.experiment]
+    return EXPERIMENTS[wildcards.experiment].as_written()
 
 
 @cache
 def vllm_kind():
     """Which vLLM is installed and measured."""
-    if config["vllm"] != "auto":
-        return config["vllm"]
+    if CONFIG.vllm != "auto":
+        return CONFIG.vllm
     return "cuda" if has_nvidia_gpu() else "cpu"
 
 
 def has_vllm(name):
     """Whether an experiment measures vLLM's own server."""
-    return any(series.get("server", "").startswith("vllm") for series in EXPERIMENTS[name]["series"])
+    return any((series.server or "").startswith("vllm") for series in EXPERIMENTS[name].series)
 
 
 def served_definition(wildcards):
     """A params function: the experiment, on the device that the vLLM in it is for."""
-    experiment = EXPERIMENTS[wildcards.experiment]
+    experiment = definition(wildcards)
     device = {"device": vllm_kind()} if has_vllm(wildcards.experiment) else {}
-    return experiment | {"run": device | experiment["run"]}
+    return experiment | {"run": device | experiment.get("run", {})}
 
 
 def configs_of_batch(wildcards):

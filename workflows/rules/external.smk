@@ -27,7 +27,7 @@ rule measure_served:
         "results/logs/{experiment}-served.log",
     wildcard_constraints:
         experiment="|".join(
-            re.escape(name) for name, experiment in EXPERIMENTS.items() if experiment["backend"] == SERVED
+            re.escape(name) for name, experiment in EXPERIMENTS.items() if experiment.backend == SERVED
         )
         or "-",
     conda:

@@ -10,7 +10,7 @@ rule draw:
         png=report(
             "figures/{experiment}.png",
             category=lambda wildcards: wildcards.experiment.partition("-")[0],
-            labels=lambda wildcards: {"experiment": EXPERIMENTS[wildcards.experiment]["title"]},
+            labels=lambda wildcards: {"experiment": EXPERIMENTS[wildcards.experiment].title},
             caption="../report/figure.rst",
         ),
         pdf="figures/{experiment}.pdf",

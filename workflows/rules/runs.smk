@@ -48,9 +48,7 @@ rule measure_fidelity:
     log:
         "results/logs/{experiment}-fidelity.log",
     wildcard_constraints:
-        experiment="|".join(
-            re.escape(name) for name, experiment in EXPERIMENTS.items() if experiment["backend"] == BOTH
-        )
+        experiment="|".join(re.escape(name) for name, experiment in EXPERIMENTS.items() if experiment.backend == BOTH)
         or "-",
     conda:
         "../../environment.yml"

@@ -43,7 +43,7 @@ rule targets:
         report(
             "results/{experiment}/targets.csv",
             category=lambda wildcards: wildcards.experiment.partition("-")[0],
-            labels=lambda wildcards: {"experiment": f"{EXPERIMENTS[wildcards.experiment]['title']}: targets"},
+            labels=lambda wildcards: {"experiment": f"{EXPERIMENTS[wildcards.experiment].title}: targets"},
         ),
     log:
         "results/logs/{experiment}-targets.log",
@@ -58,7 +58,7 @@ rule targets:
 
 rule claims:
     input:
-        points=[f"results/{name}/points.csv" for name in claimed_experiments(CLAIMS["claims"])],
+        points=[f"results/{name}/points.csv" for name in CLAIMS.experiments],
         reported=REPORTED_POINTS,
     output:
         table="results/headline/claims.csv",
@@ -75,7 +75,7 @@ rule claims:
         "../../environment.yml"
     params:
         code=code_of("claims.py"),
-        claims=CLAIMS["claims"],
-        experiments={name: FULL[name] for name in claimed_experiments(CLAIMS["claims"])},
+        claims=CLAIMS.model_dump(exclude_unset=True),
+        experiments={name: FULL[name].as_written() for name in CLAIMS.experiments},
     script:
         "../scripts/claims.py"

@@ -7,12 +7,13 @@ from joblog import logged
 
 from harness.analysis.files import read_table, write_csv
 from harness.analysis.points import capacity_table, load_reported
+from harness.experiments.experiment import Experiment
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
-    experiment = snakemake.params.experiment
+    experiment = Experiment.model_validate(snakemake.params.experiment)
     reported = load_reported(Path(snakemake.input.reported), experiment)
     table = capacity_table(
         snakemake.wildcards.experiment, experiment, read_table(Path(snakemake.input.points)), reported

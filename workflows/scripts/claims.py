@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 from joblog import logged
 
 from fastserve.core.files import atomic_write
-from harness.analysis.claims import Evidence, claims_table
+from harness.analysis.claims import Claims, claims_table
 from harness.analysis.files import read_table, write_csv, write_json
+from harness.analysis.measures import Evidence
 from harness.analysis.points import load_reported
+from harness.experiments.experiment import Experiment
 from harness.report.captions import findings
 from harness.report.claims_page import claims_page
 
@@ -19,9 +21,9 @@ with logged(snakemake.log[0]):
     reported = Path(snakemake.input.reported)
     evidence = {}
     for path in map(Path, snakemake.input.points):
-        experiment = snakemake.params.experiments[path.parent.name]
+        experiment = Experiment.model_validate(snakemake.params.experiments[path.parent.name])
         evidence[path.parent.name] = Evidence(experiment, read_table(path), load_reported(reported, experiment))
-    table = claims_table(snakemake.params.claims, evidence)
+    table = claims_table(Claims.model_validate(snakemake.params.claims).claims, evidence)
     write_csv(table, Path(snakemake.output.table))
     with atomic_write(Path(snakemake.output.page)) as staging:
         staging.write_text(claims_page(table), encoding="utf-8")

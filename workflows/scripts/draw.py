@@ -7,7 +7,7 @@ from joblog import logged
 
 from harness.analysis.files import provenance, read_table
 from harness.analysis.points import load_reported
-from harness.experiments.experiments import BOTH
+from harness.experiments.experiment import BOTH, Experiment
 from harness.report.captions import provenance_caption
 from harness.report.plots import draw, flags_of
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
-    experiment = snakemake.params.experiment
+    experiment = Experiment.model_validate(snakemake.params.experiment)
     points = read_table(Path(snakemake.input.points))
     capacity = read_table(Path(snakemake.input.capacity)) if snakemake.input.get("capacity") else None
     reported = load_reported(Path(snakemake.input.reported), experiment)
-    runs = points["real_run" if experiment["backend"] == BOTH else "run"]
+    runs = points["real_run" if experiment.backend == BOTH else "run"]
     metas = provenance(Path(run) for run in runs.unique())
     caption = provenance_caption(experiment, metas)
-    flags = flags_of(experiment, points, capacity)
-    for path in draw(
-        experiment, points, capacity, reported, caption, flags, Path(snakemake.output.png).with_suffix("")
-    ):
+    drawn = experiment.model_dump()
+    flags = flags_of(drawn, points, capacity)
+    for path in draw(drawn, points, capacity, reported, caption, flags, Path(snakemake.output.png).with_suffix("")):
         print(f"wrote {path}")

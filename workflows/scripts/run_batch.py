@@ -10,7 +10,7 @@ from fastserve.core.errors import NothingFinishedError
 from fastserve.latency import load_profile
 from harness.analysis.derived import derived_metrics
 from harness.analysis.files import write_json
-from harness.experiments.experiments import run_name
+from harness.experiments.points import run_name
 from harness.run.config import RunConfig
 from harness.run.runner import run
 

@@ -7,12 +7,14 @@ from joblog import logged
 
 from harness.analysis.files import read_table, write_csv
 from harness.analysis.targets import targets_table
+from harness.experiments.experiment import Experiment
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
-    table = targets_table(snakemake.params.experiment, read_table(Path(snakemake.input.points)))
+    experiment = Experiment.model_validate(snakemake.params.experiment)
+    table = targets_table(experiment, read_table(Path(snakemake.input.points)))
     write_csv(table, Path(snakemake.output[0]))
     shown = table[["claim", "value", "low", "high", "at_most", "met", "where"]]
     print(shown.to_string(index=False, na_rep="-", float_format="{:.3g}".format))

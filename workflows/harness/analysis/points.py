@@ -10,7 +10,8 @@ import pandas as pd
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.capacity import capacity_estimate, capacity_of, is_monotone, largest_fall
-from harness.experiments.experiments import Experiment, points_of
+from harness.experiments.experiment import Experiment
+from harness.experiments.points import points_of
 
 CAPACITY_COLUMNS = (
     "experiment",
@@ -69,16 +70,16 @@ def load_reported(path: Path, experiment: Experiment) -> pd.DataFrame:
     """
     table = pd.read_csv(path, keep_default_na=False)
     found = [table.iloc[:0].assign(panel="")]
-    for panel in experiment["panels"]:
-        if panel["paper"] is None:
+    for panel in experiment.panels:
+        if panel.paper is None:
             continue
         kept = table
-        for column, value in panel["paper"].items():
+        for column, value in panel.paper.model_dump(exclude_unset=True).items():
             valid = ", ".join(sorted(kept[column].unique()))
             kept = kept[kept[column] == value] if not isinstance(value, list) else kept[kept[column].isin(value)]
             if kept.empty:
                 raise ConfigError(f"{path.name} holds no points with {column} {value!r}; there are: {valid}")
-        found.append(kept.assign(panel=panel["name"]))
+        found.append(kept.assign(panel=panel.name))
     reported = pd.concat(found).rename(columns={"request_rate_per_s": "rate", "metric": "quantity"})
     return reported[["panel", "system", "quantity", "rate", "value"]].sort_values(
         ["panel", "system", "quantity", "rate"], kind="stable", ignore_index=True
@@ -109,12 +110,13 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
     `capacity` is of the mean over seeds; `low` to `high` is its 95 % bootstrap interval over seeds. If the bound is not
     crossed, `capacity` is empty and `note` gives the side. An open end of an interval is infinite.
     """
-    metric, slo = experiment["metric"], experiment["slo"]
+    metric, slo = experiment.metric, experiment.slo
+    assert slo is not None
     falling = metric.startswith(FALLING)
     rows = []
-    for panel in experiment["panels"]:
-        for series in experiment["series"]:
-            table = by_seed(points, panel["name"], series["name"], metric)
+    for panel in experiment.panels:
+        for series in experiment.series:
+            table = by_seed(points, panel.name, series.name, metric)
             if table.empty:
                 continue
             rates = table.columns.to_numpy(dtype=float)
@@ -122,12 +124,12 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
             mean = table.to_numpy().mean(axis=0)
             row: dict[str, Any] = {
                 "experiment": name,
-                "panel": panel["name"],
-                "panel_x": panel["x"],
-                "series": series["name"],
-                "label": series["label"],
-                "policy": series["policy"],
-                "variant": series["variant"],
+                "panel": panel.name,
+                "panel_x": panel.x,
+                "series": series.name,
+                "label": series.label,
+                "policy": series.policy,
+                "variant": series.variant,
                 "metric": metric,
                 "slo": slo,
                 "capacity": estimate.value,
@@ -136,10 +138,10 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
                 "seeds": len(table),
                 "monotone": is_monotone(-mean if falling else mean),
                 "largest_fall": largest_fall(-mean if falling else mean),
-                "paper_system": series["paper_system"],
+                "paper_system": series.paper_system,
                 "note": estimate.note,
             }
-            of_paper = reported[(reported["panel"] == panel["name"]) & (reported["system"] == series["paper_system"])]
+            of_paper = reported[(reported["panel"] == panel.name) & (reported["system"] == series.paper_system)]
             if len(of_paper):
                 paper_capacity, _ = capacity_of(of_paper["rate"], of_paper["value"], slo, falling=falling)
                 row |= {

@@ -10,15 +10,17 @@ from typing import Any
 import pandas as pd
 
 from fastserve.latency import load_profile
-from harness.experiments.experiments import Experiment, points_of
+from harness.experiments.experiment import Experiment
+from harness.experiments.points import points_of
 
 
 def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
     """Describe an experiment's runs, from their meta.json: requests, seeds, profile or machine, note, commit."""
-    seeds = experiment["seeds"]
+    seeds = experiment.seeds
     configs = [point.config for point in points_of(experiment)]
     counts = sorted(
-        {config.num_requests for config in configs} or {point["num_requests"] for point in experiment["points"]}
+        {config.num_requests for config in configs}
+        or {point.num_requests for point in experiment.points or () if point.num_requests}
     )
     requests = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     text = [f"{requests} requests a point, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."]
@@ -28,9 +30,9 @@ def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]
     if profiles:
         hardware = dict.fromkeys(load_profile(name).hardware for name in profiles)
         text.append(f"Simulated with the iteration times of {', '.join(profiles)} ({', '.join(hardware)}).")
-    if experiment["backend"] != "sim":
+    if experiment.backend != "sim":
         text.append(f"Measured on {', '.join(dict.fromkeys(_machine(meta) for meta in metas))}.")
-    text += [experiment["note"]] if experiment["note"] else []
+    text += [experiment.note] if experiment.note else []
     commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
     text.append(f"Commit {', '.join(commits) or 'unknown'}.")
     return " ".join(text)

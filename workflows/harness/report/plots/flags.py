@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.analysis.capacity import is_monotone, largest_fall
 from harness.analysis.derived import SLO_SCALES
-from harness.experiments.experiments import x_key
+from harness.experiments.experiment import x_key
 from harness.report.plots.deciles import DECILES
 from harness.report.plots.style import percent
 from harness.report.plots.tables import Tables, ordered

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from fastserve.core.errors import ConfigError
-from harness.experiments.experiments import x_key
+from harness.experiments.experiment import x_key
 from harness.report.plots.elements import shifted
 from harness.report.plots.page import Page
 from harness.report.plots.style import SMALL, SeriesStyle, metric_label, rises_to_the_good, series_styles

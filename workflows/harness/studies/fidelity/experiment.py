@@ -32,7 +32,7 @@ class FidelityExperiment:
     @classmethod
     def of(cls, config: Mapping[str, Any], out: Path) -> FidelityExperiment:
         """Read and check an experiment; an `architecture` is written to `out`/model. Raises ConfigError."""
-        fields = dict(config["run"])
+        fields = dict(config.get("run", {}))
         if "architecture" in config:
             fields["model"] = str(_write_model(config["architecture"], out / "model"))
         if len(config["seeds"]) != 1:

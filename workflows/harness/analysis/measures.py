@@ -1,0 +1,229 @@
+"""How a claim is measured: a kind of measure, and what it takes of an experiment's points."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from harness.analysis.capacity import capacity_estimate, capacity_of, ratio_of_capacities
+from harness.analysis.intervals import Estimate, mean_estimate, ratio_of_means
+from harness.analysis.points import FALLING, by_seed
+from harness.experiments.experiment import Experiment, x_key
+from harness.experiments.files import Keys, Number, NumberOrText, Omittable
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What claims are measured on: an experiment, its points, and the points the paper plotted for it."""
+
+    experiment: Experiment
+    points: pd.DataFrame
+    reported: pd.DataFrame
+
+
+class OnPoints(Keys):
+    """A measure on the points of an experiment."""
+
+    is_ratio: ClassVar[bool] = False
+    """Whether it is a ratio of two series: above 1 a gain."""
+
+    experiment: str
+    panel: Omittable[str] = None
+    """The first panel if left out."""
+    of: str
+    """The series in question."""
+    metric: Omittable[str] = None
+    """In place of the experiment's."""
+
+    @abstractmethod
+    def estimate(self, on: Evidence) -> Estimate:
+        """The value and its 95 % interval over seeds."""
+
+    def metric_on(self, on: Evidence) -> str:
+        """The metric it is about."""
+        return on.experiment.metric if self.metric is None else self.metric
+
+    def curves(self, on: Evidence, series: str, metric: str | None = None) -> pd.DataFrame:
+        """The curves of a series by seed: rows are seeds, columns values of x."""
+        panel = on.experiment.panels[0].name if self.panel is None else self.panel
+        return by_seed(on.points, panel, series, metric or self.metric_on(on))
+
+    def curves_by_text(self, on: Evidence, series: str) -> pd.DataFrame:
+        """The same, with the values of x as texts (`x_key`)."""
+        return self.curves(on, series).rename(columns=x_key)
+
+
+class AtBound(OnPoints):
+    """A measure of the load at which the metric leaves its bound."""
+
+    bound: Omittable[Number] = None
+    """In place of the experiment's SLO."""
+
+    def bound_on(self, on: Evidence) -> float:
+        """The bound."""
+        bound = on.experiment.slo if self.bound is None else self.bound
+        assert bound is not None
+        return bound
+
+    def is_falling(self, on: Evidence) -> bool:
+        """Whether the metric falls as the load rises, so that the bound is a lower one."""
+        return self.metric_on(on).startswith(FALLING)
+
+    def loads(self, on: Evidence, series: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rates [rates] and the metric [seeds, rates]."""
+        table = self.curves(on, series)
+        return table.columns.to_numpy(float), table.to_numpy()
+
+
+class Capacity(AtBound):
+    """The load at the bound."""
+
+    kind: Literal["capacity"]
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """In requests per second."""
+        return capacity_estimate(*self.loads(on, self.of), self.bound_on(on), falling=self.is_falling(on))
+
+
+class CapacityRatio(AtBound):
+    """The load at the bound, of one series over another."""
+
+    is_ratio: ClassVar[bool] = True
+
+    kind: Literal["capacity_ratio"]
+    over: str
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """Above 1, `of` carries more."""
+        curves = self.loads(on, self.of), self.loads(on, self.over)
+        return ratio_of_capacities(*curves, self.bound_on(on), falling=self.is_falling(on))
+
+
+class Value(OnPoints):
+    """The metric at x."""
+
+    kind: Literal["value"]
+    x: NumberOrText
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """In the metric's unit."""
+        return mean_estimate(self.curves_by_text(on, self.of)[x_key(self.x)].to_numpy())
+
+
+class Ratio(OnPoints):
+    """The metric of `over` over that of `of`, at x: above 1, `of` is the better."""
+
+    is_ratio: ClassVar[bool] = True
+
+    kind: Literal["ratio"]
+    over: str
+    x: NumberOrText
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """Without a unit."""
+        over, of = (self.curves_by_text(on, side)[x_key(self.x)].to_numpy() for side in (self.over, self.of))
+        return ratio_of_means(over, of)
+
+
+class XRatio(OnPoints):
+    """The metric of one series at x over that at `over_x`."""
+
+    kind: Literal["x_ratio"]
+    x: NumberOrText
+    over_x: NumberOrText
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """Without a unit."""
+        values = self.curves_by_text(on, self.of)
+        return ratio_of_means(values[x_key(self.x)].to_numpy(), values[x_key(self.over_x)].to_numpy())
+
+
+class LargestRatio(OnPoints):
+    """The largest ratio over all x."""
+
+    is_ratio: ClassVar[bool] = True
+
+    kind: Literal["largest_ratio"]
+    over: str
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """With the interval where it is largest."""
+        over, of = self.curves(on, self.over), self.curves(on, self.of)
+        return _largest(ratio_of_means(over[x].to_numpy(), of[x].to_numpy()) for x in of.columns if x in over.columns)
+
+
+class LargestShare(OnPoints):
+    """The largest share of the metric in another over all x, in per cent."""
+
+    kind: Literal["largest_share"]
+    share_of: str
+    """The other metric."""
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """In per cent, with the interval where it is largest."""
+        part, whole = 100 * self.curves(on, self.of), self.curves(on, self.of, self.share_of)
+        return _largest(ratio_of_means(part[x].to_numpy(), whole[x].to_numpy()) for x in part.columns)
+
+
+class Reported(AtBound):
+    """The capacity in the paper's own points: at the first crossing of the bound."""
+
+    kind: Literal["reported"]
+    panel: str
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """In requests per second; the paper gives no intervals."""
+        theirs = _reported_points(self.panel, self.of, on)
+        value, note = capacity_of(theirs["rate"], theirs["value"], self.bound_on(on))
+        return Estimate(value, note=note)
+
+
+class ReportedSorted(AtBound):
+    """The same after sorting the points by latency, as the released scripts do.
+
+    Where a curve falls, that joins points that are not neighbours.
+    """
+
+    kind: Literal["reported_sorted"]
+    panel: str
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """In requests per second; the paper gives no intervals."""
+        theirs = _reported_points(self.panel, self.of, on).sort_values("value", kind="stable")
+        return Estimate(float(np.interp(self.bound_on(on), theirs["value"], theirs["rate"])))
+
+
+class NoMeasure(Keys):
+    """It cannot be measured here: the claim's reason says why."""
+
+    kind: Literal["none"]
+
+
+Measure = Annotated[
+    Capacity
+    | CapacityRatio
+    | Value
+    | Ratio
+    | XRatio
+    | LargestRatio
+    | LargestShare
+    | Reported
+    | ReportedSorted
+    | NoMeasure,
+    Field(discriminator="kind"),
+]
+
+
+def _largest(estimates: Iterable[Estimate]) -> Estimate:
+    return max(estimates, key=lambda estimate: -np.inf if estimate.value is None else estimate.value)
+
+
+def _reported_points(panel: str, series: str, on: Evidence) -> pd.DataFrame:
+    systems = {each.name: each.paper_system for each in on.experiment.series}
+    return on.reported[(on.reported["panel"] == panel) & (on.reported["system"] == systems[series])]
