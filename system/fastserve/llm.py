@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastserve.core.clock import WallClock
 from fastserve.core.config import CacheConfig, EngineOptions, ModelSource, Processes
 from fastserve.core.countable_tokens import StandIns
@@ -29,7 +27,7 @@ from fastserve.runtime.executors.local import LocalExecutor
 from fastserve.runtime.executors.ranks import RankGroup
 from fastserve.runtime.models.source import resolve_model
 from fastserve.runtime.worker import Worker
-from fastserve.runtime.worker.devices import require_device
+from fastserve.runtime.worker.devices import num_threads, require_device
 from fastserve.runtime.worker.probe import Probe
 from fastserve.runtime.worker.protocol import RankConfig
 from fastserve.runtime.worker.runner import Runner
@@ -143,7 +141,7 @@ class LLM:
                     f"the group of ranks given has {ranks.config.parallel}, not {parallel}; start another"
                 )
         else:
-            threads = max(1, torch.get_num_threads() // parallel.world_size) if ranks is None else None
+            threads = max(1, num_threads() // parallel.world_size) if ranks is None else None
             config = RankConfig(source, parallel, options, threads, rank_timeout_s)
             self._own_ranks = RankGroup(config, address=ranks)
             runner = self.ranks = self._own_ranks

@@ -39,6 +39,7 @@ ROOMS = {
 }
 FOLDERS = {package: ROOT / folder / package for package, folder in PACKAGES.items()}
 FOLDERS["fastserve.server"] = FOLDERS["fastserve"] / "server"
+TORCH = {"torch", "triton", "safetensors"}
 TORCH_FREE = ["core", "kvcache", "latency", "scheduler", "policies", "engine", "simulation"]
 
 
@@ -70,6 +71,18 @@ def test_nothing_imports_a_package_above(package: str, above: tuple[str, ...]) -
         if module.partition(".")[0] in above
     ]
     assert wrong == []
+
+
+def test_torch_is_imported_in_the_runtime_alone() -> None:
+    """Also inside functions; `profiling` asks torch for its version and the names of GPUs."""
+    others = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in FOLDERS[package].rglob("*.py")
+        if FOLDERS["fastserve"] / "runtime" not in path.parents
+        and any(module.partition(".")[0] in TORCH for module in imports_of(path))
+    }
+    assert others == {"system/fastserve/profiling/measure.py"}
 
 
 def test_a_simulation_imports_no_torch() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastserve.core.clock import WallClock
-from fastserve.core.config import ModelConfig
+from fastserve.core.config import ModelConfig, dtype_bytes
 from fastserve.latency import (
     AllReduce,
     FittedLatency,
@@ -136,7 +136,7 @@ def _measure_ranks(config: ProfileConfig, model: ModelConfig, name: str, begin: 
         shapes = grid.shapes
         times = sample(StageProbe(ranks).stage_times, shapes, config.repeats, begin(len(shapes) * (1 + config.repeats)))
         channel_s = statistics.median(each.channel_s for samples in times for each in samples)
-        bytes_per_token = model.hidden_size * getattr(torch, dtype).itemsize
+        bytes_per_token = model.hidden_size * dtype_bytes(dtype)
         most_tokens = max(sum(prompts) + len(contexts) for prompts, contexts in shapes)
         num_bytes = [
             count * bytes_per_token for count in sorted({1, 4, 16, 64, 256, most_tokens}) if count <= most_tokens

@@ -109,12 +109,10 @@ def simulated_model(
 
 
 def _real(options: ModelOptions) -> ServedModel:
-    import torch
-
     from fastserve.llm import LLM
+    from fastserve.runtime.worker.devices import set_threads
 
-    if options.processes.torch_threads is not None:
-        torch.set_num_threads(options.processes.torch_threads)
+    set_threads(options.processes.torch_threads)
     llm = LLM(
         **asdict(options.source),
         **asdict(options.parallel),

@@ -24,11 +24,8 @@ def write_model_folder(architecture: Mapping[str, Any], folder: Path, seed: int 
     `architecture` is the content of a config.json in Hugging Face format. The same arguments give the same files.
     Raises CheckpointError for an unsupported architecture, OutputError if the folder cannot be written.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    from fastserve.runtime.models import Part, empty_model, load_config
-    from fastserve.runtime.models.loader import dummy_weights
+    from fastserve.runtime.models import dummy_model, load_config
+    from fastserve.runtime.models.loader import save_weights
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,11 +33,8 @@ def write_model_folder(architecture: Mapping[str, Any], folder: Path, seed: int 
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
     _write_json(folder / "config.json", architecture)
     config = load_config(folder)
-    model = empty_model(Part.whole(config, torch.float32, torch.device("cpu")))
-    dummy_weights(model, seed)
     with atomic_write(folder / "model.safetensors") as staging:
-        tensors = {weight.name: weight.target.contiguous() for weight in model.weights()}
-        save_file(tensors, staging, metadata={"format": "pt"})
+        save_weights(dummy_model(config, seed), staging)
     _write_tokenizer(config, folder)
     return config
 

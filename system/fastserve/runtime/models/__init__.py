@@ -25,6 +25,7 @@ __all__ = [
     "Part",
     "SequenceInput",
     "build_model",
+    "dummy_model",
     "empty_model",
     "load_config",
     "shared_models",
@@ -82,6 +83,13 @@ def build_model(
     model.eval()
     if _shared is not None:
         _shared[key] = model
+    return model
+
+
+def dummy_model(config: ModelConfig, seed: int) -> DecoderModel:
+    """A whole model on the CPU with dummy float32 weights, not packed: its weights can be read."""
+    model = empty_model(Part.whole(config, torch.float32, torch.device("cpu")))
+    dummy_weights(model, seed)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from fastserve.core.config import ModelConfig
 from fastserve.core.errors import CheckpointError, ConfigError
@@ -98,6 +99,12 @@ def dummy_weights(model: DecoderModel, seed: int) -> None:
                 target.normal_(0.0, std, generator=generator)
             else:
                 target.copy_(target.new_empty(weight.shape).normal_(0.0, std, generator=generator)[weight.index])
+
+
+def save_weights(model: DecoderModel, path: Path) -> None:
+    """Write the model's weights to a safetensors file, under Hugging Face's names."""
+    tensors = {weight.name: weight.target.contiguous() for weight in model.weights()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _opt_config(path: Path, fields: dict[str, Any]) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Find devices by name, and copy small tensors to them."""
+"""Find devices by name, copy small tensors to them, and set torch's threads."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ def find_device(name: str) -> torch.device:
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current device, not on that of its arguments.
     return device
+
+
+def set_threads(count: int | None) -> None:
+    """Compute with `count` threads in the calling thread, since torch keeps a number for each; None changes nothing."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def num_threads() -> int:
+    """Threads that torch computes with in the calling thread."""
+    return torch.get_num_threads()
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -18,8 +18,9 @@ _PORTABLE = 1
 """cudaHostRegisterPortable: locked for every CUDA context."""
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device | str) -> int:
     """Bytes that can still be allocated on `device`; on a CPU they include what the kernel can free."""
+    device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

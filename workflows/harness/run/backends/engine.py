@@ -33,13 +33,11 @@ class EngineBackend(InProcessBackend):
 
     def serve(self, workload: Workload) -> tuple[Sequence[Job], Engine]:
         """Serve the workload in real time."""
-        import torch  # Here, since a simulation imports this module too.
-
-        from fastserve.llm import LLM
+        from fastserve.llm import LLM  # Here, since a simulation imports this module too.
+        from fastserve.runtime.worker.devices import set_threads
 
         config = self.config
-        if config.torch_threads is not None:
-            torch.set_num_threads(config.torch_threads)
+        set_threads(config.torch_threads)
         with (
             LLM(
                 **asdict(config.source),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pandas as pd
 
-from fastserve.core.config import EngineOptions, ModelConfig
+from fastserve.core.config import EngineOptions, ModelConfig, dtype_bytes
 from fastserve.latency import HostLink, Profile
 from fastserve.latency.fitting import StageTimes, times_between
 from fastserve.policies.settings import resolve_settings
@@ -71,24 +71,17 @@ def cache_sizes(config: RunConfig) -> tuple[int, int, int]:
     return options.num_gpu_blocks, options.num_host_blocks, options.block_size
 
 
-def set_threads(config: RunConfig) -> None:
-    """Set the number of threads that torch computes with in the calling thread; torch keeps one for each thread."""
-    import torch
-
-    if config.torch_threads is not None:
-        torch.set_num_threads(config.torch_threads)
-
-
 class WorkerBench:
     """A worker in this process."""
 
     def __init__(self, config: RunConfig) -> None:
         from fastserve.runtime.models.source import resolve_model
         from fastserve.runtime.worker import Worker
+        from fastserve.runtime.worker.devices import set_threads
         from fastserve.runtime.worker.probe import Probe, copy_bandwidth
 
         assert config.model is not None
-        set_threads(config)
+        set_threads(config.torch_threads)
         num_gpu_blocks, num_host_blocks, block_size = cache_sizes(config)
         self.model, directory = resolve_model(config.model, config.load_format)
         worker = Worker(
@@ -139,8 +132,6 @@ class RanksBench:
     """Ranks, each in its own process."""
 
     def __init__(self, config: RunConfig) -> None:
-        import torch
-
         from fastserve.profiling.links import host_link
         from fastserve.runtime.models.source import resolve_model
         from fastserve.runtime.worker.probe import StageProbe
@@ -148,7 +139,7 @@ class RanksBench:
         assert config.model is not None
         self._config = config
         self.model, _ = resolve_model(config.model, config.load_format)
-        self._bytes_per_token = self.model.hidden_size * getattr(torch, config.dtype).itemsize
+        self._bytes_per_token = self.model.hidden_size * dtype_bytes(config.dtype)
         self._ranks = self._start()
         self._probe = StageProbe(self._ranks)
         num_host_blocks = self._ranks.num_host_blocks

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
+from fastserve.core.config import dtype_bytes
 from fastserve.latency import Profile, StageLink, fit_link
 from fastserve.latency.fitting import Shape, StageTimes, by_stage, fit, residuals, with_overhead
 from harness.run.config import RunConfig
-from harness.studies.fidelity.bench import Bench, cache_sizes, set_threads
+from harness.studies.fidelity.bench import Bench, cache_sizes
 from harness.studies.fidelity.turns import Turn
 
 DECODES_IN_A_ROW = 4
@@ -46,7 +47,9 @@ class Profiler:
 
     def measure_in_turns(self, turn: Turn) -> None:
         """Time the grid over and over, as long as there are turns."""
-        set_threads(self._config)
+        from fastserve.runtime.worker.devices import set_threads
+
+        set_threads(self._config.torch_threads)  # Torch keeps a number for each thread, and this is another.
         turn.paused = self._bench.frozen
         for count in itertools.count(1):
             decode, other = next(self._shapes)
@@ -68,24 +71,25 @@ class Profiler:
 
         The fit takes the mean of each shape: a run's time, too, is a sum that includes slow spells.
         """
-        import torch
+        from fastserve.runtime.worker.devices import num_threads
 
         config, bench = self._config, self._bench
         channel_s = statistics.mean(each.channel_s for samples in self._samples.values() for each in samples)
-        bytes_per_token = bench.model.hidden_size * getattr(torch, config.dtype).itemsize
+        bytes_per_token = bench.model.hidden_size * dtype_bytes(config.dtype)
         sends = [(size, statistics.mean(seconds)) for size, seconds in self._sends.items()]
         link = StageLink(*fit_link(sends), bytes_per_token, rendezvous=True) if sends else None
         of_stages = by_stage(list(self._samples), list(self._samples.values()), link, statistics.mean)
         stages = [fit(measurements, by_batch_size=True) for measurements in of_stages]
         all_residuals = [residuals(*each) for each in zip(stages, of_stages, strict=True)]
         num_gpu_blocks, _, block_size = cache_sizes(config)
-        threads = config.torch_threads or torch.get_num_threads()
+        kind, _, _ = config.device.partition(":")
+        threads = config.torch_threads or num_threads()
         world_size = config.parallel.world_size
         of_ranks = f", {world_size} ranks" if world_size > 1 else ""
         return Profile(
             name="fidelity",
             model=bench.model.name,
-            hardware=f"{torch.device(config.device).type}{of_ranks}, {threads} threads",
+            hardware=f"{kind}{of_ranks}, {threads} threads",
             engine="fastserve",
             dtype=config.dtype,
             tensor_parallel_size=config.tensor_parallel_size,

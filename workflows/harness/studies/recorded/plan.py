@@ -145,15 +145,12 @@ def _runs_of_setting(design: Design, base: RunConfig, memory: str, served: float
 
 def _pools(design: Design, model: ModelConfig) -> CacheConfig:
     """The pools that fit this machine's memory and the design's bounds."""
-    import torch
-
     from fastserve.runtime.worker.memory import available_bytes
 
     block_size = EngineOptions().block_size
     bytes_per_token = model.kv_bytes_per_token(design.dtype)
-    device = torch.device(design.device)
-    free = available_bytes(device) - model.num_parameters() * dtype_bytes(design.dtype)
-    room = [DEVICE_SHARE[device.type] * free, HOST_SHARE * available_bytes(torch.device("cpu"))]
+    free = available_bytes(design.device) - model.num_parameters() * dtype_bytes(design.dtype)
+    room = [DEVICE_SHARE[design.device.partition(":")[0]] * free, HOST_SHARE * available_bytes("cpu")]
     limits = [math.inf if gib is None else gib * 2**30 for gib in (design.gpu_gib, design.host_gib)]
     blocks = [int(min(pair) / (block_size * bytes_per_token)) for pair in zip(room, limits, strict=True)]
     if blocks[0] < 1:
