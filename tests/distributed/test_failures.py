@@ -99,7 +99,7 @@ def stop(pid: int) -> None:
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize(
-    ("act", "says"), [(kill, "was killed by SIGKILL"), (stop, f"has not been heard of for {TIMEOUT_S:g} s")]
+    ("act", "says"), [(kill, "was killed by SIGKILL"), (stop, f"has sent nothing for {TIMEOUT_S:g} s")]
 )
 def test_a_lost_rank_ends_the_engine(
     model: Path, tensor: int, pipeline: int, act: Callable[[int], None], says: str

@@ -116,7 +116,7 @@ def test_two_hosts_of_which_one_is_cut_off(two_hosts: None, reference: Reference
         report = json.loads(engine.stdout.readline())
         assert time.monotonic() - cut_off < SOON_S
         # The rank's silence, or what the kernel makes of it sooner.
-        assert re.match(r"rank 1 .* (has not been heard of for 8 s|is gone: (OSError|TimeoutError))", report["error"])
+        assert re.match(r"rank 1 .* (has sent nothing for 8 s|is gone: (OSError|TimeoutError))", report["error"])
         assert set(report["statuses"]) == {"finished", "failed"}
         assert engine.wait(60) == 3
         for node in nodes:

@@ -149,8 +149,8 @@ class Engine:
         """Serve requests that arrive at known times; returns their jobs, in order of arrival, when all are done.
 
         `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then.
-        A KeyboardInterrupt ends the engine too. Unfinished jobs are then ABORTED, and so are those of the requests that
-        have not arrived; `last_run` has both.
+        A KeyboardInterrupt ends the engine too. Unfinished jobs, and jobs of requests yet to arrive, are then ABORTED;
+        `last_run` has both.
         """
         pending = deque(sorted(arrivals, key=lambda arrival: arrival.request.arrival_s))
         self.last_run = []
@@ -279,7 +279,7 @@ class Engine:
         self._stalled_since = now
 
     def _postprocess(self, iteration: Iteration, result: IterationResult) -> list[Job]:
-        """Advance every request of the iteration, remove those that the scheduler says leave, and record."""
+        """Advance every request of the iteration, remove the requests that leave, and record the iteration."""
         start, end = result.start_s, result.end_s
         duration = end - start
         jobs = self.jobs

@@ -1,4 +1,4 @@
-"""Observer: is told what the engine does, as it happens."""
+"""Observer: receives the engine's events as they happen."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rank: a process that holds one part of the model, and computes and copies as the engine says.
 
 One thread computes, and waits for other ranks inside that. Between iterations it serves the control channel; while it
-computes, a second thread serves the channel every millisecond: it starts copies, reports those that have ended, and
+computes, a second thread serves the channel every millisecond: it starts copies, reports ended copies, and
 reports progress. An iteration needs no switch of threads, which would cost more than the channel does.
 """
 

@@ -30,7 +30,7 @@ from fastserve.runtime.worker.sampler import SamplingLike
 _CAUSE_S = 2.0
 """Time to wait for the cause after a rank has reported that it lost another."""
 _STOP_S = 5.0
-"""Time in which ranks that were told to stop may end before they are killed."""
+"""Time from a stop message until ranks of this machine are killed."""
 
 
 class RankGroup:
@@ -63,7 +63,7 @@ class RankGroup:
         self._selector = selectors.DefaultSelector()
         self._error: RankError | None = None
         self.num_runs = 0
-        """Iterations that the ranks were told to compute."""
+        """Iterations sent to the ranks."""
         self._working_since: float | None = None
         self._last_polled = 0.0
         try:
@@ -207,7 +207,7 @@ class RankGroup:
         return self._processes.frozen()
 
     def close(self) -> None:
-        """Stop the ranks; those of this machine that do not end in time are killed."""
+        """Stop the ranks; kill ranks of this machine that do not end in time."""
         for peer in self._peers:
             if not peer.is_lost:
                 with suppress(ChannelClosed):
@@ -311,7 +311,7 @@ class RankGroup:
         raise self._error
 
     def _abandon(self, grace_s: float = 0.0) -> None:
-        """Close the channels, which ends ranks on any machine; kill those of this machine after `grace_s` seconds."""
+        """Close the channels, which ends all ranks; kill ranks of this machine after `grace_s` seconds."""
         self._processes.wait(time.monotonic() + grace_s)
         for peer in self._peers:
             peer.channel.close()

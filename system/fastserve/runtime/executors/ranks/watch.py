@@ -32,7 +32,7 @@ def find_hanging(peers: Sequence[Peer], now: float, since: float, timeout_s: flo
         return None
     silent = [peer for peer in peers if now - max(peer.last_heard, since) > timeout_s]
     if silent:
-        return Fault(silent, f"has not been heard of for {timeout_s:g} s", "it hangs, or its machine cannot be reached")
+        return Fault(silent, f"has sent nothing for {timeout_s:g} s", "it hangs, or its machine cannot be reached")
     busy = [peer for peer in peers if peer.busy]
     still = [peer for peer in busy if now - max(peer.last_progress, since) > timeout_s]
     stuck = [peer for peer in still if not peer.waiting_for]
