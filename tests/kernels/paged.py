@@ -71,7 +71,7 @@ def make_batch(
     query_lens = [1] * len(decodes) + [new for _, new in prefills]
     contexts = decodes + [before + new for before, new in prefills]
     needed = [-(-context // block_size) for context in contexts]
-    # Nothing is stored in block 0, with which tables are padded: who reads beyond a context finds NaN.
+    # Block 0 pads the tables and stores nothing: a kernel that reads beyond a context finds NaN.
     free = (torch.randperm(sum(needed) + 2) + 1).tolist()
     shape = (len(free) + 1, LAYERS, 2, block_size, num_kv_heads, head_dim)
     cache = permuted(shape, order, dtype, device)

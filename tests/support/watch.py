@@ -13,7 +13,7 @@ from fastserve.scheduler import Iteration
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """One computed iteration: who, in which level, how many tokens; times in milliseconds."""
+    """One computed iteration: its requests, their levels and numbers of tokens; times in milliseconds."""
 
     start: float
     end: float
