@@ -33,3 +33,10 @@ def place(
     if state != NO_CACHE:
         scheduler.queue.refile(request)
     return request
+
+
+def start(scheduler: Scheduler, request: Request, now: float) -> None:
+    """Give the request a place in the batch, as a decision at `now` does."""
+    scheduler.running[request.request_id] = request
+    scheduler.policy.waiting.end(request)
+    scheduler.policy.on_start(request, now)

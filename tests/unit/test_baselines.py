@@ -11,7 +11,7 @@ from fastserve.kvcache import Location
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit
 from fastserve.policies.discovery import list_policies
 from fastserve.scheduler import Scheduler
-from support.caches import place
+from support.caches import place, start
 from support.engines import arrival, make_engine
 from support.watch import finish_ms, ms, names, watch
 
@@ -303,7 +303,7 @@ def test_artifact_looks_for_the_starved_only_now_and_then() -> None:
     # In level 2, and it has run: its wait counts. One in level 0 has the place.
     place(scheduler, "runs", 0, 4, RESIDENT)
     request = place(scheduler, "waits", 0, 4, RESIDENT, level=2)
-    scheduler._start(request, 0.0)
+    start(scheduler, request, 0.0)
     scheduler._preempt([request], 0.0)
     levels = []
     for now in (0.05, 0.11, 0.12):

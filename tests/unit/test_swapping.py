@@ -8,7 +8,7 @@ from fastserve.core.request import RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.engine import Engine
 from fastserve.kvcache import Direction, Location
 from fastserve.scheduler import Scheduler
-from support.caches import place
+from support.caches import place, start
 from support.engines import arrival, make_engine
 from support.watch import Moved, Watch, finish_ms, ms, names, watch
 
@@ -118,7 +118,7 @@ def test_in_a_queue_too_an_early_promotion_counts(part: CacheState) -> None:
     # Both in level 3, where T_execute is (60 + 40) / 2 = 50 ms. The front one has just been preempted: 300 ms to its
     # promotion. The one behind it has 10 ms left.
     front, behind = place(scheduler, "front", 0.0, 60, part), place(scheduler, "behind", 0.0, 60, part)
-    scheduler._start(front, 0.0)
+    start(scheduler, front, 0.0)
     scheduler.policy.on_progress(front, 0.28, 0.29)
     front.last_ran_s = 0.29
     scheduler._preempt([front], 0.29)

@@ -1,4 +1,4 @@
-"""Find policies by name: FastServe's own, the baselines, those of installed packages, and those in a user's file."""
+"""Find policies by name: FastServe's own, the baselines, and policies of installed packages or in a user's file."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ class EstimatedNextScheduledTime(NeedOrder):
     """Requests of a multi-level feedback queue by the time to their promotion or execution, whichever is first.
 
     Within a queue T_execute is the same for all and promotions are due in the order of the places, except for the few
-    displaced requests: preempted within their quantum, they keep their place but wait longer than those behind it. So a
-    walk compares the heads of the queues, and of each queue's displaced requests, sorted.
+    displaced requests: preempted within their quantum, they keep their place but wait longer than the requests behind.
+    So a walk compares the heads of the queues, and of each queue's displaced requests, sorted.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class EstimatedNextScheduledTime(NeedOrder):
         """Of each level."""
 
     def displace(self, request: Request) -> None:
-        """Its promotion is due later than those of the requests behind it."""
+        """Its promotion is due later than that of the requests behind it."""
         self._displaced[request.level][request.request_id] = request
 
     def restore(self, request: Request) -> None:
@@ -48,9 +48,9 @@ class EstimatedNextScheduledTime(NeedOrder):
         self._displaced[request.level].pop(request.request_id, None)
 
     def expected_waits(self) -> list[float]:
-        """T_execute of each queue in use: seconds until those in the queues above have been brought down to it.
+        """T_execute of each queue in use: seconds until the requests in the queues above have come down to it.
 
-        Every request above costs the quanta from its queue down to, not including, this one; those served at a time
+        Every request above costs the quanta from its queue down to, not including, this one; requests served at a time
         share them.
         """
         version = self._queue.version

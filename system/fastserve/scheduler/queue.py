@@ -17,7 +17,7 @@ from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
 
 
 class Wanted:
-    """Which requests a walk still looks for, besides those on the GPU; the caller may want less while it lasts."""
+    """Which requests a walk yields besides those on the GPU; the caller may narrow this during the walk."""
 
     __slots__ = ("swapped_out", "without_cache")
 
@@ -34,7 +34,7 @@ class ServiceOrder(ABC):
     """
 
     num_swapped_out: int
-    """Requests in the lines of those swapped out."""
+    """Requests in the lines for swapped-out caches."""
     version: int
     """Changes whenever the queue does."""
 
@@ -88,7 +88,7 @@ class ServiceOrder(ABC):
 
 
 class _Line:
-    """Requests in order of position. Most join at an end; those that return to their place are kept beside."""
+    """Requests in order of position. Most join at an end; requests that return to their place are kept beside."""
 
     __slots__ = ("main", "put_back")
 

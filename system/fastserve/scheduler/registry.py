@@ -1,4 +1,4 @@
-"""Policies by name. A new one is a class with `@register` in a module that gets imported; nothing else to edit."""
+"""Policies by name. A new policy is a class with `@register` in a module that is imported."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fastserve.core.errors import ConfigError
 from fastserve.scheduler.policy import Policy
 
 policies: dict[str, type[Policy]] = {}
-"""Every policy registered so far; `fastserve.policies.discovery` finds the modules that register the others."""
+"""Every policy registered so far; `fastserve.policies.discovery` imports the modules that register them."""
 
 S = TypeVar("S", bound=type[Policy])
 
 
 def register(cls: S) -> S:
-    """Class decorator: make the policy known under `cls.name`. ConfigError if it has none, or one that is taken."""
+    """Class decorator: make the policy known under `cls.name`. ConfigError if it has no name or the name is taken."""
     if not isinstance(getattr(cls, "name", None), str) or not cls.name:
         raise ConfigError(f"policy class {cls.__module__}:{cls.__qualname__} has no name; give it one: name = 'mine'")
     if not dataclasses.is_dataclass(cls.Options):

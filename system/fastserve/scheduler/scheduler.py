@@ -57,13 +57,14 @@ class Scheduler:
             self.policy.waiting.start(request, request.arrival_s)
 
     def update(self, iteration: Iteration, result: IterationResult) -> list[Request]:
-        """An iteration has ended and the engine has advanced its requests. Returns those that leave the system."""
+        """An iteration has ended and the engine has advanced its requests. Returns the requests that leave."""
         policy, start, end = self.policy, result.start_s, result.end_s
-        on_progress = policy.on_progress
+        on_progress, limits_waits = policy.on_progress, self._limits_waits
         left = []
         for request in iteration.requests:
             if request.status is RequestStatus.ACTIVE:
-                request.last_ran_s = end
+                if limits_waits:
+                    request.last_ran_s = end
                 on_progress(request, start, end)
             else:
                 for leaving in policy.leaving(request):
@@ -143,7 +144,7 @@ class Scheduler:
         num_chosen = len(requests)
         mover.move()
         self._is_clear = wanted.without_cache and not (num_passed_over or mover.stalled or mover.moves_anything)
-        # A request gave up its place to one that is due, or a dropped cache left room: others may take it.
+        # A request lost its place to a due request, or a dropped cache left room: others may take it.
         if len(requests) < places and (len(requests) < num_chosen or mover.dropped):
             self._fill_up(batch, bool(mover.dropped), num_passed_over)
 
@@ -195,9 +196,12 @@ class Scheduler:
                 [r for r in losers if r.request_id not in now_running and r.request_id in running and not r.in_flight],
                 now,
             )
+            end_wait, on_start = policy.waiting.end, policy.on_start
             for key, request in now_running.items():
                 if key not in running:
-                    self._start(request, now)
+                    running[key] = request
+                    end_wait(request)
+                    on_start(request, now)
         return Iteration(
             tuple(requests),
             tuple(batch.num_tokens),
@@ -209,18 +213,16 @@ class Scheduler:
             policy.padded,
         )
 
-    def _start(self, request: Request, now: float) -> None:
-        self.running[request.request_id] = request
-        self.policy.waiting.end(request)
-        self.policy.on_start(request, now)
-
     def _preempt(self, requests: list[Request], now: float) -> tuple[Request, ...]:
-        policy = self.policy
+        if not requests:
+            return ()
+        policy, running, limits_waits = self.policy, self.running, self._limits_waits
+        start_wait, may_starve, on_preempt = policy.waiting.start_preempted, policy.may_starve, policy.on_preempt
         for request in requests:
-            del self.running[request.request_id]
-            if self._limits_waits and policy.may_starve(request):
-                policy.waiting.start_preempted(request, now)
-            policy.on_preempt(request, now)
+            del running[request.request_id]
+            if limits_waits and may_starve(request):
+                start_wait(request, now)
+            on_preempt(request, now)
         return tuple(requests)
 
     def _remove(self, request: Request) -> None:
@@ -249,9 +251,10 @@ class Scheduler:
 
     def update_repeated(self, iteration: Iteration, times: np.ndarray) -> None:
         """Iterations alike have ended, one after the other, at `times[1:]`; no request has finished."""
-        end = float(times[-1])
-        for request in iteration.requests:
-            request.last_ran_s = end
+        if self._limits_waits:
+            end = float(times[-1])
+            for request in iteration.requests:
+                request.last_ran_s = end
         self.policy.on_repeated(iteration.requests, times)
 
 

@@ -23,14 +23,14 @@ def gittins_index(
     length_power: float,
     step_s: float,
 ) -> Index:
-    """What one is worth at the beginning of each stage, as an `Index` with a row more: nothing beats level 0.
+    """The index at the beginning of each stage, as an `Index` with one more row: nothing beats level 0.
 
-    `hazards[s]` is the probability to finish in stage s for whoever reaches it. `token_costs[s]` is the machine time of
-    a token there (s), and `setup_costs[s, part]` what is to be spent before the first. A request of n output tokens
-    that leaves after t seconds costs t^p / n^length_power, so that each second it stays costs more by about
+    `hazards[s]` is the probability that a request that reaches stage s finishes in it. `token_costs[s]` is the machine
+    time of a token there (s), `setup_costs[s, state]` that before the first token. A request of n output tokens that
+    leaves after t seconds costs t^p / n^length_power, so that each second it stays costs more by about
     p t^(p-1) / n^length_power: that is the relief its finishing brings, of which this is the part that does not depend
     on t. Served without pause it will be older by its remaining tokens, of `step_s` seconds each: its lead. Weight and
-    lead are those of the best stage to give up after, for one that is old.
+    lead are taken at the best stage to give up after, for an old request.
     """
     starts = np.array(stages.starts, dtype=float)
     lengths = stages.final_lengths

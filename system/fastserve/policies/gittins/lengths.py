@@ -1,4 +1,4 @@
-"""What finished requests say of how long the others will be: hazards by progress, learned online."""
+"""What finished requests tell about the lengths of others: hazards by progress, learned online."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 class Stages:
-    """Progress in steps: stage s begins once `starts[s]` output tokens are there, and ends in them when the next does.
+    """Progress in steps: stage s begins when `starts[s]` output tokens are generated, and ends when stage s + 1 begins.
 
-    Every token up to `exact`, then steps that grow by a constant ratio, so that a few dozen reach any length.
+    Up to `exact` every token is a stage; then stages grow by a constant ratio, so that a few dozen reach any length.
     """
 
     def __init__(self, exact: int = 4, ratio: float = 1.5, longest: int = 1 << 17) -> None:
@@ -19,32 +19,32 @@ class Stages:
         while starts[-1] < longest:
             starts.append(max(starts[-1] + 1, round(starts[-1] * ratio) if starts[-1] >= exact else 0))
         self.starts = starts
-        """Tokens; the last stage is without end, and taken to be as long as it begins."""
+        """Tokens. The last stage has no end; it counts as long as the tokens before it."""
         self.ends = [*starts[1:], 2 * starts[-1]]
         begin, end = np.array(starts, dtype=float), np.array(self.ends, dtype=float)
         self.tokens_through = end - begin
-        """Tokens that whoever passes a stage computes in it."""
+        """Tokens computed in a stage by a request that passes it."""
         self.final_lengths = (begin + 1 + end) / 2
-        """Output tokens of whoever finishes in a stage, at the mean if it is equally likely to at each."""
+        """Mean output tokens of a request that finishes in a stage, if each token is equally likely to be its last."""
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def stage_of_finished(self, num_output_tokens: int) -> int:
-        """The stage that a request of so many tokens in all finished in."""
+        """The stage in which a request of so many output tokens finished."""
         return min(bisect_left(self.ends, num_output_tokens), len(self.starts) - 1)
 
 
 class LengthHistory:
-    """Hazards: the share of those who reached a stage that finished in it, for each kind of request.
+    """Hazards: of the requests that reached a stage, the share that finished in it, for each kind of request.
 
-    Counting who passed and who finished at every stage is the actuarial estimate of survival: those still running
-    count as far as they have come, so that in a burst, where the short finish first, nothing is biased towards them.
+    Counting the requests that passed and that finished each stage is the actuarial estimate of survival: requests that
+    still run count as far as they have come. So a burst, in which short requests finish first, causes no bias.
     The later an outcome, the more it counts: after `memory` more have finished, an old one weighs 1/e.
 
     A kind's hazard is drawn towards that of all kinds, and that towards a prior, each worth so many requests. The prior
-    has no scale: who has come far is likely to go as far again (a Pareto tail; `typical` tokens are its median). It is
-    the case that least attained service is right for, which FastServe approximates.
+    has no scale: a request that has come far is likely to go as far again (a Pareto tail with a median of `typical`
+    tokens). For this case least attained service is right, which FastServe approximates.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LengthHistory:
         self._all_passed = np.zeros(len(stages))
 
     def add_kind(self) -> None:
-        """Make room for one kind more."""
+        """Add a kind."""
         self._finished.append(np.zeros(len(self.stages)))
         self._passed.append(np.zeros(len(self.stages)))
 
@@ -90,7 +90,7 @@ class LengthHistory:
             self._rescale()
 
     def hazards(self, kind: int) -> np.ndarray:
-        """The probability to finish in each stage, for one who has reached it; 1 in the last."""
+        """The probability to finish in each stage, for a request that has reached it; 1 in the last."""
         of_prior = self._worth_of_prior * self._weight
         of_all = self._worth_of_all * self._weight
         together = self._all_finished + self._all_passed
@@ -107,7 +107,7 @@ class LengthHistory:
 
 
 def kind_of_prompt(num_prompt_tokens: int) -> int:
-    """Prompts of about the same length are of a kind: two for each doubling."""
+    """The kind of a prompt: prompts of similar length share one; each doubling of the length has two."""
     return int(2 * math.log2(num_prompt_tokens))
 
 

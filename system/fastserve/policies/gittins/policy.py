@@ -77,7 +77,7 @@ class Gittins(Policy):
     A request's Gittins index is the largest ratio, over how long it may be served, of the cost that its finishing is
     expected to end to the time until it finishes or is given up. What is expected rests on its prompt length and on
     the tokens it has produced: `LengthHistory` learns from every request how likely the next ones are to finish. A
-    prompt not computed yet, and a cache that is away, are time to be spent before anything comes of it.
+    prompt not computed yet, and a cache that is swapped out, cost time before the next token.
 
     The cost of a request is a power of its slowdown (or completion time) and grows while it waits, as in the
     generalized c-mu rule. Levels are the stages of a request's progress; level 0 is for requests that waited `alpha_s`.

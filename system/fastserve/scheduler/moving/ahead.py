@@ -150,7 +150,7 @@ class MoveAhead(CacheMover):
             places -= 1
             first = not self.stalled
             self.stalled.append(request)
-            # No request overtakes one that nothing can be done for now, and more room than a budget is of no use.
+            # No request overtakes one that must wait now, and more room than a budget is of no use.
             if starts and kv.location(request) is Location.HOST:
                 starts = self.bring_in(request, is_first=first) and self.claimed_blocks < self._budget
         return starts
@@ -226,7 +226,7 @@ class MoveAhead(CacheMover):
     def move_ahead(self, *, exchange: bool) -> None:
         """Fill the reserve. Before that, with `exchange`, swap in the requests needed next.
 
-        They get idle blocks, or those of requests needed later. Searches are repeated only when the queue has changed.
+        They get idle blocks, or blocks of requests needed later. Searches are repeated only when the queue has changed.
         """
         kv = self._kv
         reserve = self.reserve(self.now)
