@@ -123,7 +123,7 @@ class KVCacheManager:
             request.cache_state = RESIDENT
             request.cache_capacity = len(blocks) * self.block_size
             return
-        if entry.location is not Location.GPU:
+        if request.cache_state != RESIDENT:
             raise WrongLocationError(f"request {request.request_id} cannot grow: its cache is {entry.location.value}")
         if num_tokens > request.cache_capacity:
             entry.gpu_blocks += self._gpu.allocate(self.blocks_for(num_tokens) - len(entry.gpu_blocks))

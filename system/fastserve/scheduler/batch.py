@@ -23,6 +23,10 @@ class Outcome(enum.Enum):
     """Its cache is on the GPU and there is no room for its next tokens."""
 
 
+# Faster to look up than members of the class.
+TAKEN, FULL, BEYOND_BUDGET, NO_ROOM, NO_GROWTH = Outcome
+
+
 class Terms(NamedTuple):
     """On which terms a request may take room for its cache."""
 
@@ -79,30 +83,32 @@ class Batch:
     def offer(self, request: Request, terms: Terms = DEFAULT_TERMS, max_tokens: int | None = None) -> Outcome:
         """Take the request with all it has to compute (or `max_tokens` of that), if it fits."""
         if request.in_flight or len(self.requests) >= self.places:
-            return Outcome.FULL
+            return FULL
         num_tokens = request.num_tokens - request.num_computed_tokens
         if max_tokens is not None and num_tokens > max_tokens:
             num_tokens = max_tokens
         is_prefill = num_tokens > 1 or not request.num_computed_tokens
         # A prompt beyond the budget must run some time: as the only prompt of its iteration.
         if is_prefill and num_tokens > self._tokens_left and self._num_prefills:
-            return Outcome.BEYOND_BUDGET
-        hold = max(request.num_computed_tokens + num_tokens, terms.hold_tokens)
+            return BEYOND_BUDGET
+        hold = request.num_computed_tokens + num_tokens
+        if terms.hold_tokens > hold:
+            hold = terms.hold_tokens
         if hold > request.cache_capacity and not self.find_room(request, hold, terms):
-            return Outcome.NO_GROWTH if request.cache_state == RESIDENT else Outcome.NO_ROOM
+            return NO_GROWTH if request.cache_state == RESIDENT else NO_ROOM
         if is_prefill:
             self._num_prefills += 1
             self._tokens_left -= num_tokens
         self.requests.append(request)
         self.num_tokens.append(num_tokens)
-        return Outcome.TAKEN
+        return TAKEN
 
     def offer_chunk(self, request: Request, max_tokens: int, terms: Terms = DEFAULT_TERMS) -> int:
         """Take the request with at most `max_tokens` of what it has to compute.
 
         Returns how many it computes, 0 if it does not fit.
         """
-        return self.num_tokens[-1] if self.offer(request, terms, max_tokens) is Outcome.TAKEN else 0
+        return self.num_tokens[-1] if self.offer(request, terms, max_tokens) is TAKEN else 0
 
     def add_padding(self, request: Request) -> None:
         """Take a finished request as a row that is computed for nothing."""

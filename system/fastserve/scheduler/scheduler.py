@@ -9,7 +9,7 @@ import numpy as np
 from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
-from fastserve.scheduler.batch import Batch, Outcome
+from fastserve.scheduler.batch import BEYOND_BUDGET, NO_ROOM, Batch
 from fastserve.scheduler.iteration import Iteration, IterationResult
 from fastserve.scheduler.moving import CacheMover, DropOnDemand, MoveNever, SwapOnDemand
 from fastserve.scheduler.options import MemoryOptions
@@ -36,6 +36,9 @@ class Scheduler:
         self._stalled: tuple[Request, ...] = ()
         """The batch that waits for transfers; stays chosen until they have ended."""
         self._limits_waits = policy.waiting.longest_wait_s is not None
+        # A policy pays only for the hooks that it has.
+        self._prepares = self._limits_waits or type(policy).prepare is not Policy.prepare
+        self._fills = type(policy).fill is not Policy.fill
         self._is_clear = False
         """Whether the last decision ran every request it could and moved nothing."""
 
@@ -59,10 +62,10 @@ class Scheduler:
     def update(self, iteration: Iteration, result: IterationResult) -> list[Request]:
         """An iteration has ended and the engine has advanced its requests. Returns the requests that leave."""
         policy, start, end = self.policy, result.start_s, result.end_s
-        on_progress, limits_waits = policy.on_progress, self._limits_waits
+        on_progress, limits_waits, active = policy.on_progress, self._limits_waits, RequestStatus.ACTIVE
         left = []
         for request in iteration.requests:
-            if request.status is RequestStatus.ACTIVE:
+            if request.status is active:
                 if limits_waits:
                     request.last_ran_s = end
                 on_progress(request, start, end)
@@ -92,7 +95,8 @@ class Scheduler:
         """Decide the next iteration, at `now` in seconds. One without requests is the decision to wait."""
         if self._stalled and self.kv.num_transfers:
             return Iteration(stalled=self._stalled)
-        self.prepare(now)
+        if self._prepares:
+            self.prepare(now)
         iteration = self.decide(now)
         self._stalled = iteration.stalled if self.mover.must_wait else ()
         return iteration
@@ -113,7 +117,7 @@ class Scheduler:
         policy, mover = self.policy, self.mover
         batch = Batch(self.config.max_batch_size, self.config.token_budget, mover.find_room)
         mover.begin(batch, now)
-        if not policy.fill(batch):
+        if not (self._fills and policy.fill(batch)):
             self._fill_in_order(batch)
             # Requests in flight may leave room when they end.
             if not batch.requests and self._requests and not self.kv.num_transfers and policy.is_idle:
@@ -132,10 +136,10 @@ class Scheduler:
                 continue
             if not take(request):
                 outcome = offer(request, terms(request, batch))
-                if outcome is Outcome.NO_ROOM:
+                if outcome is NO_ROOM:
                     # A request behind it must not take the room that this one waits for.
                     wanted.without_cache = wanted.swapped_out = False
-                elif outcome is Outcome.BEYOND_BUDGET:
+                elif outcome is BEYOND_BUDGET:
                     num_passed_over += 1
                     if num_passed_over > policy.max_passed_over:
                         wanted.without_cache = False
@@ -143,7 +147,9 @@ class Scheduler:
                 break
         num_chosen = len(requests)
         mover.move()
-        self._is_clear = wanted.without_cache and not (num_passed_over or mover.stalled or mover.moves_anything)
+        self._is_clear = wanted.without_cache and not (
+            num_passed_over or mover.stalled or mover.swap_out or mover.swap_in or mover.dropped
+        )
         # A request lost its place to a due request, or a dropped cache left room: others may take it.
         if len(requests) < places and (len(requests) < num_chosen or mover.dropped):
             self._fill_up(batch, bool(mover.dropped), num_passed_over)
@@ -159,9 +165,9 @@ class Scheduler:
             if request in batch.requests:
                 continue
             outcome = batch.offer(request, policy.terms(request, batch))
-            if outcome is Outcome.NO_ROOM:
+            if outcome is NO_ROOM:
                 wanted.without_cache = False
-            elif outcome is Outcome.BEYOND_BUDGET:
+            elif outcome is BEYOND_BUDGET:
                 num_passed_over += 1
                 if num_passed_over > policy.max_passed_over:
                     wanted.without_cache = False

@@ -70,11 +70,6 @@ class CacheMover(ABC):
         """
         return len(free_blocks)
 
-    @property
-    def moves_anything(self) -> bool:
-        """Whether this decision moves or drops a cache."""
-        return bool(self.swap_out or self.swap_in or self.dropped)
-
     def takes_part(self, request: Request) -> bool:
         """Whether the request is in the batch, or due and waits for room, or loses its cache."""
         return request in self.batch.requests or request in self.batch.lost or request in self.short

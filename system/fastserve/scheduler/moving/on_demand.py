@@ -6,9 +6,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 from fastserve.core.request import SWAPPED_OUT, Request
-from fastserve.kvcache import Location
+from fastserve.kvcache import KVCacheManager, Location
 from fastserve.scheduler.batch import Batch, Terms
 from fastserve.scheduler.moving.base import CacheMover
+from fastserve.scheduler.queue import ServiceOrder
 
 
 class _OnDemand(CacheMover):
@@ -20,10 +21,12 @@ class _OnDemand(CacheMover):
 
     offers_swapped_out = True
 
-    def begin(self, batch: Batch, now: float) -> None:
-        super().begin(batch, now)
+    def __init__(self, kv: KVCacheManager, queue: ServiceOrder) -> None:
+        super().__init__(kv, queue)
+        self._searched: Batch | None = None
+        """The batch that the two below belong to."""
         self._victims: list[Request] = []
-        self._more_victims: Iterator[Request] | None = None
+        self._more_victims: Iterator[Request] = iter(())
 
     def find_room(self, request: Request, num_tokens: int, terms: Terms) -> bool:
         kv = self._kv
@@ -72,8 +75,8 @@ class _OnDemand(CacheMover):
 
     def _victims_behind(self, request: Request) -> Iterator[Request]:
         """Resident requests that rank behind this one and take no part, last in order first."""
-        if self._more_victims is None:
-            self._more_victims = self._queue.victims()
+        if self._searched is not self.batch:
+            self._searched, self._victims, self._more_victims = self.batch, [], self._queue.victims()
         index = 0
         while True:
             if index == len(self._victims):
