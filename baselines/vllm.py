@@ -14,7 +14,8 @@ from fastserve.core.request import SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel
 from fastserve.policies.fcfs import ArrivalOrder
-from fastserve.scheduler import Batch, Outcome, PolicyOptions, Terms, register
+from fastserve.scheduler import Batch, PolicyOptions, register
+from fastserve.scheduler.batch import DEFAULT_TERMS, TAKEN
 
 
 @dataclass(frozen=True)
@@ -109,5 +110,5 @@ class VLLM(WaitingAndRunning):
                 break
             # If no request runs, nothing that a later request holds may keep the first from starting.
             alone = not batch.requests and not self.running
-            if batch.offer(request, Terms(alone, 0 if alone else self.watermark_blocks)) is not Outcome.TAKEN:
+            if batch.offer(request, DEFAULT_TERMS if alone else self.admission) is not TAKEN:
                 break

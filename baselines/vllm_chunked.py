@@ -9,7 +9,8 @@ from fastserve.core.checks import require_int
 from fastserve.core.config import SchedulerConfig
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel
-from fastserve.scheduler import Batch, PolicyOptions, Terms, register
+from fastserve.scheduler import Batch, PolicyOptions, register
+from fastserve.scheduler.batch import DEFAULT_TERMS
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class VLLMChunked(WaitingAndRunning):
         # No admission in an iteration that takes caches away: the requests that lost them come first.
         for request in () if batch.lost else self._queued.values():
             alone = not batch.requests and not self.running
-            taken = batch.offer_chunk(request, left, Terms(alone, 0 if alone else self.watermark_blocks)) if left else 0
+            taken = batch.offer_chunk(request, left, DEFAULT_TERMS if alone else self.admission) if left else 0
             if not taken:
                 break
             left -= taken

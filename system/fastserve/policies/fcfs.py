@@ -23,6 +23,8 @@ class ArrivalOrder(Policy):
     ) -> None:
         super().__init__(config, kv, latency, options)
         self.watermark_blocks = int(WATERMARK * kv.config.num_gpu_blocks)
+        self.admission = Terms(may_evict=False, keep_free=self.watermark_blocks)
+        """The terms on which a request starts while others run."""
 
     def on_add(self, request: Request) -> None:
         """Join at the back."""
@@ -47,4 +49,4 @@ class FCFS(ArrivalOrder):
         """A running request may take cache from later ones to grow, and the first always may; an admission may not."""
         if request.request_id in self.running or self.is_first(batch):
             return DEFAULT_TERMS
-        return Terms(may_evict=False, keep_free=self.watermark_blocks)
+        return self.admission
