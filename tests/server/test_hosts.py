@@ -177,9 +177,9 @@ def test_https_with_a_self_signed_certificate(certificate: Path, tmp_path: Path)
     [
         ("none.pem", "key.pem", "--ssl-certfile .*none.pem: No such file or directory"),
         ("cert.pem", "none.pem", "--ssl-keyfile .*none.pem: No such file or directory"),
-        ("cert.pem", None, "are no certificate in PEM format with its unencrypted key"),
-        ("key.pem", "key.pem", "are no certificate in PEM format with its unencrypted key"),
-        ("cert.pem", "locked.pem", "are no certificate in PEM format with its unencrypted key"),
+        ("cert.pem", None, "are not a certificate in PEM format with its unencrypted key"),
+        ("key.pem", "key.pem", "are not a certificate in PEM format with its unencrypted key"),
+        ("cert.pem", "locked.pem", "are not a certificate in PEM format with its unencrypted key"),
     ],
 )
 def test_an_unusable_certificate_is_named(certificate: Path, cert: str, key: str | None, message: str) -> None:

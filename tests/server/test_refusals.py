@@ -271,7 +271,7 @@ def test_a_body_of_another_content_type(quick: RunningServer, kind: str) -> None
 @pytest.mark.parametrize("encoding", ["gzip", "br"])
 def test_a_compressed_body(quick: RunningServer, encoding: str) -> None:
     reply = quick.post(b"\x1f\x8b", headers={"Content-Encoding": encoding})
-    refused(reply, 400, None, f"Content-Encoding '{encoding}' is not supported; send the body as it is")
+    refused(reply, 400, None, f"Content-Encoding '{encoding}' is not supported; send the body uncompressed")
 
 
 def test_a_byte_order_mark_is_ignored(quick: RunningServer) -> None:

@@ -173,11 +173,11 @@ SIM = ["--backend", "sim", "--port", "0"]
         ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed"], "--set takes key=value, got 'speed'"),
         (
             [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "no.such.host.invalid"],
-            "--host no.such.host.invalid is no address and no name that can be resolved",
+            "--host no.such.host.invalid is neither an address nor a name that can be resolved",
         ),
         (
             [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "192.0.2.1"],
-            "--host 192.0.2.1 is no address of this machine; give one that is",
+            "--host 192.0.2.1 is not an address of this machine; give one that is",
         ),
         (
             [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--log-level", "loud"],

@@ -142,7 +142,7 @@ class Prompts:
         )
         if num_scores > MAX_PROMPT_SCORES:
             raise bad_request(
-                f"{num_scores} log probabilities of prompt tokens in one answer; {MAX_PROMPT_SCORES} are the most: ask "
+                f"{num_scores} log probabilities of prompt tokens in one answer are more than {MAX_PROMPT_SCORES}; ask "
                 "for fewer alternatives or send the prompts in several requests",
                 "prompt_logprobs" if prompts[0].params.logprobs is None else "logprobs",
             )

@@ -1,4 +1,4 @@
-"""Running the server: its address, its signals, its end."""
+"""Running the server: its address, signals, its end."""
 
 from __future__ import annotations
 
@@ -36,25 +36,27 @@ from fastserve.server.service import Server
 
 _BACKLOG = 2048
 _LAST_WORDS_S = 2.0
-"""Time to tell clients that are cut off, before their connections are closed; and, after a failure, time in which
-/health says so."""
-_LOOK_S = 0.02
-"""How often the server looks, when it is to stop, whether all is answered."""
+"""Time to send errors to clients that are cut off, before their connections are closed; after a failure, also the time
+in which /health says so."""
+_POLL_S = 0.02
+"""How often a draining server checks whether all requests are answered."""
 _SWITCH_INTERVAL_S = 0.0005
-"""How long the engine's thread and the event loop keep each other from Python at the most; 5 ms by default."""
+"""How long the engine's thread and the event loop hold the interpreter at most; Python's default is 5 ms."""
 
 
 class ServingError(FastServeError):
-    """The server ended although nobody told it to, or before it had finished what it had begun."""
+    """The server ended without being told to, or cut requests off."""
 
 
 def serve(model_options: ModelOptions, options: ServerOptions) -> None:
     """Load the model and serve it until SIGTERM, SIGHUP or SIGINT.
 
-    Then new requests are refused, those in progress go on for at most the drain timeout, and this returns; a second
-    signal cuts it short. Raises ConfigError, before the model is loaded, for an address that cannot be had and for a
-    certificate that cannot be read, and OutputError for a timeline that cannot be written; what `load_served_model`
-    raises; ServingError if the engine failed or requests were cut off.
+    It then refuses new requests, finishes those in progress for at most the drain timeout, and returns. A second signal
+    cuts them off at once.
+
+    Raises before the model is loaded: ConfigError for an unusable address or certificate, OutputError for a timeline
+    that cannot be written. Raises later: what `load_served_model` raises; ServingError if the engine failed or requests
+    were cut off.
     """
     start_log(options.log_level)
     require_certificate(options)
@@ -70,7 +72,7 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
         if model_options.backend == "engine":
             say(_pools(engine.model.engine.kv.config, model_options.engine))
         try:
-            # What is there now stays, and need not be looked through for garbage while somebody waits for a token.
+            # Present objects stay: without them garbage collection, which delays tokens, is short.
             gc.collect()
             gc.freeze()
             uvloop.run(run_server(Server(options, engine, metrics, recent), listener))
@@ -87,7 +89,7 @@ def serve(model_options: ModelOptions, options: ServerOptions) -> None:
 
 @contextmanager
 def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has the address; port 0 is any free one. It is not listened to yet."""
+    """A socket bound to the address, not yet listening. Port 0 is any free port. Raises ConfigError if that fails."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -103,7 +105,7 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def require_certificate(options: ServerOptions) -> None:
-    """Raise ConfigError unless the certificate and its key, if any, can be read and belong together."""
+    """Raise ConfigError unless the certificate and its key, if given, can be read and belong together."""
     certificate, key = options.ssl_certfile, options.ssl_keyfile
     if certificate is None:
         return
@@ -114,17 +116,17 @@ def require_certificate(options: ServerOptions) -> None:
         except OSError as error:
             raise ConfigError(f"{name} {path}: {error.strerror}") from error
     try:
-        # Without a password OpenSSL would ask for one at the terminal.
+        # With an empty password OpenSSL does not ask for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
-            f"--ssl-certfile {certificate} and --ssl-keyfile {key or certificate} are no certificate in PEM format "
+            f"--ssl-certfile {certificate} and --ssl-keyfile {key or certificate} are not a certificate in PEM format "
             f"with its unencrypted key: {error}"
         ) from error
 
 
 def http_server(server: Server) -> uvicorn.Server:
-    """What speaks HTTP for it; leaves signals to others."""
+    """Return the HTTP server of `server`, which leaves signals to its caller."""
     config = uvicorn.Config(
         create_app(server),
         http=http_protocol(server.options.receive_timeout_s),
@@ -142,7 +144,7 @@ def http_server(server: Server) -> uvicorn.Server:
 
 
 async def run_server(server: Server, listener: socket.socket) -> None:
-    """Serve until told to stop; see `serve`."""
+    """Serve until told to stop, as `serve` says."""
     http = http_server(server)
     loop = asyncio.get_running_loop()
     num_cut_off = 0
@@ -155,7 +157,7 @@ async def run_server(server: Server, listener: socket.socket) -> None:
         loop.call_later(_LAST_WORDS_S, hang_up)
 
     def hang_up() -> None:
-        """Close the connections of clients that do not read the end of their answers."""
+        """Close the connections of clients that have not read the end of their answers."""
         nonlocal num_cut_off
         connections = list(http.server_state.connections)
         num_cut_off = max(num_cut_off, len(connections))
@@ -163,9 +165,9 @@ async def run_server(server: Server, listener: socket.socket) -> None:
             connection.transport.abort()
 
     async def exit_when_answered() -> None:
-        """Until then connections are accepted, so that /health can say what the server does."""
+        """Stop accepting connections when all requests are answered. Until then /health says that the server drains."""
         while server.load.num_requests or server.engine.num_unfinished:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
         http.should_exit = True
 
     def drain(name: str) -> None:
@@ -184,19 +186,19 @@ async def run_server(server: Server, listener: socket.socket) -> None:
         loop.call_later(_LAST_WORDS_S, hang_up)
 
     def failed(error: Exception) -> None:
-        if not isinstance(error, FastServeError):  # A bug, of a policy perhaps.
+        if not isinstance(error, FastServeError):  # A bug, perhaps in a policy.
             traceback.print_exception(error)
         loop.call_later(_LAST_WORDS_S, exit_failed)
 
     host, port = listener.getsockname()[:2]
     try:
         listener.listen(_BACKLOG)
-    except OSError as error:  # Somebody else was quicker while the model was loaded.
+    except OSError as error:  # Another process took the port while the model was loaded.
         raise _unusable(host, port, error) from error
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     server.engine.attach(failed)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # As under nohup.
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP.
             loop.add_signal_handler(signum, drain, signum.name)
     model = server.engine.model
     shown = f"[{host}]" if ":" in host else host
@@ -215,7 +217,7 @@ async def run_server(server: Server, listener: socket.socket) -> None:
 
 
 class _HTTPServer(uvicorn.Server):
-    """One that leaves signals to us."""
+    """Leaves signals to the caller."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -223,7 +225,7 @@ class _HTTPServer(uvicorn.Server):
 
 
 def _pools(cache: CacheConfig, given: EngineOptions) -> str:
-    """How large the cache's pools are, and what chooses their sizes."""
+    """Return the sizes of the cache's pools, and the options that set them."""
     sizes = [
         f"{blocks:,} blocks ({_size(blocks * cache.block_bytes)}) {where}"
         for blocks, where in ((cache.num_gpu_blocks, "on the device"), (cache.num_host_blocks, "in host memory"))
@@ -238,18 +240,18 @@ def _size(num_bytes: int) -> str:
 
 
 def _unusable(host: str, port: int, error: Exception) -> ConfigError:
-    """What is wrong with an address, and with which of its two parts."""
+    """Return an error that says what is wrong with an address, and with which of its parts."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, socket.gaierror | UnicodeError):
         return ConfigError(
-            f"--host {host} is no address and no name that can be resolved ({error}); give one of this machine's "
-            "addresses, 127.0.0.1 for this machine only or 0.0.0.0 for every network"
+            f"--host {host} is neither an address nor a name that can be resolved ({error}); give one of this "
+            "machine's addresses, 127.0.0.1 for this machine only or 0.0.0.0 for every network"
         )
     if number == errno.EADDRINUSE:
         return ConfigError(f"port {port} of {host} is in use; choose another --port, 0 for any free one")
     if number == errno.EADDRNOTAVAIL:
         return ConfigError(
-            f"--host {host} is no address of this machine; give one that is, 127.0.0.1 for this machine only or "
+            f"--host {host} is not an address of this machine; give one that is, 127.0.0.1 for this machine only or "
             "0.0.0.0 for every network"
         )
     if number in (errno.EACCES, errno.EPERM):
@@ -259,6 +261,6 @@ def _unusable(host: str, port: int, error: Exception) -> ConfigError:
 
 
 def _allow_open_files() -> None:
-    """As many as may be: each client has one."""
+    """Raise the limit on open files as far as allowed: each client has one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -131,7 +131,7 @@ class BoundedRequest(Request):
         """Return the validated object. Raises what `Bodies.parse` raises."""
         encoding = self.headers.get("content-encoding", "identity")
         if encoding != "identity":
-            raise bad_request(f"Content-Encoding {shown(encoding)} is not supported; send the body as it is")
+            raise bad_request(f"Content-Encoding {shown(encoding)} is not supported; send the body uncompressed")
         whole, self._whole = self._whole, b""
         return await self.app.state.bodies.parse(whole, self._convert)
 
