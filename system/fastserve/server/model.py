@@ -31,27 +31,27 @@ class ServedModel:
     engine: Engine
     codec: TextCodec
     vocab_size: int | None
-    """Token ids are below this; None in a simulation, where any will do."""
+    """Token ids are below this; None in a simulation, which accepts any."""
     close: Callable[[], None]
     aliases: tuple[str, ...] = ()
-    """Other names that clients may use for it."""
+    """Further names that clients may use."""
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
-    """What counts where a request says nothing of how its tokens are drawn."""
+    """Defaults of sampling for requests that leave it out."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that clients may call it."""
+        """All names that clients may use."""
         return (self.name, *self.aliases)
 
     @cached_property
     def fingerprint(self) -> str:
-        """OpenAI's system_fingerprint: another one where the software, the model or the engine's sizes differ."""
+        """OpenAI's system_fingerprint. It differs if the software, the model or the engine's sizes differ."""
         engine = self.engine
         settings = (self.name, self.policy, engine.scheduler.config, engine.kv.config, engine.max_model_len)
         return f"fastserve-{__version__}-{sha256(repr(settings).encode()).hexdigest()[:8]}"
 
     def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        """Tokens that end an output because its client says so; the model's own ends of sequence are others."""
+        """Return the tokens that end an output for its client, without the model's own ends of sequence."""
         own = () if params.ignore_eos else self.engine.eos_token_ids
         return frozenset(params.stop_token_ids) - frozenset(own)
 
@@ -62,7 +62,7 @@ class ServedModel:
 
 
 def load_served_model(options: ModelOptions) -> ServedModel:
-    """Build what the options say; raises what `LLM` or `simulated_engine` raise."""
+    """Build the model that the options describe. Raises what `LLM` and `simulated_engine` raise."""
     return _simulated(options) if options.backend == "sim" else _real(options)
 
 
@@ -87,10 +87,10 @@ def simulated_model(
     options: EngineOptions,
     tokenizer: Any = None,
 ) -> ServedModel:
-    """A simulation in real time, called by `names`, bounded by the context of the profile's model.
+    """Return a simulation in real time, with the context of the profile's model, served under `names`.
 
-    It generates tokens that a client can count in their text, or without a tokenizer 0, 1, 2 and so on. Raises
-    ConfigError for an unknown policy or option, and for a tokenizer without such tokens.
+    Each generated token has a text that is one token again; without a tokenizer the tokens are 0, 1, 2 and so on.
+    Raises ConfigError for an unknown policy or option, and for a tokenizer without such tokens.
     """
     if options.max_model_len is None:
         options = replace(options, max_model_len=profile.max_model_len)
@@ -99,8 +99,8 @@ def simulated_model(
         token_ids = countable_tokens(tokenizer.backend_tokenizer)
         if not token_ids:
             raise ConfigError(
-                "the tokenizer has no tokens whose text is one token again, which is what a simulation generates; give "
-                "another --tokenizer, or builtin or none"
+                "the tokenizer has no tokens whose text is one token again, and a simulation generates only such "
+                "tokens; give another --tokenizer, or builtin or none"
             )
         codec = TextCodec(tokenizer, StandIns(tokenizer.backend_tokenizer, None))
     engine = simulated_engine(profile, policy, policy_options, options, WallClock(), token_ids)
