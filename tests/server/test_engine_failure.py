@@ -215,10 +215,10 @@ from fastserve.policies.fcfs import FCFS
 class Broken(FCFS):
     name = "broken"
 
-    def schedule(self, now):
+    def prepare(self, now):
         if any(request.num_output_tokens > 5 for request in self.running.values()):
             raise ValueError("six tokens are too many")
-        return super().schedule(now)
+        super().prepare(now)
 """
 
 

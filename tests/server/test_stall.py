@@ -114,10 +114,10 @@ thread._LAST_ITERATION_S = 0.5  # The test waits no longer for the thread's end.
 class Hanging(FCFS):
     name = "hanging"
 
-    def schedule(self, now):
+    def prepare(self, now):
         if any(request.num_output_tokens > 5 for request in self.running.values()):
             time.sleep(1000)
-        return super().schedule(now)
+        super().prepare(now)
 """
 
 
