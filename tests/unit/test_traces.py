@@ -92,14 +92,12 @@ class TestTables:
         rows = "\n".join(f"{p},{o}" for p, o in zip(prompt, output, strict=True))
         raw = tmp_path / "raw.csv"
         raw.write_text(f"prompt_tokens,output_tokens\n{rows}\n")
-        command = [
-            sys.executable,
-            str(ROOT / "tools/build_trace_tables.py"),
-            "--sharegpt",
-            str(raw),
-            "--out",
-            str(tmp_path),
-        ]
+        azure = tmp_path / "azure.csv"
+        times = (f"2023-11-16 18:{i // 60:02}:{i % 60:02}.6805900" for i in range(500))
+        rows = "\n".join(f"{time},{p},{o}" for time, p, o in zip(times, prompt, output, strict=False))
+        azure.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}\n")
+        script = str(ROOT / "tools/build_trace_tables.py")
+        command = [sys.executable, script, "--sharegpt", str(raw), "--azure", str(azure), "--out", str(tmp_path)]
         subprocess.run(command, check=True, capture_output=True)
         first = (tmp_path / "sharegpt.json").read_bytes()
         table = json.loads(first)
@@ -109,6 +107,9 @@ class TestTables:
         drawn = HistogramLengths.from_table(table).sample(300_000, rng)
         assert ARTIFACT_FILTER.keeps(*drawn).all()
         assert drawn[0].mean() == pytest.approx(table["statistics"]["mean_prompt"], rel=0.02)
+        unfiltered = json.loads((tmp_path / "azure_conv.json").read_text())
+        assert (unfiltered["filter"], unfiltered["input"]["kept"]) == (None, 500)
+        assert unfiltered["statistics"] == pytest.approx(length_statistics(prompt[:500], output[:500]))
         subprocess.run(command, check=True, capture_output=True)
         assert (tmp_path / "sharegpt.json").read_bytes() == first
 

@@ -561,7 +561,7 @@ def test_a_server_that_is_not_ready_in_time_is_named(
     assert not (tmp_path / "out").exists()
 
 
-# -- what cannot be told ---------------------------------------------------------------------------------------------
+# -- unknown metrics -------------------------------------------------------------------------------------------------
 
 
 def of_four(*sizes: int, usage_runs: bool = False, pause: float = 0.02) -> Script:
