@@ -1,4 +1,4 @@
-"""What both commands share: how they end, and progress on stderr.
+"""The end of both commands, and their progress on stderr.
 
 A command ends with status 0; with 2 and one line on stderr for a fault of the input or the machine; with 128 and the
 number of the signal that stopped it; or with 1 and a traceback for a bug.
@@ -27,7 +27,7 @@ TRACEBACK_VARIABLE = "FASTSERVE_TRACEBACK"
 BAD_INPUT, BUG = 2, 1
 _SECONDS_BETWEEN_LINES = 10.0
 _LONG_WORD = re.compile(r"(\S{200})\S{200,}")
-"""Of an error's line: a value that is no use to a reader."""
+"""A value in an error's line that is too long to be read."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,8 +41,8 @@ class Terminated(KeyboardInterrupt):
 def run_app(app: typer.Typer) -> None:
     """Run a command and end the process as the module says.
 
-    Code that catches a KeyboardInterrupt, writes what it has and raises it again says so with `add_note`: the notes are
-    printed. Without notes, "nothing was written" is.
+    Code that catches a KeyboardInterrupt, writes its results and raises it again says so with `add_note`: the notes are
+    printed. Without notes, the message is "nothing was written".
     """
     raise_on_signals()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # A closed one is None.
@@ -185,7 +185,7 @@ class Progress:
         return self
 
     def advance(self, *_: object) -> None:
-        """One step is done. Takes and ignores any argument, so that it serves as a callback."""
+        """Count one step. Any argument is ignored, so that it serves as a callback."""
         self._done += 1
         if self._bar:
             self._bar.advance(self._task)

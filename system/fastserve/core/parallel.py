@@ -1,4 +1,4 @@
-"""Who holds what of a model on several ranks: its layers in stages, its heads, matrices and vocabulary in shards.
+"""The parts of a model on several ranks: layers in stages; heads, matrices and the vocabulary in shards.
 
 Ranks are numbered stage by stage, so that the shards of a stage, which talk the most, are neighbours on one machine.
 """
@@ -48,11 +48,11 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def layers_by_stage(self, model: ModelConfig) -> tuple[int, ...]:
-        """Layers of each stage; ConfigError if the model's layers cannot be divided so."""
+        """Layers of each stage. ConfigError if the model's layers cannot be divided so."""
         stages = self.pipeline_parallel_size
         if stages > model.num_layers:
             raise ConfigError(
@@ -69,7 +69,7 @@ class ParallelConfig:
         return self.stage_layers
 
     def place(self, rank: int, model: ModelConfig) -> Place:
-        """What `rank` holds of `model`; ConfigError if the model cannot be divided so."""
+        """The part of `model` that `rank` holds. ConfigError if the model cannot be divided so."""
         layers = self.layers_by_stage(model)
         stage, shard = divmod(rank, self.tensor_parallel_size)
         place = Place(
@@ -98,22 +98,22 @@ class Place:
 
     @classmethod
     def whole(cls, model: ModelConfig) -> Place:
-        """All of it."""
+        """The whole model on one rank."""
         return cls(stage=0, num_stages=1, shard=0, num_shards=1, first_layer=0, num_layers=model.num_layers)
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether it embeds tokens."""
+        """True for the stage that embeds tokens."""
         return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether it projects to the vocabulary."""
+        """True for the stage that projects to the vocabulary."""
         return self.stage == self.num_stages - 1
 
     @property
     def rank(self) -> int:
-        """Its number among all ranks."""
+        """Number of the rank that holds this part."""
         return self.stage * self.num_shards + self.shard
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ class Place:
         return self._even(model.num_heads)
 
     def kv_heads(self, model: ModelConfig) -> range:
-        """KV heads of the shard: those its attention heads read. With fewer than shards, several hold the same one."""
+        """KV heads that the shard's attention heads read. With fewer KV heads than shards, shards share them."""
         if model.num_kv_heads >= self.num_shards:
             return self._even(model.num_kv_heads)
         only = self.shard * model.num_kv_heads // self.num_shards
@@ -167,10 +167,10 @@ class Place:
 
 
 def balanced_stages(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage, such that the stages have as equal a share of the weights as can be.
+    """Divide the layers so that the stages' shares of the weights are as equal as possible.
 
-    The last stage has the output projection too, which in a small model weighs as much as several layers. The embedding
-    counts nothing: an iteration reads a few of its rows.
+    The last stage also has the output projection, which in a small model weighs as much as several layers. The
+    embedding does not count: an iteration reads a few of its rows.
     """
     layer, vocabulary = model.layer_parameters(), model.vocab_size * model.hidden_size
     layers = [1] * num_stages

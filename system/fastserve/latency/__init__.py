@@ -1,4 +1,4 @@
-"""How long will an iteration take? Fitted models, the profiles that store them, and the profiler that measures them."""
+"""How long does an iteration take? Fitted models, the profiles that store them, and the fit to measurements."""
 
 from fastserve.latency.base import LatencyModel, decode_times
 from fastserve.latency.communication import AllReduce, HostLink, StageLink, all_reduces, fit_link

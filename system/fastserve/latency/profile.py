@@ -1,4 +1,4 @@
-"""Profiles: what was measured of one model on one machine, as JSON files by name (`a100-80g/opt-13b-tp1`)."""
+"""Profiles: measurements of one model on one machine, as JSON files by name (`a100-80g/opt-13b-tp1`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHIPPED = Path(__file__).parent / "profiles"
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One model on one machine: iteration times, cache size, host link, and where the numbers come from."""
+    """One model on one machine: iteration times, cache size, host link, and the source of the numbers."""
 
     name: str
     model: str
@@ -68,8 +68,8 @@ class Profile:
             return
         if self.tensor_parallel_size == 1:
             raise ConfigError(
-                f"profile {self.name}: all_reduce is given with tensor_parallel_size 1; leave it out, one shard has "
-                "nobody to sum with"
+                f"profile {self.name}: all_reduce is given with tensor_parallel_size 1; leave it out: one shard "
+                "sums nothing"
             )
         if len(self.all_reduce.per_stage) != self.pipeline_parallel_size:
             raise ConfigError(
@@ -104,7 +104,7 @@ class Profile:
         return stages[0] if self.stage_link is None else PipelinedLatency(stages, self.stage_link)
 
     def to_json(self) -> dict[str, Any]:
-        """The file's content."""
+        """Return the file's content."""
         content = {
             "format_version": self._format_version,
             "model": self.model,
@@ -133,7 +133,7 @@ class Profile:
         return 3 if isinstance(self.stage.prefill, PrefillCurve) else 2
 
     def save(self, path: Path) -> None:
-        """Write the profile whole; OutputError if it cannot be written."""
+        """Write the profile atomically. OutputError if it cannot be written."""
         with atomic_write(path) as staging:
             staging.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
@@ -144,10 +144,10 @@ def list_profiles() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """The shipped profile called `name`, or the one in the JSON file at that path.
+    """Return the shipped profile called `name`, or the profile in the JSON file at that path.
 
     Raises ConfigError, which names the file, the key and the value, for a file that cannot be read or that holds an
-    unknown key, a number that is not finite, a unit other than seconds, or times that cannot be true.
+    unknown key, a number that is not finite, a unit other than seconds, or impossible times.
     """
     path = Path(name) if name.endswith(".json") else _SHIPPED / f"{name}.json"
     if not path.is_file():
