@@ -41,4 +41,4 @@ def check_loaded(script: str, loaded: set[Path]) -> None:
     """Fail if files of the project among those loaded are not in the code of the script's step."""
     ours = {path.resolve() for path in loaded if any(path.is_relative_to(folder) for folder in _OURS)}
     assert ours, "nothing of the project was imported"
-    assert ours - set(code_of(SCRIPTS / f"{script}.py", ROOT)) == set(), script
+    assert ours - set(code_of(SCRIPTS / f"{script}.py", ROOT)) == set()

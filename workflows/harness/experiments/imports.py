@@ -25,8 +25,8 @@ def code_digest(script: Path, root: Path) -> str:
 def code_of(script: Path, root: Path) -> list[Path]:
     """The script and the files of all modules that it imports, directly or through others, in the checkout `root`.
 
-    - `fastserve.runtime` does not count, nor do imports inside functions of `fastserve`: they start real engines, whose
-      results are measurements. A measurement is repeated only on request.
+    - Imports inside functions count.
+    - `fastserve.runtime` does not count: it is for real engines, whose results are measurements.
     - Imports for type checking alone never run and do not count.
     - Imports by name count where the name is a text in the code. An f-string such as f"package.{name}" counts as the
       whole package.
@@ -38,20 +38,20 @@ def code_of(script: Path, root: Path) -> list[Path]:
         if path not in found:
             found.add(path)
             tree = _parsed(path)
-            names = imports_of(path, for_types=False, in_functions=root / PACKAGES["fastserve"] not in path.parents)
+            names = imports_of(path, for_types=False)
             waiting += [file for name in names for file in _files_of(name, root, script.parent)]
             waiting += [file for name in _texts_in(tree) for file in _files_of(name, root)]
     return sorted(found)
 
 
 @cache
-def imports_of(path: Path, for_types: bool = True, in_functions: bool = True) -> frozenset[str]:
+def imports_of(path: Path, for_types: bool = True) -> frozenset[str]:
     """Full names of what a file imports: modules, and names in them, which may be modules too.
 
-    Without `for_types` imports under `if TYPE_CHECKING` are left out, without `in_functions` those inside functions.
+    Without `for_types` imports under `if TYPE_CHECKING` are left out.
     """
     found = set()
-    for node in _statements(_parsed(path), for_types, in_functions):
+    for node in _statements(_parsed(path), for_types):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
@@ -64,17 +64,15 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _statements(node: ast.AST, for_types: bool, in_functions: bool) -> Iterator[ast.stmt]:
-    """The statements below a node, with the exceptions that `imports_of` names."""
+def _statements(node: ast.AST, for_types: bool) -> Iterator[ast.stmt]:
+    """The statements below a node, with the exception that `imports_of` names."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not in_functions:
-            continue
         if isinstance(child, ast.stmt):
             yield child
         if isinstance(child, ast.If) and not for_types and ast.unparse(child.test).endswith("TYPE_CHECKING"):
             child = ast.Module(child.orelse, [])
         if isinstance(child, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):
-            yield from _statements(child, for_types, in_functions)
+            yield from _statements(child, for_types)
 
 
 @cache
