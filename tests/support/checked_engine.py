@@ -47,7 +47,7 @@ class CheckedEngine(Engine):
             assert id(request) not in in_flight, f"{request.request_id} is in flight and loses its place or its cache"
         # Where caches move on demand, the whole batch may wait.
         if iteration.requests or (in_flight and not iteration.stalled):
-            self._check_nobody_idles(iteration)
+            self._check_no_request_idles(iteration)
         super()._submit(iteration)
         assert len(self._in_flight) <= self.executor.max_in_flight
         assert sum(job.request.in_flight for job in self.jobs.values()) == self._num_jobs_in_flight
@@ -56,23 +56,23 @@ class CheckedEngine(Engine):
     def step(self, until: float = float("inf")) -> list[Job]:
         finished = super().step(until)
         self.kv.check_invariants()  # I2
-        # I1: whoever is unfinished is known to the engine and to the scheduler, once; to the latter, whoever was
-        # aborted in flight as well.
+        # I1: engine and scheduler each know every unfinished request once; the scheduler also knows requests aborted
+        # in flight.
         in_flight = [request for iteration in self._in_flight for request in iteration.requests]
         aborted = sum(request.status is RequestStatus.ABORTED for request in in_flight)
         assert self.scheduler.num_requests == len(self.jobs) + aborted
         assert all(request.request_id in self.scheduler.running for request in in_flight)
-        # One that has its last token may be held back until its batch ends.
+        # A request with its last token may be held back until its batch ends.
         known = (RequestStatus.ACTIVE, RequestStatus.FINISHED)
         assert all(job.request.status in known for job in self.jobs.values())
         return finished
 
-    def _check_nobody_idles(self, iteration: Iteration) -> None:
-        """I8, for whom each policy calls ready.
+    def _check_no_request_idles(self, iteration: Iteration) -> None:
+        """I8, for the requests that each policy calls ready.
 
-        Anyone whose cache is on the GPU; and of those without cache, in order, all up to the first that finds no room
-        (whoever comes behind must not take what that one waits for), or no tokens left too often. Where prompts go
-        first, nobody else during an iteration for prompts.
+        A request is ready if its cache is on the GPU. Requests without a cache are ready in order, up to the first that
+        finds no room (a later request must not take what that one waits for) or until too many exceed the token
+        budget. Where prompts go first, no other request is ready during an iteration for prompts.
         """
         scheduler = self.scheduler
         if len(iteration.requests) >= scheduler.config.max_batch_size or scheduler.policy.name == "run-to-completion":
@@ -81,15 +81,15 @@ class CheckedEngine(Engine):
         dropped = [drop.request for drop in iteration.dropped]
         left_out = [request for request in self._order if request.request_id not in chosen]
         if scheduler.policy.name.startswith("vllm"):
-            # Nobody is let in by an iteration that drops a cache.
+            # An iteration that drops a cache admits no request.
             if iteration.dropped or len(scheduler.running) >= scheduler.config.num_places:
                 return
             decodes = all(request.is_decoding for request in iteration.requests)
             left_out = [request for request in left_out if request.request_id not in scheduler.running]
             if not chosen <= self._ran_last and decodes:
-                return  # Whoever was swapped out resumes before a prompt is let in.
+                return  # A swapped-out request resumes before a prompt is admitted.
             if scheduler.policy.name == "vllm" and not decodes:
-                # In order: whoever was swapped out holds up the prompts behind it.
+                # In order: a swapped-out request holds up the prompts behind it.
                 left_out = list(itertools.takewhile(lambda request: not request.is_decoding, left_out))
         scheduled = zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
         prefilled = sum(n for request, n in scheduled if n > 1 or not request.num_computed_tokens)
@@ -102,7 +102,7 @@ class CheckedEngine(Engine):
             for request in scheduler.running.values():
                 idles = request.is_decoding and not request.in_flight and request.request_id not in chosen
                 assert not idles or request.num_tokens > request.cache_capacity, f"I8: {request.request_id} idles"
-        # Room that is there may be meant for those who wait for a transfer.
+        # Free room may be meant for requests that wait for a transfer.
         admitting, passed_over = not iteration.stalled, 0
         for request in left_out:
             if request.in_flight:
@@ -125,4 +125,4 @@ class CheckedEngine(Engine):
                 raise AssertionError(f"I8: {request.request_id} is ready, fits, and idles")
             admitting = admitting and request.cache_state != NO_CACHE
             if scheduler.policy.name.startswith("vllm"):
-                break  # In order of arrival, whoever has a cache already not excepted.
+                break  # In order of arrival, requests that already have a cache included.

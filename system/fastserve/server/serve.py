@@ -205,7 +205,7 @@ async def run_server(server: Server, listener: socket.socket) -> None:
     scheme = "http" if server.options.ssl_certfile is None else "https"
     say(f"serving {model.name} by {model.policy} at {scheme}://{shown}:{port}")
     if server.options.api_key is None and not is_loopback(host):
-        logger.warning("anyone who can reach %s can use this server; --api-key asks for a key", host)
+        logger.warning("every client that can reach %s can use this server; --api-key asks for a key", host)
     try:
         await http.serve(sockets=[listener])
     finally:
