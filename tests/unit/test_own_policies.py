@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from harness.analysis.capacity_search import find_capacity
 from harness.cli import app
 from harness.run.config import RunConfig
 from harness.run.runner import run
+from support.engines import make_engine
 from support.processes import ENVIRONMENT
 
 POLICY = """
@@ -266,3 +268,25 @@ def test_a_policy_without_defaults_is_listed(tmp_path: Path) -> None:
     listed = CliRunner().invoke(app, ["policies"])
     assert listed.exit_code == 0
     assert "options: must (no defaults: " in listed.stdout
+
+
+def test_proactive_swapping_needs_its_options(tmp_path: Path) -> None:
+    source = """
+        from dataclasses import dataclass
+        from fastserve.scheduler import Policy, PolicyOptions
+
+        @dataclass(frozen=True)
+        class MineOptions(PolicyOptions):
+            swap: str = "proactive"
+
+        class Mine(Policy):
+            name = "mine-without-budget"
+            Options = MineOptions
+
+            def on_add(self, request):
+                self.queue.join(request, 0)
+    """
+    path = tmp_path / "mine.py"
+    path.write_text(textwrap.dedent(source))
+    with pytest.raises(ConfigError, match="derive MineOptions from MemoryOptions"):
+        make_engine(f"{path}:Mine")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fastserve.core.config import SchedulerConfig
+from fastserve.core.errors import ConfigError
 from fastserve.core.request import SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.scheduler.batch import BEYOND_BUDGET, NO_ROOM, Batch
@@ -265,7 +266,7 @@ class Scheduler:
 
 
 def make_mover(policy: Policy) -> CacheMover:
-    """What moves caches in the policy's swap mode."""
+    """What moves caches in the policy's swap mode. Raises ConfigError if the policy lacks the options of that mode."""
     kv, queue, config = policy.kv, policy.queue, policy.config
     if policy.swap == "none":
         return MoveNever(kv, queue)
@@ -274,7 +275,11 @@ def make_mover(policy: Policy) -> CacheMover:
     if policy.swap == "reactive":
         return SwapOnDemand(kv, queue)
     options = policy.options
-    assert isinstance(options, MemoryOptions), f"policy {policy.name!r}: swap=proactive needs MemoryOptions"
+    if not isinstance(options, MemoryOptions):
+        name = type(options).__name__
+        raise ConfigError(
+            f"policy {policy.name!r}: swap=proactive needs more options; derive {name} from MemoryOptions"
+        )
     return policy.Mover(
         kv,
         queue,
