@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 
 import pytest
@@ -22,6 +23,12 @@ settings.load_profile("ci")
 
 # Test processes share few cores, and so do the processes they start: threads that wait for each other's work spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what runs in its background with SIGINT ignored, and nohup with SIGHUP; the processes that tests start
+# would inherit that, and wait for ever to be interrupted.
+for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 # Where no GPU can be, Triton's kernels are tested in its interpreter, which it must be told before anything imports it.
 try:
