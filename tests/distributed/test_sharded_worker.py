@@ -322,13 +322,16 @@ def send_ahead(rank: int, store: FileStore, parallel: ParallelConfig, model: Mod
         for value in (1.0, 2.0, 3.0, 4.0):
             neighbours.receive(x)
             assert torch.equal(x, torch.full_like(x, value))
+        store.wait(["seen"])  # Not before rank 2 is seen to wait.
         neighbours.send(x[:1])
     else:
 
         def watch() -> None:
-            while "stage 1" not in seen:
+            deadline = time.monotonic() + TIMEOUT_S
+            while "stage 1" not in seen and time.monotonic() < deadline:
                 seen.append(ranks.progress.waiting_for)
                 time.sleep(0.001)
+            store.set("seen", "yes")
 
         before = ranks.progress.count
         thread = threading.Thread(target=watch)
