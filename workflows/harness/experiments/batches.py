@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fastserve.policies.discovery import file_name
 from harness.experiments.experiment import Experiment
-from harness.experiments.points import digest_of, points_of, run_name
+from harness.experiments.points import digest_of, points_of
 from harness.run.config import RunConfig
 from harness.workload.traces import load_trace
 
@@ -23,12 +23,9 @@ class Batch:
     """Runs that one job carries out in one process, one after the other."""
 
     name: str
+    runs: tuple[str, ...]
+    """Names of the runs."""
     configs: tuple[RunConfig, ...]
-
-    @property
-    def runs(self) -> list[str]:
-        """Names of the runs."""
-        return [run_name(config) for config in self.configs]
 
 
 def batches_of(experiments: Iterable[Experiment]) -> dict[str, Batch]:
@@ -42,23 +39,23 @@ def batches_of(experiments: Iterable[Experiment]) -> dict[str, Batch]:
                 seen.add(point.run)
                 groups.setdefault(point.series, {})[point.run] = point.config
         for group in groups.values():
-            for configs in _cut(group.values()):
-                digest = digest_of([run_name(config) for config in configs])
-                name = f"{configs[0].backend}-{file_name(configs[0].policy)}-{digest}"
-                batches[name] = Batch(name, tuple(configs))
+            for piece in _cut(group):
+                runs, configs = tuple(piece), tuple(piece.values())
+                name = f"{configs[0].backend}-{file_name(configs[0].policy)}-{digest_of(runs)}"
+                batches[name] = Batch(name, runs, configs)
     return batches
 
 
-def _cut(configs: Iterable[RunConfig]) -> Iterator[list[RunConfig]]:
-    """Cut into pieces of bounded work."""
-    piece: list[RunConfig] = []
+def _cut(group: Mapping[str, RunConfig]) -> Iterator[dict[str, RunConfig]]:
+    """Cut runs, by name, into pieces of bounded work."""
+    piece: dict[str, RunConfig] = {}
     tokens = 0.0
-    for config in configs:
-        piece.append(config)
+    for run, config in group.items():
+        piece[run] = config
         tokens += config.num_requests * _mean_output(config.trace)
         if tokens >= _TOKENS_A_BATCH:
             yield piece
-            piece, tokens = [], 0.0
+            piece, tokens = {}, 0.0
     if piece:
         yield piece
 

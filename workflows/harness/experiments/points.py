@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from harness.run.config import SAME_TRACE, RunConfig, check_history
 from harness.workload.traces import load_trace
 
 _DIGITS = 12
+_DEFAULTS = RunConfig()
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Point:
     x: float | str | None
     config: RunConfig
 
-    @property
+    @cached_property
     def run(self) -> str:
         """The name of its run: the same for every point that runs the same."""
         return run_name(self.config)
@@ -76,8 +77,8 @@ def run_name(config: RunConfig) -> str:
 
     So a field that RunConfig gets later renames no run. The source of a user's policy is part of it.
     """
-    defaults = asdict(RunConfig())
-    changed = {name: value for name, value in asdict(config).items() if value != defaults[name]}
+    defaults = vars(_DEFAULTS)
+    changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
     if config.backend != SERVED and (source := _source(config.policy)):
         changed["policy_source"] = source
     return f"{file_name(config.policy)}-{digest_of(changed)}"
