@@ -32,6 +32,10 @@ CASES: list[tuple[str, str, dict[str, str], EngineOptions, tuple[str, float]]] =
     ("fastserve, burst, ample", "fastserve", {}, AMPLE, BURST),
     ("fastserve, burst, 66,144 tokens", "fastserve", {}, A100_80GB, BURST),
     ("fastserve, no promotion, burst, 66,144", "fastserve", {"alpha_s": "none"}, A100_80GB, BURST),
+    ("gittins, load, ample", "gittins", {}, AMPLE, LOAD),
+    ("gittins, load, short", "gittins", {}, SHORT, LOAD),
+    ("gittins, burst, ample", "gittins", {}, AMPLE, BURST),
+    ("gittins, burst, 66,144 tokens", "gittins", {}, A100_80GB, BURST),
 ]
 
 
