@@ -1,9 +1,11 @@
 import math
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from fastserve.core.errors import RankError
 from fastserve.core.request import RequestStatus, SamplingParams
+from fastserve.engine import Arrival, IterationRecord, Job
 from fastserve.scheduler import Iteration
 from fastserve.scheduler.iteration import IterationResult
 from support.engines import arrival, make_engine
@@ -113,3 +115,55 @@ def test_the_same_id_twice_is_refused() -> None:
     engine.add_request(arrival("a", 0, 8, 2).request, SamplingParams())
     with pytest.raises(ValueError, match="already in the system"):
         engine.add_request(arrival("a", 0, 8, 2).request, SamplingParams())
+
+
+class _Kept:
+    """A recorder that keeps what it is given, and the length of each chunk of records."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.records: list[IterationRecord] = []
+        self.chunks: list[int] = []
+
+    def add_job(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def add_iterations(self, records: Sequence[IterationRecord]) -> None:
+        self.chunks.append(len(records))
+        self.records += records
+
+
+def test_a_recorder_takes_what_the_engine_keeps_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.engine.engine.CHUNK", 16)
+    kept, taken, at_once = make_engine("fastserve"), make_engine("fastserve"), 0
+
+    def requests() -> Iterator[Arrival]:
+        nonlocal at_once
+        for i in range(40):
+            at_once = max(at_once, len(taken.jobs))
+            yield arrival(f"{i}", 0.2 * i, 8, 12 + i % 7)
+        yield arrival("too long", 9.0, 8000, 1)
+
+    jobs = kept.run(requests())
+    recorder = _Kept()
+    assert taken.run(requests(), recorder=recorder) == taken.last_run == taken.iterations == []
+    assert [repr(job.metrics) for job in recorder.jobs] == [repr(job.metrics) for job in jobs]
+    assert recorder.records == kept.iterations
+    assert len(recorder.chunks) > 10 > at_once
+    assert max(recorder.chunks) < 16 + 24  # A step adds as many records as a jump has.
+
+
+def test_an_interrupted_run_gives_its_recorder_every_request() -> None:
+    def stop(job: Job) -> None:
+        raise KeyboardInterrupt
+
+    recorder = _Kept()
+    with pytest.raises(KeyboardInterrupt):
+        make_engine("fastserve-fcfs").run([arrival(f"{i}", 100 * i, 8, 4) for i in range(3)], stop, recorder)
+    assert [job.metrics.status for job in recorder.jobs] == ["finished", "aborted", "aborted"]
+    assert len(recorder.records) == 4
+
+
+def test_a_recorder_needs_requests_in_order_of_arrival() -> None:
+    with pytest.raises(ValueError, match=r"arrives at 1 s follows one that arrives at 2\.5 s"):
+        make_engine("fastserve-fcfs").run([arrival("a", 2.5, 8, 2), arrival("b", 1, 8, 1)], recorder=_Kept())

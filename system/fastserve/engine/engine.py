@@ -10,10 +10,12 @@ from fastserve.core.clock import Clock
 from fastserve.core.errors import failure_reason
 from fastserve.core.logprobs import Scores
 from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.engine.arrivals import Arrival, Arrivals
 from fastserve.engine.executor import Executor
-from fastserve.engine.job import Arrival, Job
+from fastserve.engine.job import Job
 from fastserve.engine.lookahead import Lookahead
 from fastserve.engine.observer import Observer
+from fastserve.engine.recorder import CHUNK, Recorder
 from fastserve.engine.records import IterationRecord
 from fastserve.kvcache import KVCacheManager
 from fastserve.scheduler import Iteration, Scheduler
@@ -145,43 +147,66 @@ class Engine:
         """Whether any request is in the system."""
         return bool(self.jobs) or bool(self._in_flight)
 
-    def run(self, arrivals: Iterable[Arrival], on_done: Callable[[Job], None] | None = None) -> list[Job]:
+    def run(
+        self,
+        arrivals: Iterable[Arrival],
+        on_done: Callable[[Job], None] | None = None,
+        recorder: Recorder | None = None,
+    ) -> list[Job]:
         """Serve requests that arrive at known times; returns their jobs, in order of arrival, when all are done.
 
         `on_done` is called as each job leaves the system. Raises what `step` raises; `last_run` has the jobs then.
         A KeyboardInterrupt ends the engine too. Unfinished jobs, and jobs of requests yet to arrive, are then ABORTED;
         `last_run` has both.
+
+        With `recorder`, jobs and iteration records go there, and `last_run` and `iterations` end up empty. Requests are
+        then taken from `arrivals` one at a time, and must be in order of arrival (ValueError if not).
         """
-        pending = deque(sorted(arrivals, key=lambda arrival: arrival.request.arrival_s))
-        self.last_run = []
+        jobs = self.last_run = []
+        take_job = jobs.append if recorder is None else recorder.add_job
+        in_order = arrivals if recorder else sorted(arrivals, key=lambda arrival: arrival.request.arrival_s)
+        pending = Arrivals(in_order)
         try:
-            self._run(pending, on_done)
+            self._run(pending, take_job, on_done, recorder)
         except KeyboardInterrupt as stop:
             self._end(stop, RequestStatus.ABORTED, "the run was interrupted")
-            for arrival in pending:
+            while pending.next:
+                arrival = pending.pop()
                 job = Job(arrival.request, arrival.params, self.eos_token_ids)
                 job.request.status, job.error = RequestStatus.ABORTED, "the run was interrupted before it arrived"
-                self.last_run.append(job)
+                take_job(job)
             raise
-        return self.last_run
+        finally:
+            if recorder:
+                recorder.add_iterations(self.iterations)
+                self.iterations = []
+        return jobs
 
-    def _run(self, pending: deque[Arrival], on_done: Callable[[Job], None] | None) -> None:
-        jobs = self.last_run
-        while pending or self.has_unfinished:
+    def _run(
+        self,
+        pending: Arrivals,
+        take_job: Callable[[Job], None],
+        on_done: Callable[[Job], None] | None,
+        recorder: Recorder | None,
+    ) -> None:
+        while pending.next or self.has_unfinished:
             now = self.clock.now()
-            while pending and pending[0].request.arrival_s <= now:
-                job = self.add_request(*pending.popleft())
-                jobs.append(job)
+            while pending.next_s <= now:
+                arrival = pending.pop()
+                job = self.add_request(arrival.request, arrival.params)
+                take_job(job)
                 if job.is_done and on_done:
                     on_done(job)
-            next_arrival = pending[0].request.arrival_s if pending else math.inf
             if self.has_unfinished:
-                finished = self.step(next_arrival)
+                finished = self.step(pending.next_s)
                 if on_done:
                     for job in finished:
                         on_done(job)
-            elif pending:
-                self.clock.sleep_until(next_arrival)
+                if recorder and len(self.iterations) > CHUNK:
+                    records, self.iterations = self.iterations, self.iterations[-1:]  # A jump reads the last.
+                    recorder.add_iterations(records[:-1])
+            elif pending.next:
+                self.clock.sleep_until(pending.next_s)
         while self.executor.num_transfers_in_flight:
             self.executor.wait(math.inf)
             self._complete_transfers()

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from fastserve.core.logprobs import RequestLogprobs
 from fastserve.core.request import Request, RequestStatus, SamplingParams
 from fastserve.engine.records import RequestMetrics
-
-
-class Arrival(NamedTuple):
-    """A request that arrives at `request.arrival_s`."""
-
-    request: Request
-    params: SamplingParams
 
 
 @dataclass(slots=True)

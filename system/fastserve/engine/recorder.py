@@ -1,0 +1,22 @@
+"""Recorder: takes what a run records as it happens, so that the engine keeps none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fastserve.engine.job import Job
+from fastserve.engine.records import IterationRecord
+
+CHUNK = 8192
+"""Iteration records that are handed on at a time."""
+
+
+class Recorder(Protocol):
+    """Takes the jobs and the iteration records of a run. What it does between two steps of the engine delays them."""
+
+    def add_job(self, job: Job) -> None:
+        """Take the job of a request, in order of arrival. The engine keeps changing it until `job.is_done`."""
+
+    def add_iterations(self, records: Sequence[IterationRecord]) -> None:
+        """Take the records of the next iterations, in order; usually CHUNK."""
