@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -23,8 +22,9 @@ from fastserve.core.errors import ConfigError, FastServeError, OutputError, Trac
 from harness.cli import app
 from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
-from harness.run.results import COUNTED, REQUEST_COLUMNS, RunFolder, summarize
+from harness.run.results import REQUEST_COLUMNS, RunFolder
 from harness.run.runner import run
+from harness.run.summary import COUNTED, Summary
 from harness.workload.traces import load_trace
 from support.timelines import threads_of
 
@@ -90,16 +90,13 @@ def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
 
 def test_no_file_holds_a_number_that_json_does_not_know(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
-        folder.write(
-            pa.table({}),
-            pa.table({}),
-            {"mean_jct_s": None},
-            {"configuration": {"alpha_s": math.inf, "x": [1, math.nan]}},
-        )
+        folder.write({"mean_jct_s": None}, {"configuration": {"alpha_s": math.inf, "x": [1, math.nan]}})
     meta = json.loads((tmp_path / "meta.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert meta["configuration"] == {"alpha_s": "inf", "x": [1, "nan"]}
     metrics = [Finished(arrival_s=0.0, first_token_s=math.nan, finished_s=2.0, output_tokens=0)]
-    summary = summarize(metrics, {"iterations": 1} | dict.fromkeys(COUNTED, 0))  # type: ignore[arg-type]
+    measured = Summary()
+    measured.add(metrics)  # type: ignore[arg-type]
+    summary = measured.result({"iterations": 1} | dict.fromkeys(COUNTED, 0))
     assert (summary["finished"], summary["mean_jct_s"]) == (1, 2.0)
     assert summary["mean_normalized_latency_s"] is None  # 2 s over 0 tokens
     assert summary["p99_ttft_s"] is None
@@ -402,7 +399,7 @@ def test_a_failed_write_keeps_the_earlier_results(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("harness.run.results.pq.write_table", full)
+    monkeypatch.setattr("harness.run.results.pq.ParquetWriter.write_table", full)
     with pytest.raises(OutputError, match="No space left on device; earlier results there were kept"):
         run(RunConfig(trace="alpaca", rate=2.0, num_requests=2, profile=PROFILE), tmp_path)
     assert (tmp_path / "summary.json").read_bytes() == before

@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from harness.analysis.capacity_result import Objective
 from harness.analysis.capacity_search import find_capacity
 from harness.cli import app
 from harness.run.config import RunConfig
-from harness.run.outcome import SHOWN, Outcome, Unfinished
+from harness.run.outcome import SHOWN, Outcome, Tally
 from harness.run.runner import run
 from support.openai_server import OpenAIServer, complete, refuse
 
@@ -98,15 +99,20 @@ def test_a_capacity_names_the_first_reason(tmp_path: Path) -> None:
 
 def test_the_first_reasons_of_each_kind_are_kept() -> None:
     kinds = (RequestStatus.REJECTED, RequestStatus.FAILED, RequestStatus.ABORTED)
-    unfinished = [Unfinished(kinds[i % 3], f"request {i}: no") for i in range(90)]
-    outcome = Outcome(91, unfinished, Path("out"))
+    tally = Tally()
+    tally.add([SimpleNamespace(request_id=f"{i}", status=kinds[i % 3].value, error="no") for i in range(90)])
+    tally.add([SimpleNamespace(request_id="90", status="finished", error="")])
+    outcome = Outcome(tally, Path("out"))
     assert outcome.error is None
     assert outcome.warning.startswith(
         "90 of 91 requests did not finish (30 rejected, 30 failed, 30 aborted); request 0: "
     )
     assert outcome.reasons(RequestStatus.FAILED, RequestStatus.ABORTED)[:3] == [f"request {i}: no" for i in (1, 2, 4)]
     assert len(outcome.reasons(RequestStatus.REJECTED)) == SHOWN
-    assert Outcome(91, [], Path("out")).warning == ""
+    assert len(tally.first_unfinished) == 3 * SHOWN
+    finished = Tally()
+    finished.add([SimpleNamespace(request_id="0", status="finished", error="")])
+    assert Outcome(finished, Path("out")).warning == ""
 
 
 def test_the_error_reaches_another_process_whole() -> None:

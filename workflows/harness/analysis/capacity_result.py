@@ -17,7 +17,7 @@ from fastserve.core.files import atomic_write
 from harness.analysis.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.analysis.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
 from harness.run.replaced import replacement_note
-from harness.run.results import PERCENTILES, SUMMARIZED, why_late
+from harness.run.summary import PERCENTILES, SUMMARIZED, why_late
 
 METRICS = tuple(f"{statistic}_{name}" for name in SUMMARIZED for statistic in ("mean", *map("p{}".format, PERCENTILES)))
 """Keys of summary.json that an objective can bound, in seconds or seconds a token; all rise with the load."""

@@ -6,16 +6,33 @@ run warns how many, and why.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fastserve.core.errors import NothingFinishedError
 from fastserve.core.request import RequestStatus
 
 SHOWN = 20
 """Reasons of each kind that meta.json lists."""
+_FINISHED = RequestStatus.FINISHED.value
+
+
+class RequestRow(Protocol):
+    """The part of a row of requests.parquet that says what became of the request."""
+
+    @property
+    def request_id(self) -> str:
+        """Its id in the run."""
+
+    @property
+    def status(self) -> str:
+        """The value of its RequestStatus."""
+
+    @property
+    def error(self) -> str:
+        """Why it did not finish."""
 
 
 @dataclass(frozen=True)
@@ -26,41 +43,70 @@ class Unfinished:
     reason: str
 
 
+class Tally:
+    """Counts the requests of a run, and keeps the first reasons of each kind why some did not finish."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.num_unfinished: dict[RequestStatus, int] = {}
+        """By status, in the order in which they first occur."""
+        self.first_unfinished: list[Unfinished] = []
+        """The first SHOWN of each status, in order of arrival."""
+
+    @property
+    def num_finished(self) -> int:
+        """Number of requests that finished."""
+        return self.num_requests - sum(self.num_unfinished.values())
+
+    def add(self, rows: Iterable[RequestRow]) -> None:
+        """Count the next requests, in order of arrival."""
+        for row in rows:
+            self.num_requests += 1
+            if row.status != _FINISHED:
+                self._add_unfinished(RequestStatus(row.status), row)
+
+    def _add_unfinished(self, status: RequestStatus, row: RequestRow) -> None:
+        count = self.num_unfinished[status] = self.num_unfinished.get(status, 0) + 1
+        if count <= SHOWN:
+            name = f"request {row.request_id}: "
+            # An engine's reason for a rejection begins with the request's name already.
+            self.first_unfinished.append(Unfinished(status, name + row.error.removeprefix(name)))
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """The number of requests of a run, and its unfinished requests in order of arrival."""
+    """The number of requests of a run, and its unfinished requests."""
 
-    num_requests: int
-    unfinished: Sequence[Unfinished]
+    tally: Tally
     folder: Path
     """The folder of the run's files."""
 
     @property
     def error(self) -> NothingFinishedError | None:
         """The error to raise if no request finished; else None."""
-        if len(self.unfinished) < self.num_requests:
+        if self.tally.num_finished:
             return None
-        return NothingFinishedError(f"none of {self.num_requests} requests finished; {self._first}", self._where)
+        return NothingFinishedError(f"none of {self.tally.num_requests} requests finished; {self._first}", self._where)
 
     @property
     def warning(self) -> str:
         """A warning that says how many requests did not finish; empty if all finished."""
-        if not self.unfinished:
+        counts = self.tally.num_unfinished
+        if not counts:
             return ""
-        counts = Counter(each.status.value for each in self.unfinished)
-        kinds = ", ".join(f"{count} {status}" for status, count in counts.items())
+        kinds = ", ".join(f"{count} {status.value}" for status, count in counts.items())
         return (
-            f"{len(self.unfinished)} of {self.num_requests} requests did not finish ({kinds}); {self._first}; "
+            f"{sum(counts.values())} of {self.tally.num_requests} requests did not finish ({kinds}); {self._first}; "
             f"{self._where}"
         )
 
     def reasons(self, *statuses: RequestStatus) -> list[str]:
         """The first reasons of the unfinished requests with one of these statuses."""
-        return [each.reason for each in self.unfinished if each.status in statuses][:SHOWN]
+        return [each.reason for each in self.tally.first_unfinished if each.status in statuses][:SHOWN]
 
     @property
     def _first(self) -> str:
-        return self.unfinished[0].reason
+        return self.tally.first_unfinished[0].reason
 
     @property
     def _where(self) -> str:

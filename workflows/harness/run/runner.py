@@ -42,27 +42,28 @@ def run(
     RankError if a rank of the engine is lost, KeyboardInterrupt if a run is interrupted later, and NothingFinishedError
     if no request finishes. If some requests do not finish, stderr says how many, with the first reason.
     """
-    recorder = None if timeline is None else Timeline()
-    backend = make_backend(config, recorder or observer, worker, ranks)
+    spans = None if timeline is None else Timeline()
+    backend = make_backend(config, spans or observer, worker, ranks)
     check_history(config)
     workload = _workload(config)
     backend.prepare()
     if timeline is not None:
         check_writable(timeline)
     with RunFolder(out) as folder:
-        measured = backend.measure(workload)
-        num_requests = measured.num_requests
-        if measured.is_interrupted and not measured.num_finished:
+        measured = backend.measure(workload, folder)
+        tally = measured.tally
+        num_requests = tally.num_requests
+        if measured.is_interrupted and not tally.num_finished:
             _stop(measured.stopped_by, f"none of {num_requests} requests had finished; nothing was written")
         summary = {**_what_ran(measured.config), **measured.summary}
-        outcome = Outcome(num_requests, measured.unfinished, out)
+        outcome = Outcome(tally, out)
         meta = run_meta(dict(measured.resolved), workload, outcome, measured.error or outcome.error)
-        note = folder.write(measured.requests, measured.iterations, summary, {**meta, **measured.meta})
+        note = folder.write(summary, {**meta, **measured.meta})
         _warn(note, *measured.warnings)
-    if timeline is not None and recorder is not None:
-        recorder.write(timeline)
+    if timeline is not None and spans is not None:
+        spans.write(timeline)
     if measured.stopped_by is not None:
-        finished = f"{measured.num_finished} of {num_requests} requests had finished"
+        finished = f"{tally.num_finished} of {num_requests} requests had finished"
         _stop(measured.stopped_by, f"{finished}, the others are aborted; wrote {out}")
     if outcome.error is not None:
         raise outcome.error

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fastserve.core.console import Progress
 from fastserve.core.errors import ConfigError, RankError
-from fastserve.engine import Engine, Job, Observer
+from fastserve.engine import Engine, Observer
 from harness.run.backends.in_process import InProcessBackend, arrivals_of
 from harness.run.config import RunConfig
+from harness.run.recorder import RunRecorder
 from harness.workload.workload import Workload
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class EngineBackend(InProcessBackend):
         self._worker = worker
         self._ranks = ranks
 
-    def serve(self, workload: Workload) -> tuple[Sequence[Job], Engine]:
+    def serve(self, workload: Workload, recorder: RunRecorder) -> Engine:
         """Serve the workload in real time."""
         from fastserve.llm import LLM  # Here, since a simulation imports this module too.
         from fastserve.runtime.worker.devices import set_threads
@@ -54,6 +54,6 @@ class EngineBackend(InProcessBackend):
             llm.engine.observer = self.observer
             self.teach(llm.engine.scheduler.policy)
             arrivals = list(arrivals_of(workload, llm.model_config.vocab_size))
-            with suppress(RankError, KeyboardInterrupt):  # The engine keeps it in `error`, and the jobs in `last_run`.
-                llm.engine.run(arrivals, progress.advance)
-            return llm.engine.last_run, llm.engine
+            with suppress(RankError, KeyboardInterrupt):  # The engine keeps it in `error`; the recorder has the jobs.
+                llm.engine.run(arrivals, progress.advance, recorder)
+            return llm.engine

@@ -7,20 +7,12 @@ from typing import TYPE_CHECKING
 
 from fastserve.core.console import Progress
 from fastserve.core.errors import ConfigError, ServerError
-from fastserve.core.request import RequestStatus
 from fastserve.core.tokenizer import load_tokenizer
 from harness.run.backends.interface import Measurement
 from harness.run.config import RunConfig, backend_options
-from harness.run.outcome import Unfinished
-from harness.run.results import (
-    CLIENT_COLUMNS,
-    REQUEST_COLUMNS,
-    iteration_table,
-    request_table,
-    summarize,
-    summarize_lateness,
-    why_late,
-)
+from harness.run.recorder import RunRecorder, TableSink
+from harness.run.results import CLIENT_COLUMNS, REQUEST_COLUMNS
+from harness.run.summary import summarize_lateness, why_late
 from harness.workload.workload import Workload
 
 if TYPE_CHECKING:
@@ -71,7 +63,7 @@ class HttpBackend:
             warmup=self._options.warmup,
         )
 
-    def measure(self, workload: Workload) -> Measurement:
+    def measure(self, workload: Workload, tables: TableSink) -> Measurement:
         """Send every request at its time and measure as a client sees it."""
         from harness.client.replay import replay
 
@@ -79,24 +71,21 @@ class HttpBackend:
             replayed = replay(
                 self._server, workload, self._options, self._vocab_size, self._tokenizer, progress.advance
             )
-        exchanges, stopped_by = replayed.exchanges, replayed.stopped_by
-        summary = summarize(exchanges, replayed.counted) | summarize_lateness(replayed.lateness_s)
+        stopped_by = replayed.stopped_by
+        recorder = RunRecorder(tables, REQUEST_COLUMNS | CLIENT_COLUMNS)
+        recorder.add_rows(replayed.exchanges)
+        recorder.finish()
+        summary = recorder.summary(replayed.counted) | summarize_lateness(replayed.lateness_s)
         error = None
         if stopped_by:
-            finished = f"{summary['finished']} of {len(exchanges)} requests had finished"
+            finished = f"{summary['finished']} of {recorder.tally.num_requests} requests had finished"
             error = ServerError(f"{stopped_by.name} ended the run: {finished}")
         warnings = list(filter(None, (why_late([summary]), *replayed.warnings)))
         return Measurement(
             config=self._config,
             resolved=backend_options(self._config),
-            requests=request_table(exchanges, REQUEST_COLUMNS | CLIENT_COLUMNS),
-            iterations=iteration_table([]),
             summary=summary,
-            unfinished=[
-                Unfinished(each.outcome, f"request {each.request_id}: {each.error}")
-                for each in exchanges
-                if each.outcome is not RequestStatus.FINISHED
-            ],
+            tally=recorder.tally,
             stopped_by=stopped_by,
             error=error,
             warnings=warnings,

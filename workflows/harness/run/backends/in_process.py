@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 
-from fastserve.core.request import Request, RequestStatus, SamplingParams
-from fastserve.engine import Arrival, Engine, Job, Observer
+from fastserve.core.request import Request, SamplingParams
+from fastserve.engine import Arrival, Engine, Observer
 from fastserve.policies.settings import resolve_settings
 from fastserve.scheduler import Policy
 from harness.run.backends.interface import Measurement
 from harness.run.config import RunConfig, backend_options
 from harness.run.inputs import Lengths, history_of
-from harness.run.outcome import Unfinished
-from harness.run.results import count, iteration_table, request_table, summarize
+from harness.run.recorder import CHUNK, RunRecorder, TableSink
 from harness.workload.workload import Workload
 
 
@@ -37,18 +36,21 @@ class InProcessBackend(ABC):
         self._history = history_of(self.config)
 
     @abstractmethod
-    def serve(self, workload: Workload) -> tuple[Sequence[Job], Engine]:
-        """Serve the workload; return a job for each request, and the engine."""
+    def serve(self, workload: Workload, recorder: RunRecorder) -> Engine:
+        """Serve the workload, hand what happens to the recorder, and return the engine."""
 
     def teach(self, policy: Policy) -> None:
         """Teach the policy the lengths of the requests that finished before."""
         for num_prompt_tokens, num_output_tokens in self._history:
             policy.learn(num_prompt_tokens, num_output_tokens)
 
-    def measure(self, workload: Workload) -> Measurement:
-        """Serve the workload and measure."""
-        jobs, engine = self.serve(workload)
-        metrics = [job.metrics for job in jobs]
+    def measure(self, workload: Workload, tables: TableSink) -> Measurement:
+        """Serve the workload, measure, and write the rows."""
+        recorder = RunRecorder(tables)
+        engine = self.serve(workload, recorder)
+        if engine.error is not None and not recorder.is_whole:
+            raise engine.error
+        recorder.finish()
         resolved = {
             **backend_options(self.config),
             "engine": asdict(self.options),
@@ -59,10 +61,8 @@ class InProcessBackend(ABC):
         return Measurement(
             config=self.config,
             resolved=resolved,
-            requests=request_table(metrics),
-            iterations=iteration_table(engine.iterations),
-            summary=summarize(metrics, count(metrics, len(engine.iterations))),
-            unfinished=_unfinished(jobs),
+            summary=recorder.summary(),
+            tally=recorder.tally,
             stopped_by=engine.error,
             error=engine.error,
         )
@@ -70,20 +70,17 @@ class InProcessBackend(ABC):
 
 def arrivals_of(workload: Workload, vocab_size: int | None) -> Iterator[Arrival]:
     """The workload's requests, each with exactly its recorded output length. With a vocabulary, prompts have tokens."""
-    rows = zip(
-        workload.arrival_s.tolist(), workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True
-    )
-    for i, (arrival_s, prompt_tokens, output_tokens) in enumerate(rows):
-        token_ids = [] if vocab_size is None else workload.prompt_token_ids(i, vocab_size)
-        request = Request(str(i), arrival_s, prompt_tokens, token_ids)
-        yield Arrival(request, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
-
-
-def _unfinished(jobs: Sequence[Job]) -> list[Unfinished]:
-    return [
-        Unfinished(
-            status, job.error if status is RequestStatus.REJECTED else f"request {job.request.request_id}: {job.error}"
+    params: dict[int, SamplingParams] = {}  # Of each output length: they are slow to make.
+    for start in range(0, len(workload), CHUNK):  # Lists of all numbers would be large.
+        part = slice(start, start + CHUNK)
+        rows = zip(
+            workload.arrival_s[part].tolist(),
+            workload.prompt_tokens[part].tolist(),
+            workload.output_tokens[part].tolist(),
+            strict=True,
         )
-        for job in jobs
-        if (status := job.request.status) is not RequestStatus.FINISHED
-    ]
+        for i, (arrival_s, prompt_tokens, output_tokens) in enumerate(rows, start):
+            token_ids = [] if vocab_size is None else workload.prompt_token_ids(i, vocab_size)
+            if output_tokens not in params:
+                params[output_tokens] = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+            yield Arrival(Request(str(i), arrival_s, prompt_tokens, token_ids), params[output_tokens])

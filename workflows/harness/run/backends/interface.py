@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import pyarrow as pa
-
 from harness.run.config import RunConfig
-from harness.run.outcome import Unfinished
+from harness.run.outcome import Tally
+from harness.run.recorder import TableSink
 from harness.workload.workload import Workload
 
 
@@ -22,11 +21,10 @@ class Measurement:
     """The configuration, completed with what the backend found out."""
     resolved: Mapping[str, Any]
     """The configuration as meta.json shows it."""
-    requests: pa.Table
-    iterations: pa.Table
     summary: Mapping[str, Any]
     """The measured part of summary.json."""
-    unfinished: Sequence[Unfinished]
+    tally: Tally
+    """What became of the requests."""
     stopped_by: BaseException | signal.Signals | None = None
     """What ended the run early: a lost rank or an interruption, or the signal that the client deferred."""
     error: BaseException | None = None
@@ -34,16 +32,6 @@ class Measurement:
     warnings: Sequence[str] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of meta.json."""
-
-    @property
-    def num_requests(self) -> int:
-        """Number of requests, finished or not."""
-        return int(self.requests.num_rows)
-
-    @property
-    def num_finished(self) -> int:
-        """Number of finished requests."""
-        return self.num_requests - len(self.unfinished)
 
     @property
     def is_interrupted(self) -> bool:
@@ -57,5 +45,8 @@ class Backend(Protocol):
     def prepare(self) -> None:
         """Load or ask for what the run needs beside its workload. Raises a FastServeError."""
 
-    def measure(self, workload: Workload) -> Measurement:
-        """Serve the workload and measure. A simulation that is interrupted raises KeyboardInterrupt."""
+    def measure(self, workload: Workload, tables: TableSink) -> Measurement:
+        """Serve the workload, measure, and write a row a request to `requests` and a row an iteration to `iterations`.
+
+        A simulation that is interrupted raises KeyboardInterrupt. Raises OutputError if the rows cannot be written.
+        """

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fastserve.core.console import Progress
 from fastserve.core.errors import ConfigError
-from fastserve.engine import Engine, Job, Observer
+from fastserve.engine import Engine, Observer
 from fastserve.latency import load_profile
 from fastserve.simulation import simulated_engine
 from harness.run.backends.in_process import InProcessBackend, arrivals_of
 from harness.run.config import RunConfig
+from harness.run.recorder import RunRecorder
 from harness.workload.workload import Workload
 
 
@@ -23,11 +22,12 @@ class SimBackend(InProcessBackend):
             raise ConfigError("--backend sim needs --profile; `fastbench profiles` lists those shipped")
         self._profile_name = config.profile
 
-    def serve(self, workload: Workload) -> tuple[Sequence[Job], Engine]:
+    def serve(self, workload: Workload, recorder: RunRecorder) -> Engine:
         """Serve the workload in virtual time."""
         profile = load_profile(self._profile_name)
         engine = simulated_engine(profile, self.config.policy, self.policy_settings, self.options)
         engine.observer = self.observer
         self.teach(engine.scheduler.policy)
         with Progress(self.title, len(workload)) as progress:
-            return engine.run(arrivals_of(workload, None), progress.advance), engine
+            engine.run(arrivals_of(workload, None), progress.advance, recorder)
+        return engine
