@@ -417,6 +417,20 @@ def test_the_command_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_simulation_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    heavy = {"aiohttp", "matplotlib", "pandas", "prometheus_client", "rich", "scipy", "torch", "transformers"}
+    code = (
+        "import sys; from harness.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        f"sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *SIM, "--rate", "5", "--out", str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("command", ["policies", "traces", "profiles"])
 def test_lists(command: str) -> None:
     result = CliRunner().invoke(app, [command])

@@ -14,8 +14,6 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.options import option_names
 from fastserve.latency import list_profiles, load_profile
 from fastserve.policies.discovery import list_policies
-from harness.analysis.capacity_result import Objective
-from harness.analysis.capacity_search import find_capacity
 from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
 from harness.run.runner import run as run_benchmark
@@ -92,6 +90,9 @@ def capacity(
     capacity depends on the drawn requests. The exit status is 1 if no rate from --low to --high breaks the SLO, or if
     all do.
     """
+    from harness.analysis.capacity_result import Objective  # Here, since a run needs neither.
+    from harness.analysis.capacity_search import find_capacity
+
     objective = Objective(slo, metric, parse_seeds(seeds), low, high, tolerance)
     folder = out or default_capacity_folder(config)
     result = find_capacity(config, objective, folder, lambda line: print(line, file=sys.stderr, flush=True))

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -52,24 +53,40 @@ def request_table(
     metrics: Sequence[RequestMetrics | Exchange], columns: Mapping[str, pa.DataType] = REQUEST_COLUMNS
 ) -> pa.Table:
     """Make a row per request, in the order given. Times that do not exist, and values a client cannot see, are null."""
-    return pa.table(
-        {
-            name: pa.array([getattr(row, name) for row in metrics], type_, from_pandas=True)
-            for name, type_ in columns.items()
-        }
-    )
+    return pa.table({name: _column([getattr(row, name) for row in metrics], type_) for name, type_ in columns.items()})
 
 
 def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
     """Make a row per computed iteration."""
     columns = zip(*iterations, strict=True) if iterations else ([] for _ in IterationRecord._fields)
-    types = (pa.float64() if name.endswith("_s") else pa.int64() for name in IterationRecord._fields)
     return pa.table(
         {
-            name: pa.array(column, type_)
-            for name, column, type_ in zip(IterationRecord._fields, columns, types, strict=True)
+            name: _column(column, pa.float64() if name.endswith("_s") else pa.int64())
+            for name, column in zip(IterationRecord._fields, columns, strict=True)
         }
     )
+
+
+def _column(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
+    """Make a column; NaN and None are null.
+
+    Numbers and texts are put into buffers here: `pa.array` imports pandas, which takes longer than a short simulation.
+    """
+    buffers: list[pa.Buffer | None]
+    if type_ == pa.float64():
+        numbers = np.array(values, dtype=float)
+        missing = np.isnan(numbers)
+        known = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
+        buffers = [known, pa.py_buffer(numbers)]
+    elif type_ == pa.int64() and None not in values:
+        buffers = [None, pa.py_buffer(np.array(values, dtype=np.int64))]
+    elif type_ == pa.string():
+        texts = [value.encode() for value in values]
+        ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+    else:
+        return pa.array(values, type_, from_pandas=True)
+    return pa.Array.from_buffers(type_, len(values), buffers)
 
 
 class RunFolder:
