@@ -1,4 +1,4 @@
-"""Install vLLM into its own virtual environment, which is complete or does not exist."""
+"""Install vLLM or another peer into its own virtual environment, which is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InstallError(FastServeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to install vLLM on one kind of machine."""
+    """How to install a peer on one kind of machine."""
 
     requirements: Path
     is_complete: bool
@@ -42,7 +42,12 @@ RECIPES: Mapping[str, Recipe] = {
     "cpu": Recipe(_HERE / "requirements-vllm-cpu.txt", is_complete=True, called="0.32.0+cpu"),
     "cuda": Recipe(_HERE / "requirements-vllm-cuda.txt", is_complete=False),
 }
-"""By the type of `torch.device`."""
+"""Of vLLM, by the type of `torch.device`."""
+SIMULATORS: Mapping[str, Recipe] = {
+    "sched-sim": Recipe(_HERE / "requirements-sched-sim.txt", is_complete=True),
+    "aisimulate": Recipe(_HERE / "requirements-aisimulate.txt", is_complete=True),
+}
+"""Of other simulators, by package."""
 
 
 def has_nvidia_gpu() -> bool:
