@@ -89,6 +89,19 @@ def _column(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(type_, len(values), buffers)
 
 
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """Say how pyarrow.parquet writes such a table: compressed, and times split into their bytes.
+
+    Successive times have their first bytes in common, so a file becomes a third smaller, and is written faster.
+    """
+    times = [field.name for field in schema if pa.types.is_floating(field.type)]
+    return {
+        "compression": "zstd",
+        "use_dictionary": [name for name in schema.names if name not in times],
+        "column_encoding": dict.fromkeys(times, "BYTE_STREAM_SPLIT"),
+    }
+
+
 class RunFolder:
     """The folder of a run. Making it checks that it can be written; `write` puts all files into it, or none."""
 
@@ -105,7 +118,9 @@ class RunFolder:
         """Append rows to `name`.parquet beside the old file; the first have its columns. Raises OutputError."""
         with self._keeping_earlier_results():
             if name not in self._tables:
-                self._tables[name] = pq.ParquetWriter(self._staging / f"{name}.parquet", rows.schema)
+                self._tables[name] = pq.ParquetWriter(
+                    self._staging / f"{name}.parquet", rows.schema, **parquet_options(rows.schema)
+                )
             self._tables[name].write_table(rows)
 
     def write(self, summary: dict[str, Any], meta: dict[str, Any]) -> str:
