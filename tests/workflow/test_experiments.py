@@ -140,7 +140,7 @@ def test_the_same_run_is_carried_out_once_for_all_experiments():
     contents = linked({"one": tiny(), "two": {"same_points_as": "one", "metric": "p95_jct_s", "slo": 9}})
     one, two = (parsed(content) for content in contents.values())
     assert two.metric == "p95_jct_s"
-    batches = batches_of([one, two, parsed(tiny(seeds=[1, 2]))])
+    batches = batches_of(map(points_of, (one, two, parsed(tiny(seeds=[1, 2])))))
     runs = [run for batch in batches.values() for run in batch.runs]
     assert len(runs) == len(set(runs)) == 2 * 2 * 3
     assert set(runs) >= {point.run for point in points_of(two)}
@@ -148,18 +148,18 @@ def test_the_same_run_is_carried_out_once_for_all_experiments():
 
 def test_no_run_of_the_shipped_experiments_is_carried_out_twice():
     experiments = shipped()
-    runs = [run for batch in batches_of(experiments.values()).values() for run in batch.runs]
+    runs = [run for batch in batches_of(map(points_of, experiments.values())).values() for run in batch.runs]
     assert len(runs) == len(set(runs))
     assert set(runs) == {point.run for experiment in experiments.values() for point in points_of(experiment)}
     points = sum(len(list(points_of(experiment))) for experiment in experiments.values())
     assert len(runs) < points  # figures 12, 13 and others share those of figure 11
 
 
-def test_another_series_changes_no_batch():
-    before = batches_of([parsed(tiny())])
-    experiment = tiny()
+def test_another_series_or_seed_changes_no_batch():
+    before = batches_of([points_of(parsed(tiny()))])
+    experiment = tiny(seeds=[0, 1, 2])
     experiment["series"].append({"name": "srpt", "label": "SRPT", "policy": "srpt"})
-    assert before.items() <= batches_of([parsed(experiment)]).items()
+    assert before.items() <= batches_of([points_of(parsed(experiment))]).items()
 
 
 def test_everything_that_determines_a_run_is_in_its_name():

@@ -9,6 +9,7 @@ import yaml
 
 from harness.experiments.batches import batches_of
 from harness.experiments.folder import read_experiments
+from harness.experiments.points import points_of
 from support.loaded_code import scripts_watched, watch_scripts
 
 pytest.importorskip("snakemake")
@@ -174,7 +175,7 @@ def test_the_configuration_is_taken_from_the_command_line(tmp_path, where):
     done = dry_run(tmp_path, f"experiments={where}", "claims=null", "seeds=[0,1]", "vllm=cpu")
     assert done.returncode == 0, done.stderr
     assert "rule claims" not in done.stdout
-    expected = batches_of([read_experiments(tmp_path / "experiments", seeds=[0, 1])["tiny"]])
+    expected = batches_of([points_of(read_experiments(tmp_path / "experiments", seeds=[0, 1])["tiny"])])
     assert expected
     assert all(f"results/batches/{name}.json" in done.stdout for name in expected)
 

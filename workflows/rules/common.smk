@@ -56,9 +56,10 @@ try:
     EXTERNAL = read_experiments(BASE / "workflows/config/external", seeds=CONFIG.seeds)
     EXPERIMENTS = EXTERNAL | FULL | SMOKE
     CLAIMS = read_claims(CONFIG.claims)
+    POINTS = {name: tuple(points_of(experiment)) for name, experiment in EXPERIMENTS.items()}
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
-        EXPERIMENTS[name] for name in sorted(EXPERIMENTS, key=lambda name: (name.startswith(("beyond", "own")), name))
+        POINTS[name] for name in sorted(POINTS, key=lambda name: (name.startswith(("beyond", "own")), name))
     )
 except FastServeError as error:
     raise WorkflowError(str(error)) from None
@@ -121,7 +122,7 @@ def files_of_recorded(wildcards):
 
 def batch_files(name):
     """The batches that hold the runs of an experiment."""
-    batches = dict.fromkeys(BATCH_OF_RUN[point.run] for point in points_of(EXPERIMENTS[name]))
+    batches = dict.fromkeys(BATCH_OF_RUN[point.run] for point in POINTS[name])
     return [f"results/batches/{batch}.json" for batch in batches]
 
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 PACKAGES = {"fastserve": "system", "baselines": ".", "harness": "workflows"}
@@ -37,11 +38,16 @@ def code_of(script: Path, root: Path) -> list[Path]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            tree = _parsed(path)
-            names = imports_of(path, for_types=False)
-            waiting += [file for name in names for file in _files_of(name, root, script.parent)]
-            waiting += [file for name in _texts_in(tree) for file in _files_of(name, root)]
+            waiting += _files_named_in(path, root, script.parent)
     return sorted(found)
+
+
+@cache
+def _files_named_in(path: Path, root: Path, beside: Path) -> frozenset[Path]:
+    """Files that the imports and the texts of a file name; cached, since the scripts share most of their code."""
+    imported = (_files_of(name, root, beside) for name in imports_of(path, for_types=False))
+    named = (_files_of(name, root) for name in _texts_in(_parsed(path)))
+    return frozenset(chain.from_iterable((*imported, *named)))
 
 
 @cache

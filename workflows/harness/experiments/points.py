@@ -50,13 +50,13 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
     for panel in experiment.panels:
         for series in experiment.series:
             for row in experiment.points_of(series, panel):
+                parts = (experiment.run, panel.run, series.run, row)
+                config = _merged(experiment.backend, series.policy, parts)
+                is_common = config.history is not None and series.run.history is None
+                if is_common and not find_policy(config.policy).learns:
+                    config = replace(config, history=None, history_requests=0)
                 for seed in experiment.seeds:
-                    parts = (experiment.run, panel.run, series.run, row)
-                    config = _merged(experiment.backend, seed, series.policy, parts)
-                    is_common = config.history is not None and series.run.history is None
-                    if is_common and not find_policy(config.policy).learns:
-                        config = replace(config, history=None, history_requests=0)
-                    yield Point(panel.name, series.name, series.label, row.at, config)
+                    yield Point(panel.name, series.name, series.label, row.at, replace(config, seed=seed))
 
 
 def check_runs(experiment: Experiment, source: Path | str) -> None:
@@ -96,12 +96,12 @@ def _source(policy: str) -> str:
     return source_digest(found) if is_own(found) else ""
 
 
-def _merged(backend: str, seed: int, policy: str, parts: Iterable[RunPart]) -> RunConfig:
-    """The parts as one configuration: the later ones win, and settings add up."""
+def _merged(backend: str, policy: str, parts: Iterable[RunPart]) -> RunConfig:
+    """The parts as one configuration with seed 0: the later ones win, and settings add up."""
     fields: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for part in parts:
-        given = part.model_dump()
+        given = {name: getattr(part, name) for name in part.model_fields_set}
         settings |= given.pop("settings", {})
         fields |= given
     suffix = fields.pop("profile_suffix", "")
@@ -110,7 +110,7 @@ def _merged(backend: str, seed: int, policy: str, parts: Iterable[RunPart]) -> R
     if "rate" in fields:
         fields["rate"] = float(fields["rate"])
     fields.pop("x", None)
-    return RunConfig(backend=backend, seed=seed, policy=policy, settings=settings, **fields)
+    return RunConfig(backend=backend, policy=policy, settings=settings, **fields)
 
 
 def _check_run(config: RunConfig) -> None:
