@@ -1,10 +1,13 @@
 # Two commands: `make reproduce` and `make test`. Both need only Python >= 3.11 and make; the rest goes to .venv.
 # PROFILE is a folder of workflows/profiles: default, gpu or slurm. CORES takes fewer cores than there are.
+# QUICK=1: the figures of the paper with two seeds, marked as such, in the folder quick/ beside the full results.
 PYTHON ?= python3
 PROFILE ?= default
 CORES ?=
+QUICK ?=
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile workflows/profiles
+QUICKLY = $(if $(QUICK),--directory quick --config quick=true)
 SMK := Snakefile workflows/rules
 
 .PHONY: help setup reproduce smoke real-vllm gpu test wheel-test clients digests soak lint format bench clean
@@ -23,8 +26,8 @@ setup: .venv/installed  ## build .venv from requirements.txt, once
 	@touch $@
 
 reproduce: setup  ## run every experiment, draw every figure (figures/), write results/report.html
-	$(SNAKEMAKE)/$(PROFILE)
-	$(SNAKEMAKE)/$(PROFILE) --report results/report.html
+	$(SNAKEMAKE)/$(PROFILE) $(QUICKLY)
+	$(SNAKEMAKE)/$(PROFILE) $(QUICKLY) --report results/report.html
 
 smoke: setup  ## the same pipeline on a few small points
 	$(SNAKEMAKE)/smoke -- smoke
@@ -79,5 +82,5 @@ bench: setup  ## speed of the simulator, of decisions, of reading traces, of the
 	$(BIN)/python benchmarks/server_soak.py
 
 clean:  ## remove what runs wrote, keep recorded results and .venv
-	rm -rf .snakemake
+	rm -rf .snakemake quick
 	find results figures -mindepth 1 -maxdepth 1 ! -name recorded ! -name README.md -exec rm -rf {} +

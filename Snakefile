@@ -20,6 +20,18 @@ report: "workflows/report/workflow.rst"
 include: "workflows/rules/common.smk"
 
 
+onstart:
+    begin()
+
+
+onsuccess:
+    WORKERS.close()
+
+
+onerror:
+    WORKERS.close()
+
+
 wildcard_constraints:
     experiment="|".join(map(re.escape, EXPERIMENTS)),
     batch="[a-zA-Z0-9._-]+",

@@ -2,30 +2,43 @@
 
 from pathlib import Path
 
-from harness.experiments.imports import code_of
+from harness.experiments.imports import PACKAGES, code_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "workflows/scripts"
 _OURS = [ROOT / folder for folder in ("system", "baselines", "workflows")]
 _WATCH = """
-import atexit, sys
+import runpy, sys
 from pathlib import Path
 
-def write():
-    script = Path(sys.argv[0])  # Snakemake's copy: .snakemake/scripts/tmp....NAME.py
-    if script.parent.name == "scripts":
-        files = {file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-        (Path(__file__).parent / script.stem.rpartition(".")[2]).write_text("\\n".join(sorted(files)))
+run_path = runpy.run_path
 
-atexit.register(write)
+def ours():
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES}
+
+def watched(path, *arguments):
+    before = ours()
+    for name in before:
+        del sys.modules[name]  # So that the script imports all that it needs.
+    try:
+        return run_path(path, *arguments)
+    finally:
+        after = ours()
+        files = sorted(file for module in after.values() if (file := getattr(module, "__file__", None)))
+        (Path(__file__).parent / Path(path).stem).write_text("\\n".join(files))
+        for name in after:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+runpy.run_path = watched
 """
 
 
 def watch_scripts(folder: Path) -> str:
-    """Prepare the folder. With the returned text as PYTHONPATH, every script of Snakemake's writes there what it has
-    imported when it ends."""
+    """Prepare the folder. With the returned text as PYTHONPATH, every script that a worker runs leaves there, when it
+    ends, what it has imported of the project."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(_WATCH, encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(f"PACKAGES = {tuple(PACKAGES)!r}\n{_WATCH}", encoding="utf-8")
     return ":".join(map(str, (folder, ROOT / "system", ROOT / "workflows", ROOT)))
 
 

@@ -35,7 +35,16 @@ ROOMS = {
         {"profiling", "server"},
         {"cli"},
     ],
-    "harness": [{"workload"}, {"client"}, {"run"}, {"experiments"}, {"analysis"}, {"studies"}, {"report"}, {"cli"}],
+    "harness": [
+        {"workload"},
+        {"client"},
+        {"run"},
+        {"experiments"},
+        {"analysis"},
+        {"studies", "pipeline"},
+        {"report"},
+        {"cli"},
+    ],
 }
 FOLDERS = {package: ROOT / folder / package for package, folder in PACKAGES.items()}
 FOLDERS["fastserve.server"] = FOLDERS["fastserve"] / "server"

@@ -1,4 +1,6 @@
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import yaml
 from harness.experiments.batches import batches_of
 from harness.experiments.folder import read_experiments
 from harness.experiments.points import points_of
+from harness.pipeline.batch import read_batches
 from support.loaded_code import scripts_watched, watch_scripts
 
 pytest.importorskip("snakemake")
@@ -44,8 +47,9 @@ def write_claims(folder, **changes):
 
 def snakemake(folder, *arguments, **environment):
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", folder, "-c", "2", "--nocolor"]
+    profile = ["--workflow-profile", ROOT / "workflows/profiles/default"]
     return subprocess.run(
-        [*command, *arguments, "--config", "experiments=experiments", "claims=claims.yaml"],
+        [*command, *profile, *arguments, "--config", "experiments=experiments", "claims=claims.yaml"],
         capture_output=True,
         text=True,
         timeout=180,
@@ -57,6 +61,18 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def assert_a_command_repeats_a_run(runs, requests, out):
+    name, result = next(iter(runs.items()))
+    command = shlex.split(result["command"])
+    assert command[:2] == ["fastbench", "run"]
+    subprocess.run([sys.executable, "-m", "harness.cli", *command[1:], "--out", out], check=True, capture_output=True)
+    own = requests[requests["run"] == name].drop(columns="run").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "requests.parquet"), own)
+    summary, meta = (json.loads((out / f"{kind}.json").read_text(encoding="utf-8")) for kind in ("summary", "meta"))
+    assert summary.items() <= result["metrics"].items()
+    assert meta | {"created_at": None} == result["meta"] | {"created_at": None}
+
+
 def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
     target = {"claim": "T", "metric": "mean_jct_s", "of": "fastserve", "over": "vllm"}
     write_experiment(tmp_path, targets=[target | {"statistic": "largest", "at_most": 100}])
@@ -64,22 +80,19 @@ def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
     first = snakemake(tmp_path, PYTHONPATH=watch_scripts(tmp_path / "loaded"))
     assert first.returncode == 0, first.stderr
     steps = {"collect", "capacity", "targets", "claims", "draw", "draw_headline"}
-    assert scripts_watched(tmp_path / "loaded") == steps | {"run_batch"}
-    assert "took" in first.stderr  # progress reaches the user
+    assert scripts_watched(tmp_path / "loaded") == steps
+    assert "Execute" not in first.stderr  # one line of progress alone
 
     results = tmp_path / "results"
     assert files_in(tmp_path / "figures") == sorted(
         f"{name}.{kind}" for name in ("tiny", "other", "headline") for kind in ("pdf", "png")
     )
-    runs = sorted(path.name for path in (results / "runs").iterdir())
-    assert len(runs) == 4  # two series, two seeds; the second experiment shares them
-    for run in runs:
-        assert files_in(results / "runs" / run) == [
-            "iterations.parquet",
-            "meta.json",
-            "requests.parquet",
-            "summary.json",
-        ]
+    batches = sorted((results / "batches").glob("*.json"))
+    runs = read_batches(batches)
+    assert (len(batches), len(runs)) == (4, 4)  # two series, two seeds; the second experiment shares them
+    requests = pd.concat(map(pd.read_parquet, (results / "batches").glob("*.requests.parquet")))
+    assert requests.groupby("run", observed=True).size().to_dict() == dict.fromkeys(runs, 20)
+    assert_a_command_repeats_a_run(runs, requests, tmp_path / "alone")
     tables = {name: pd.read_csv(results / name / "points.csv") for name in ("tiny", "other")}
     assert tables["tiny"]["run"].tolist() == tables["other"]["run"].tolist()
     table = tables["tiny"]
@@ -135,10 +148,9 @@ def test_a_run_of_which_nothing_finishes_fails_its_job_instead_of_drawing_an_emp
     write_claims(tmp_path)
     failed = snakemake(tmp_path)
     assert failed.returncode != 0
-    assert (
-        "error: vllm, a100-80g/opt-13b-tp1-vllm, fixed:prompt=100000,output=10, 20 requests at 2/s, seed 0 (1 of 2)"
-        in (failed.stderr)
-    )
+    run = "a100-80g/opt-13b-tp1-vllm, fixed:prompt=100000,output=10, 20 requests at 2/s, seed 0"
+    assert f"error: vllm, {run}: none of 20 requests finished" in failed.stderr
+    assert "to repeat this run alone: fastbench run --policy vllm" in failed.stderr
     assert "none of 20 requests finished; request 0: prompt of 100000 tokens" in failed.stderr
     assert not (tmp_path / "figures").exists()
     assert not list(tmp_path.glob("results/*/points.csv"))
@@ -151,13 +163,14 @@ def test_a_job_that_fails_halfway_says_why_and_leaves_no_table(tmp_path):
     write_claims(tmp_path)
     failed = snakemake(tmp_path, "results/tiny/points.csv")
     assert failed.returncode != 0
-    assert "(1 of " in failed.stderr
     assert "error: " in failed.stderr
     assert "fewer than the 30" in failed.stderr
     assert "Traceback" not in failed.stderr
     results = tmp_path / "results"
     assert not list(results.rglob("*.csv"))
     assert not list((results / "batches").glob("*"))
+    # The first rate of each batch was carried out all the same.
+    assert any("took" in log.read_text(encoding="utf-8") for log in (results / "logs").iterdir())
     assert any("fewer than the 30" in log.read_text(encoding="utf-8") for log in (results / "logs").iterdir())
 
 
@@ -204,3 +217,25 @@ def test_claims_about_other_experiments_say_how_to_go_without(tmp_path):
     done = dry_run(tmp_path, "experiments=experiments")
     assert done.returncode == 1
     assert "no experiment 'fig11'; there are: other, tiny; --config claims=null leaves the claims out" in done.stdout
+
+
+def test_a_quick_look_says_so_in_every_figure_and_caption(tmp_path):
+    write_experiment(tmp_path, seeds=[0, 1, 2])
+    (tmp_path / "experiments/tiny.yaml").rename(tmp_path / "experiments/fig99.yaml")
+    (tmp_path / "experiments/other.yaml").unlink()
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", tmp_path, "-c", "2", "--nocolor"]
+    profile = ["--workflow-profile", ROOT / "workflows/profiles/default"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for extra in ([], ["--report", "report.html"]):
+        subprocess.run(
+            [*command, *profile, *extra, "--config", "experiments=experiments", "quick=true"],
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+    assert pd.read_csv(tmp_path / "results/fig99/points.csv")["seed"].nunique() == 2
+    assert not (tmp_path / "results/headline").exists()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "QUICK LOOK: the figures of the paper with two seeds" in text
+    assert "QUICK LOOK, 2 of 3 seeds: Tiny" in text
+    assert "QUICK LOOK with 2 of 3 seeds, not the full result" in text

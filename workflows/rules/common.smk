@@ -1,10 +1,13 @@
 # What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
+import logging
 import re
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+from snakemake.settings.enums import Quietness
 
 from baselines.external.environment import RECIPES, has_nvidia_gpu
 from fastserve.core.errors import FastServeError
@@ -13,9 +16,10 @@ from harness.experiments.batches import batches_of
 from harness.experiments.configuration import read_configuration
 from harness.experiments.experiment import BOTH, SERVED
 from harness.experiments.files import parse_as, read_yaml
-from harness.experiments.folder import read_experiments
+from harness.experiments.folder import quick_look, read_experiments
 from harness.experiments.imports import code_digest
 from harness.experiments.points import points_of
+from harness.pipeline.workers import Job, Workers
 from harness.report.captions import Finding
 from harness.studies.agreement import recorded_folders
 
@@ -51,11 +55,14 @@ def read_claims(path):
 try:
     CONFIG = read_configuration(config)
     FULL = read_experiments(located(CONFIG.experiments), seeds=CONFIG.seeds)
+    if CONFIG.quick:
+        FULL = quick_look(FULL)
     SMOKE = read_experiments(BASE / "workflows/config/smoke", "smoke/", CONFIG.seeds)
     # Targets of their own, not of the report: they install what they measure.
     EXTERNAL = read_experiments(BASE / "workflows/config/external", seeds=CONFIG.seeds)
     EXPERIMENTS = EXTERNAL | FULL | SMOKE
-    CLAIMS = read_claims(CONFIG.claims)
+    # A quick look gives no verdict.
+    CLAIMS = read_claims(None if CONFIG.quick else CONFIG.claims)
     POINTS = {name: tuple(points_of(experiment)) for name, experiment in EXPERIMENTS.items()}
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
@@ -64,6 +71,7 @@ try:
 except FastServeError as error:
     raise WorkflowError(str(error)) from None
 
+WORKERS = Workers(lambda: workflow.cores or 1, BASE / "workflows/scripts")
 BATCH_OF_RUN = {run: name for name, batch in BATCHES.items() for run in batch.runs}
 # Targets: all experiments whose names begin alike, and each by its own.
 GROUPS = {}
@@ -154,3 +162,17 @@ def served_definition(wildcards):
 def configs_of_batch(wildcards):
     """A params function: what the runs of a batch are."""
     return [asdict(config) for config in BATCHES[wildcards.batch].configs]
+
+
+def steps_of(job):
+    """How many steps of the progress a job is: its runs, if it simulates, else one if workers carry it out."""
+    return len(BATCHES[job.wildcards.batch].runs) if job.rule.name == "simulate" else int(job.is_run)
+
+
+def begin():
+    """Show one line of progress, and let Snakemake tell of errors alone, if it is to be quiet about rules."""
+    if Quietness.RULES in (workflow.output_settings.quiet or ()):
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.WARNING)
+    WORKERS.show_progress(sum(map(steps_of, workflow.dag.needrun_jobs())))

@@ -5,6 +5,9 @@ rule draw:
         capacity=branch(
             lambda wildcards: "capacity" in tables_of(wildcards.experiment), then="results/{experiment}/capacity.csv"
         ),
+        provenance=branch(
+            lambda wildcards: bool(POINTS[wildcards.experiment]), then="results/{experiment}/provenance.json"
+        ),
         reported=REPORTED_POINTS,
     output:
         png=report(
@@ -16,14 +19,12 @@ rule draw:
         pdf="figures/{experiment}.pdf",
     log:
         "results/logs/{experiment}-draw.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("draw.py"),
         experiment=definition,
         finding=lambda wildcards: Finding(wildcards.experiment, "results/headline/captions.json"),
-    script:
-        "../scripts/draw.py"
+    run:
+        WORKERS.script("draw.py", Job(input, output, params, wildcards, log))
 
 
 rule draw_headline:
@@ -39,9 +40,7 @@ rule draw_headline:
         pdf="figures/headline.pdf",
     log:
         "results/logs/headline-draw.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("draw_headline.py"),
-    script:
-        "../scripts/draw_headline.py"
+    run:
+        WORKERS.script("draw_headline.py", Job(input, output, params, wildcards, log))

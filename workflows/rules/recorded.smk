@@ -7,15 +7,13 @@ rule compare_recorded:
         captions="results/recorded-{gpu}/captions.json",
     log:
         "results/logs/recorded-{gpu}.log",
-    conda:
-        "../../environment.yml"
     resources:
         mem_mb=2000,
         runtime=20,
     params:
         code=code_of("compare_recorded.py"),
-    script:
-        "../scripts/compare_recorded.py"
+    run:
+        WORKERS.script("compare_recorded.py", Job(input, output, params, wildcards, log))
 
 
 rule draw_recorded:
@@ -31,10 +29,8 @@ rule draw_recorded:
         pdf="figures/recorded-{gpu}-{view}.pdf",
     log:
         "results/logs/recorded-{gpu}-{view}-draw.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("draw_recorded.py"),
         finding=lambda wildcards: Finding(wildcards.gpu, f"results/recorded-{wildcards.gpu}/captions.json"),
-    script:
-        "../scripts/draw_recorded.py"
+    run:
+        WORKERS.script("draw_recorded.py", Job(input, output, params, wildcards, log))

@@ -1,28 +1,28 @@
-# The measurements: one job a batch of runs, since starting up takes longer than most runs. Every run leaves a folder
-# below results/runs; what was measured of all of a batch is its output. A real engine gets every core, so that nothing
-# runs beside what is measured.
+# The measurements. A batch is the runs of one series with one seed. Workers, one a core, take simulated runs from one
+# queue, in which the runs of several batches wait. A real engine runs in a process of its own and gets every core, so
+# that nothing runs beside what is measured.
 rule simulate:
     output:
-        "results/batches/{batch}.json",
+        results="results/batches/{batch}.json",
+        requests="results/batches/{batch}.requests.parquet",
     log:
         "results/logs/{batch}.log",
     wildcard_constraints:
         batch="sim-.*",
-    conda:
-        "../../environment.yml"
     resources:
         mem_mb=2000,
         runtime=20,
     params:
         configs=configs_of_batch,
-        folder="results/runs",
-    script:
-        "../scripts/run_batch.py"
+    run:
+        WORKERS.runs(params.configs, Path(output.results), Path(log[0]))
 
 
 rule run_engine:
     output:
-        "results/batches/{batch}.json",
+        results="results/batches/{batch}.json",
+        requests="results/batches/{batch}.requests.parquet",
+        iterations="results/batches/{batch}.iterations.parquet",
     log:
         "results/logs/{batch}.log",
     wildcard_constraints:
@@ -36,7 +36,6 @@ rule run_engine:
         gpu=lambda wildcards: int(any(config.device == "cuda" for config in BATCHES[wildcards.batch].configs)),
     params:
         configs=configs_of_batch,
-        folder="results/runs",
     script:
         "../scripts/run_batch.py"
 

@@ -7,16 +7,15 @@ rule collect:
     input:
         batches=lambda wildcards: batch_files(wildcards.experiment),
     output:
-        "results/{experiment}/points.csv",
+        points="results/{experiment}/points.csv",
+        provenance="results/{experiment}/provenance.json",
     log:
         "results/logs/{experiment}-collect.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("collect.py"),
         experiment=definition,
-    script:
-        "../scripts/collect.py"
+    run:
+        WORKERS.script("collect.py", Job(input, output, params, wildcards, log))
 
 
 rule capacity:
@@ -27,13 +26,11 @@ rule capacity:
         "results/{experiment}/capacity.csv",
     log:
         "results/logs/{experiment}-capacity.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("capacity.py"),
         experiment=definition,
-    script:
-        "../scripts/capacity.py"
+    run:
+        WORKERS.script("capacity.py", Job(input, output, params, wildcards, log))
 
 
 rule targets:
@@ -47,13 +44,11 @@ rule targets:
         ),
     log:
         "results/logs/{experiment}-targets.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("targets.py"),
         experiment=definition,
-    script:
-        "../scripts/targets.py"
+    run:
+        WORKERS.script("targets.py", Job(input, output, params, wildcards, log))
 
 
 rule claims:
@@ -71,11 +66,9 @@ rule claims:
         captions="results/headline/captions.json",
     log:
         "results/logs/claims.log",
-    conda:
-        "../../environment.yml"
     params:
         code=code_of("claims.py"),
         claims=CLAIMS.model_dump(exclude_unset=True),
         experiments={name: FULL[name].as_written() for name in CLAIMS.experiments},
-    script:
-        "../scripts/claims.py"
+    run:
+        WORKERS.script("claims.py", Job(input, output, params, wildcards, log))

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from joblog import logged
 
-from harness.analysis.files import provenance, read_table
+from harness.analysis.files import provenance, read_json, read_table
 from harness.analysis.points import load_reported
-from harness.experiments.experiment import BOTH, Experiment
+from harness.experiments.experiment import Experiment
 from harness.report.captions import provenance_caption
 from harness.report.plots import draw, flags_of
 
@@ -19,8 +19,10 @@ with logged(snakemake.log[0]):
     points = read_table(Path(snakemake.input.points))
     capacity = read_table(Path(snakemake.input.capacity)) if snakemake.input.get("capacity") else None
     reported = load_reported(Path(snakemake.input.reported), experiment)
-    runs = points["real_run" if experiment.backend == BOTH else "run"]
-    metas = provenance(Path(run) for run in runs.unique())
+    if snakemake.input.get("provenance"):  # Of batches; other experiments leave a folder for each run.
+        metas = read_json(Path(snakemake.input.provenance))
+    else:
+        metas = provenance(Path(run) for run in points["real_run" if "real_run" in points else "run"].unique())
     caption = provenance_caption(experiment, metas)
     drawn = experiment.model_dump()
     flags = flags_of(drawn, points, capacity)

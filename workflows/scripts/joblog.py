@@ -1,4 +1,4 @@
-"""What every job's script shares: its output goes to the user and to its log, its errors too."""
+"""What every job's script shares: its output goes to its log; warnings and errors also to the user."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class _Both:
 
 @contextlib.contextmanager
 def logged(path: str) -> Iterator[None]:
-    """Copy stdout and stderr into the log at `path`; an error or a signal ends the job as it ends a command."""
+    """Write stdout into the log at `path`, and stderr there too; an error or a signal ends the job like a command."""
     raise_on_signals()
     with Path(path).open("w", encoding="utf-8") as log:
         both = _Both(sys.stderr, log)
-        out, err = contextlib.redirect_stdout(both), contextlib.redirect_stderr(both)  # type: ignore[type-var]
+        out, err = contextlib.redirect_stdout(log), contextlib.redirect_stderr(both)  # type: ignore[type-var]
         with out, err, exit_on_error():
             yield

@@ -166,12 +166,16 @@ class _Stdout:
 
 
 class Progress:
-    """Counts steps on stderr: a bar on a terminal, a line every ten seconds elsewhere. Use as a context manager."""
+    """Counts steps on stderr: a bar on a terminal, a line every ten seconds elsewhere. Use as a context manager.
+
+    Both estimate the time that is left, as if the steps to come took as long as those done.
+    """
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
         self._bar: Any = None
-        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._start = time.monotonic()
+        self._next_line = self._start + _SECONDS_BETWEEN_LINES
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress as Bar
@@ -191,7 +195,8 @@ class Progress:
             self._bar.advance(self._task)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            print(f"{self._title}: {self._done} of {self._total}", file=sys.stderr, flush=True)
+            left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+            print(f"{self._title}: {self._done} of {self._total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

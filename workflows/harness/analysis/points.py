@@ -42,7 +42,7 @@ FALLING = "slo_attainment"
 def points_table(name: str, experiment: Experiment, results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Make a row per point, in the order of the experiment: its place, its run, and the run's metrics.
 
-    `results` maps the name of a run to what its batch wrote: `folder` and `metrics`.
+    `results` maps the name of a run to what its batch holds of it, such as `metrics`.
     """
     rows = []
     for point in points_of(experiment):
@@ -57,7 +57,7 @@ def points_table(name: str, experiment: Experiment, results: Mapping[str, Mappin
             "rate": point.config.rate,
             "num_requests": point.config.num_requests,
             "seed": point.config.seed,
-            "run": result["folder"],
+            "run": point.run,
         }
         rows.append(row | {key: value for key, value in result["metrics"].items() if key not in row})
     return pd.DataFrame(rows)

@@ -23,6 +23,8 @@ class Configuration(Keys):
     """Which vLLM `real-vllm` installs and measures; auto: cuda where there is an NVIDIA GPU, else cpu."""
     seeds: Seeds | None = None
     """Seeds of every experiment, in place of its own; null leaves them."""
+    quick: bool = False
+    """The figures of the paper alone, with two seeds, each marked as such; `make reproduce QUICK=1`."""
 
 
 def read_configuration(given: Mapping[str, Any]) -> Configuration:

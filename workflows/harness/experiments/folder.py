@@ -11,6 +11,9 @@ from harness.experiments.experiment import Experiment
 from harness.experiments.files import parse_as, read_yaml
 from harness.experiments.points import check_runs
 
+QUICK_SEEDS = (0, 1)
+"""Seeds of a quick look."""
+
 
 def read_experiments(path: Path, prefix: str = "", seeds: Sequence[int] | None = None) -> dict[str, Experiment]:
     """Read every experiment of a folder, or that of one file, by name; `prefix` is put before the names.
@@ -28,6 +31,21 @@ def read_experiments(path: Path, prefix: str = "", seeds: Sequence[int] | None =
         experiments[name] = parse_as(Experiment, content, files[name])
         check_runs(experiments[name], files[name])
     return {prefix + name: experiments[name] for name in files}
+
+
+def quick_look(experiments: Mapping[str, Experiment]) -> dict[str, Experiment]:
+    """The simulated figures of the paper with `QUICK_SEEDS`, as title and note of each say wherever it is shown."""
+    marked = {}
+    for name, experiment in experiments.items():
+        if name.startswith("fig") and experiment.backend == "sim":
+            seeds = f"{len(QUICK_SEEDS)} of {len(experiment.seeds)} seeds"
+            changes = {
+                "title": f"QUICK LOOK, {seeds}: {experiment.title}",
+                "note": f"QUICK LOOK with {seeds}, not the full result: `make reproduce` makes that. {experiment.note}",
+                "seeds": QUICK_SEEDS,
+            }
+            marked[name] = Experiment.model_validate(experiment.as_written() | changes)
+    return marked
 
 
 def linked(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

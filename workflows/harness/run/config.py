@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, fields
 from typing import Any
@@ -160,6 +162,29 @@ def check_backend_options(config: RunConfig) -> None:
         is_default = getattr(config, field.name) == getattr(defaults, field.name)
         if not is_default and config.backend not in (known.backends or BACKENDS):
             raise ConfigError(f"{flag_of(field.name, known)} applies to --backend {' or '.join(known.backends)} only")
+
+
+def command_of(config: RunConfig) -> str:
+    """The command line of `fastbench run` that repeats the run, with every option that differs from its default."""
+    defaults, words = RunConfig(), ["fastbench", "run"]
+    for field, known in _options():
+        value, flag = getattr(config, field.name), flag_of(field.name, known)
+        if value == getattr(defaults, field.name):
+            continue
+        if isinstance(value, bool):  # A flag that takes no value.
+            words.append(flag)
+        elif field.name == "settings":
+            words += [word for name, each in value.items() for word in (flag, f"{name}={_as_text(each)}")]
+        else:
+            words += [flag, _as_text(value)]
+    return shlex.join(words)
+
+
+def _as_text(value: Any) -> str:
+    """A value as it is given on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool | Mapping) else str(value)
 
 
 def _options() -> Iterator[tuple[Field[Any], Option]]:
