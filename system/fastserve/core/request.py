@@ -22,6 +22,16 @@ SWAPPED_OUT: CacheState = 2
 """In host memory, or in transfer out or in."""
 
 
+class Location(enum.Enum):
+    """Where a request's cache is, transfers told apart."""
+
+    NONE = "none"
+    GPU = "gpu"
+    HOST = "host"
+    SWAPPING_OUT = "swapping_out"
+    SWAPPING_IN = "swapping_in"
+
+
 class RequestStatus(enum.Enum):
     """State of a request's life."""
 
@@ -168,8 +178,23 @@ class Request:
     line: CacheState = field(init=False, default=NO_CACHE)
     """Line of that queue, one for each cache state: that of its cache when the last decision ended. Kept, as `level`
     and `position` are, by the queue."""
+    is_put_back: bool = field(init=False, default=False)
+    """Whether it has returned to its place among other requests of its line."""
+    previous: Request | None = field(init=False, default=None, repr=False)
+    """The request before it in its line, unless it was put back; so is `next`, behind it."""
+    next: Request | None = field(init=False, default=None, repr=False)
+    has_place: bool = field(init=False, default=False)
+    """Whether it has a place in a batch: `Policy.running` holds it. Kept by the scheduler."""
+    is_chosen: bool = field(init=False, default=False)
+    """Whether the batch that a decision ends with holds it; meaningful only while the scheduler compares batches."""
     cache_state: CacheState = field(init=False, default=NO_CACHE)
-    """Where its cache is now. Kept, as `cache_capacity` is, by the KVCacheManager."""
+    """Where its cache is now. Kept, as `location`, blocks and `cache_capacity` are, by the KVCacheManager."""
+    location: Location = field(init=False, default=Location.NONE)
+    """The same, with transfers told apart."""
+    gpu_blocks: list[int] = field(init=False, default_factory=list, repr=False)
+    """Blocks of the GPU pool that it owns, in token order."""
+    host_blocks: list[int] = field(init=False, default_factory=list, repr=False)
+    """Blocks of the host pool that it owns, in token order."""
     cache_capacity: int = field(init=False, default=0)
     """Tokens its cache has room for, 0 unless that is wholly on the GPU."""
     num_tokens_at_swap_in: int = field(init=False, default=-1)

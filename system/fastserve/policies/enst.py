@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fastserve.core.request import RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.scheduler.need import NeedOrder
@@ -45,7 +45,9 @@ class EstimatedNextScheduledTime(NeedOrder):
 
     def restore(self, request: Request) -> None:
         """Its wait is over; call it before the request changes levels."""
-        self._displaced[request.level].pop(request.request_id, None)
+        displaced = self._displaced[request.level]
+        if displaced:
+            displaced.pop(request.request_id, None)
 
     def expected_waits(self) -> list[float]:
         """T_execute of each queue in use: seconds until the requests in the queues above have come down to it.
@@ -87,9 +89,9 @@ class EstimatedNextScheduledTime(NeedOrder):
         heads = []
         for level, displaced in zip(self._queue.fixed_levels[: self._queue.deepest + 1], self._displaced, strict=False):
             line = level.lines[state]
-            if not (line.main or line.put_back):
+            if not line.size:
                 continue
-            rests = [iter(line) if sign == self._tie_sign else reversed(line)]
+            rests = [line.forward() if sign == self._tie_sign else line.backward()]
             if displaced:
                 rests = self._apart(rests[0], displaced, state, now, waits, sign)
             for rest in rests:
@@ -118,4 +120,10 @@ class EstimatedNextScheduledTime(NeedOrder):
         """A line without its displaced requests, and these in order."""
         others = [request for request in displaced.values() if request.line == state]
         others.sort(key=lambda request: self._key(request, now, waits, sign))
-        return [(request for request in line if request.request_id not in displaced), iter(others)]
+        return [_others(line, displaced), iter(others)]
+
+
+def _others(line: Iterator[Request], displaced: Mapping[str, Request]) -> Iterator[Request]:
+    for request in line:
+        if request.request_id not in displaced:
+            yield request

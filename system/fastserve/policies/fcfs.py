@@ -39,7 +39,6 @@ class ArrivalOrder(Policy):
         return len(times) - 1
 
 
-@register
 class FCFS(ArrivalOrder):
     """Prompts and decode tokens share iterations; a request leaves the batch only when it ends or memory forces it."""
 
@@ -50,3 +49,6 @@ class FCFS(ArrivalOrder):
         if request.request_id in self.running or self.is_first(batch):
             return DEFAULT_TERMS
         return self.admission
+
+
+register(FCFS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -72,7 +71,6 @@ _EXACT = 1 - 1e-9
 """Times add up with rounding errors; a quantum of exactly four iterations must not last five."""
 
 
-@register
 class SkipJoinMLFQ(Policy):
     """Approximates least attained service when output lengths are unknown and prompt lengths are known.
 
@@ -85,8 +83,6 @@ class SkipJoinMLFQ(Policy):
     name = "fastserve"
     Options = SkipJoinMLFQOptions
     needs_latency = True
-    options: SkipJoinMLFQOptions
-    queue: MultiLevelQueue
 
     def __init__(
         self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: SkipJoinMLFQOptions
@@ -94,16 +90,20 @@ class SkipJoinMLFQ(Policy):
         super().__init__(config, kv, latency, options, longest_wait_s=options.alpha_s)
         base = options.quantum_base_s or latency.iteration_time([], [1])
         self.quanta = [base * options.quantum_ratio**level for level in range(options.num_levels)]
-        self.queue.fix_levels(len(self.quanta))
+        self._levels = MultiLevelQueue()
+        self.queue = self._levels
+        self._levels.fix_levels(len(self.quanta))
         self.enst = EstimatedNextScheduledTime(
-            self.queue, self.quanta, config.num_places, options.alpha_s, front_first=options.enst_ties == "front"
+            self._levels, self.quanta, config.num_places, options.alpha_s, front_first=options.enst_ties == "front"
         )
         self.max_passed_over = options.max_passed_over
         # Service at which a quantum is used up; that of the last level never is.
         self._used_up = [*(quantum * _EXACT for quantum in self.quanta[:-1]), math.inf]
-        self._decode_time = functools.cache(lambda context: self.latency.iteration_time((), (context,)))
+        self._decode_times: list[float] = []
+        """Seconds of an iteration that decodes one request, by its context in tokens."""
         self._promotion_resets_quantum = options.promotion_resets_quantum
         self._to_front = options.insertion == "front"
+        self._check_every = options.starvation_check_every
         self._decisions_to_check = 1
 
     def need_order(self) -> NeedOrder:
@@ -133,6 +133,13 @@ class SkipJoinMLFQ(Policy):
             return self._decode_time(request.num_tokens)
         return self.latency.iteration_time((num_tokens,), ())
 
+    def _decode_time(self, context: int) -> float:
+        times = self._decode_times
+        if context >= len(times):
+            for length in range(len(times), context + 64):
+                times.append(self.latency.iteration_time((), (length,)))
+        return times[context]
+
     def on_add(self, request: Request) -> None:
         """Join a queue."""
         request.policy_state = _PolicyState()
@@ -153,13 +160,13 @@ class SkipJoinMLFQ(Policy):
 
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Charge the iteration to the request's quantum; demote the request when that is used up."""
-        state = request.policy_state
+        state: _PolicyState = request.policy_state
         service_s = state.service_s + (end - start)
         if service_s < self._used_up[request.level]:
             state.service_s = service_s
         else:
             state.service_s = 0.0
-            self.queue.move(request, self.demotion_level(request), front=self._to_front)
+            self._levels.move(request, self.demotion_level(request), front=self._to_front)
 
     # -- starvation --------------------------------------------------------------------------------------------
 
@@ -172,7 +179,7 @@ class SkipJoinMLFQ(Policy):
         self._decisions_to_check -= 1
         if self._decisions_to_check:
             return ()
-        self._decisions_to_check = self.options.starvation_check_every
+        self._decisions_to_check = self._check_every
         return self.overdue(now)
 
     def overdue(self, now: float) -> Sequence[Request]:
@@ -183,7 +190,8 @@ class SkipJoinMLFQ(Policy):
         """Promote the request to the back of the highest queue, where its wait has no limit."""
         self.enst.restore(request)
         if self._promotion_resets_quantum:
-            request.policy_state.service_s = 0.0
+            state: _PolicyState = request.policy_state
+            state.service_s = 0.0
         self.queue.move(request, 0)
 
     # -- identical decisions -----------------------------------------------------------------------------------
@@ -194,14 +202,14 @@ class SkipJoinMLFQ(Policy):
             return now
         used_up = self._used_up
         left = min([used_up[request.level] - request.policy_state.service_s for request in self.running.values()])
-        if self.options.starvation_check_every > 1 or not self.waiting:
+        if self._check_every > 1 or not self.waiting:
             return now + left
         return min(now + left, self.waiting.first_end_s)
 
     def on_repeated(self, requests: Sequence[Request], times: np.ndarray) -> None:
         """Charge the requests, and count the decisions that were not made."""
         super().on_repeated(requests, times)
-        every = self.options.starvation_check_every
+        every = self._check_every
         self._decisions_to_check = (self._decisions_to_check - (len(times) - 2) - 1) % every + 1
 
     def repeats(self, times: np.ndarray, is_clear: bool) -> int:
@@ -209,7 +217,7 @@ class SkipJoinMLFQ(Policy):
         if not is_clear:
             return 1
         count = len(times) - 1
-        if self.options.starvation_check_every > 1:
+        if self._check_every > 1:
             if self.waiting.longest_wait_s is not None:
                 count = min(count, self._decisions_to_check)
         elif self.waiting:
@@ -223,3 +231,6 @@ class SkipJoinMLFQ(Policy):
         used_up = np.array([self._used_up[request.level] for request in running])
         reached = (np.add.accumulate(service, axis=1)[:, 1:] >= used_up[:, None]).any(axis=0)
         return int(np.argmax(reached)) + 1 if reached.any() else count
+
+
+register(SkipJoinMLFQ)

@@ -7,13 +7,11 @@ line, without a walk over the others.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections import OrderedDict
 from collections.abc import Iterator
 
-from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 
 
 class Wanted:
@@ -24,6 +22,10 @@ class Wanted:
     def __init__(self, without_cache: bool, swapped_out: bool) -> None:
         self.without_cache = without_cache
         self.swapped_out = swapped_out
+
+    def includes(self, state: CacheState) -> bool:
+        """Whether requests in this line are wanted."""
+        return state == RESIDENT or (self.without_cache if state == NO_CACHE else self.swapped_out)
 
 
 class ServiceOrder(ABC):
@@ -87,50 +89,86 @@ class ServiceOrder(ABC):
         """Of each level with requests: its number, and how many have no cache, are on the GPU, are swapped out."""
 
 
-class _Line:
-    """Requests in order of position. Most join at an end; requests that return to their place are kept beside."""
+class Line:
+    """Requests in order of position. Most join at an end; requests that return to their place are kept beside.
 
-    __slots__ = ("main", "put_back")
+    The former are linked (`Request.previous`, `Request.next`), so that joining and leaving allocate nothing.
+    """
+
+    __slots__ = ("first", "last", "put_back", "size")
 
     def __init__(self) -> None:
-        self.main: OrderedDict[int, Request] = OrderedDict()
+        self.first: Request | None = None
+        self.last: Request | None = None
         self.put_back: list[tuple[int, Request]] = []
+        self.size = 0
 
-    def __bool__(self) -> bool:
-        return bool(self.main or self.put_back)
-
-    def __len__(self) -> int:
-        return len(self.main) + len(self.put_back)
+    def append(self, request: Request) -> None:
+        """Take in a request behind all others."""
+        last = self.last
+        if last is None:
+            self.first = request
+        else:
+            last.next = request
+            request.previous = last
+        self.last = request
+        self.size += 1
 
     def insert(self, request: Request) -> None:
-        position = request.position
-        main = self.main
-        if not main or position > next(reversed(main)):
-            main[position] = request
-        elif position < next(iter(main)):
-            main[position] = request
-            main.move_to_end(position, last=False)
+        """Take in a request at its position."""
+        first, last = self.first, self.last
+        if first is None or last is None or request.position > last.position:
+            self.append(request)
+        elif request.position < first.position:
+            first.previous = request
+            request.next = first
+            self.first = request
+            self.size += 1
         else:
-            insort(self.put_back, (position, request))
+            request.is_put_back = True
+            insort(self.put_back, (request.position, request))
+            self.size += 1
 
     def remove(self, request: Request) -> None:
-        if self.main.pop(request.position, None) is None:
-            index = bisect_left(self.put_back, (request.position,))
-            assert self.put_back[index][1] is request
-            del self.put_back[index]
+        """Take a request out."""
+        self.size -= 1
+        if request.is_put_back:
+            request.is_put_back = False
+            del self.put_back[bisect_left(self.put_back, (request.position,))]
+            return
+        previous, following = request.previous, request.next
+        if previous is None:
+            self.first = following
+        else:
+            previous.next = following
+            request.previous = None
+        if following is None:
+            self.last = previous
+        else:
+            following.previous = previous
+            request.next = None
 
-    def __iter__(self) -> Iterator[Request]:
-        if not self.put_back:
-            return iter(self.main.values())
-        if not self.main:
-            return (request for _, request in self.put_back)
-        return _merged([iter(self.main.values()), (request for _, request in self.put_back)])
+    def forward(self) -> Iterator[Request]:
+        """By rising position."""
+        return _merged([self._linked(), _second(self.put_back)], None, 1) if self.put_back else self._linked()
 
-    def __reversed__(self) -> Iterator[Request]:
-        if not self.put_back:
-            return reversed(self.main.values())
-        backwards = (request for _, request in reversed(self.put_back))
-        return _merged([reversed(self.main.values()), backwards], last_first=True)
+    def backward(self) -> Iterator[Request]:
+        """By falling position."""
+        if self.put_back:
+            return _merged([self._linked_backward(), _second(self.put_back[::-1])], None, -1)
+        return self._linked_backward()
+
+    def _linked(self) -> Iterator[Request]:
+        request = self.first
+        while request is not None:
+            yield request
+            request = request.next
+
+    def _linked_backward(self) -> Iterator[Request]:
+        request = self.last
+        while request is not None:
+            yield request
+            request = request.previous
 
 
 class Level:
@@ -139,7 +177,7 @@ class Level:
     __slots__ = ("lines", "size")
 
     def __init__(self) -> None:
-        self.lines = (_Line(), _Line(), _Line())
+        self.lines = (Line(), Line(), Line())
         self.size = 0
 
 
@@ -192,18 +230,16 @@ class MultiLevelQueue(ServiceOrder):
             self._leave(request)
             self._enter(request, level, front)
             return
-        # The same without the calls: at a burst, this is what a simulation spends most of its time on.
         state = request.line
-        line = old.lines[state]
-        if line.main.pop(request.position, None) is None:
-            line.remove(request)
+        old.lines[state].remove(request)
         old.size -= 1
         new.size += 1
         request.level = level
         if level > self.deepest:
             self.deepest = level
-        self._last = request.position = position = self._last + 1
-        new.lines[state].main[position] = request
+        self._last += 1
+        request.position = self._last
+        new.lines[state].append(request)
 
     def refile(self, request: Request) -> None:  # noqa: D102
         state = request.cache_state
@@ -223,18 +259,18 @@ class MultiLevelQueue(ServiceOrder):
         if level > self.deepest:
             self.deepest = level
         if front:
-            self._first = request.position = self._first - 1
+            self._first -= 1
+            request.position = self._first
             queue.lines[request.line].insert(request)
         else:
-            self._last = request.position = position = self._last + 1
-            queue.lines[request.line].main[position] = request
+            self._last += 1
+            request.position = self._last
+            queue.lines[request.line].append(request)
 
     def _leave(self, request: Request) -> None:
         level = request.level
         queue = self._levels[level]
-        line = queue.lines[request.line]
-        if line.main.pop(request.position, None) is None:
-            line.remove(request)
+        queue.lines[request.line].remove(request)
         queue.size -= 1
         if not queue.size and not 0 <= level < self._num_fixed_levels:
             self._close(level)
@@ -257,43 +293,67 @@ class MultiLevelQueue(ServiceOrder):
 
     def sizes(self) -> list[tuple[int, int, int, int]]:  # noqa: D102
         levels = ((number, self._levels[number]) for number in self._in_order)
-        return [(number, *map(len, level.lines)) for number, level in levels if level.size]  # type: ignore[misc]
+        return [(number, *[line.size for line in level.lines]) for number, level in levels if level.size]  # type: ignore[misc]
 
     # -- walks -------------------------------------------------------------------------------------------------
 
     def in_order(self) -> Iterator[Request]:  # noqa: D102
-        for level in self._in_order:
-            yield from _merged([iter(line) for line in self._levels[level].lines])
+        return self.candidates(Wanted(True, True))
 
     def candidates(self, wanted: Wanted) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
             level = self._levels[number]
             if not level.size:
                 continue
-            without_cache, resident, swapped_out = level.lines
-            lines = []
-            if wanted.without_cache and without_cache:
-                lines.append(iter(without_cache))
-            if wanted.swapped_out and swapped_out:
-                lines.append(iter(swapped_out))
-            if not lines:
-                yield from resident
+            without_cache, on_gpu, off_gpu = level.lines
+            if without_cache.put_back or on_gpu.put_back or off_gpu.put_back:
+                yield from _merged([line.forward() for line in level.lines], wanted, 1)
                 continue
-            if resident:
-                lines.append(iter(resident))
-            yield from _merged(lines, wanted)
+            waiting, resident, away = without_cache.first, on_gpu.first, off_gpu.first
+            # The frontmost of the three heads, until no line that is wanted has one.
+            while True:
+                request = resident
+                if waiting is not None:
+                    if not wanted.without_cache:
+                        waiting = None
+                    elif request is None or waiting.position < request.position:
+                        request = waiting
+                if away is not None:
+                    if not wanted.swapped_out:
+                        away = None
+                    elif request is None or away.position < request.position:
+                        request = away
+                if request is None:
+                    break
+                yield request
+                if request is resident:
+                    resident = request.next
+                elif request is waiting:
+                    waiting = request.next
+                else:
+                    away = request.next
 
     def victims(self) -> Iterator[Request]:  # noqa: D102
         for number in reversed(self._in_order):
             resident = self._levels[number].lines[RESIDENT]
-            if resident:
-                yield from reversed(resident)
+            if resident.put_back:
+                yield from resident.backward()
+                continue
+            request = resident.last
+            while request is not None:
+                yield request
+                request = request.previous
 
     def swapped_out(self) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
             line = self._levels[number].lines[SWAPPED_OUT]
-            if line:
-                yield from line
+            if line.put_back:
+                yield from line.forward()
+                continue
+            request = line.first
+            while request is not None:
+                yield request
+                request = request.next
 
     # -- levels that come and go -------------------------------------------------------------------------------
 
@@ -307,14 +367,13 @@ class MultiLevelQueue(ServiceOrder):
         del self._in_order[bisect_left(self._in_order, level)]
 
 
-def _merged(
-    lines: list[Iterator[Request]], wanted: Wanted | None = None, *, last_first: bool = False
-) -> Iterator[Request]:
-    """Up to three lines as one, by position; a line that is no longer wanted is left."""
-    if len(lines) == 1 and wanted is None:
-        yield from lines[0]
-        return
-    sign = -1 if last_first else 1
+def _second(pairs: list[tuple[int, Request]]) -> Iterator[Request]:
+    for _, request in pairs:
+        yield request
+
+
+def _merged(lines: list[Iterator[Request]], wanted: Wanted | None, sign: int) -> Iterator[Request]:
+    """Several lines as one, by rising (1) or falling (-1) position; a line that is no longer wanted is left."""
     heads: list[tuple[int, Request, Iterator[Request]]] = []
     for line in lines:
         for request in line:
@@ -324,17 +383,8 @@ def _merged(
         head = min(heads)
         heads.remove(head)
         _, request, line = head
-        # As long as no request of the other lines comes before.
-        next_of_others = min(heads)[0] if heads else math.inf
-        while wanted is None or (
-            wanted.without_cache if request.line == NO_CACHE else request.line == RESIDENT or wanted.swapped_out
-        ):
+        if wanted is None or wanted.includes(request.line):
             yield request
-            following = next(line, None)
-            if following is None:
-                break
-            request = following
-            key = sign * request.position
-            if key > next_of_others:
-                heads.append((key, request, line))
+            for following in line:
+                heads.append((sign * following.position, following, line))
                 break

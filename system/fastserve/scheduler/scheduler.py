@@ -63,13 +63,13 @@ class Scheduler:
     def update(self, iteration: Iteration, result: IterationResult) -> list[Request]:
         """An iteration has ended and the engine has advanced its requests. Returns the requests that leave."""
         policy, start, end = self.policy, result.start_s, result.end_s
-        on_progress, limits_waits, active = policy.on_progress, self._limits_waits, RequestStatus.ACTIVE
+        limits_waits, active = self._limits_waits, RequestStatus.ACTIVE
         left = []
         for request in iteration.requests:
             if request.status is active:
                 if limits_waits:
                     request.last_ran_s = end
-                on_progress(request, start, end)
+                policy.on_progress(request, start, end)
             else:
                 for leaving in policy.leaving(request):
                     self._remove(leaving)
@@ -129,14 +129,13 @@ class Scheduler:
         """Offer the batch to every request that can run, in order, and start the transfers that run beside it."""
         policy, mover = self.policy, self.mover
         requests, places = batch.requests, batch.places
-        offer, take, terms = batch.offer, batch.take_if_ready, policy.terms
         wanted = Wanted(True, mover.offers_swapped_out)
         num_passed_over = 0
         for request in self.queue.candidates(wanted):
             if request.in_flight:
                 continue
-            if not take(request):
-                outcome = offer(request, terms(request, batch))
+            if not batch.take_if_ready(request):
+                outcome = batch.offer(request, policy.terms(request, batch))
                 if outcome is NO_ROOM:
                     # A request behind it must not take the room that this one waits for.
                     wanted.without_cache = wanted.swapped_out = False
@@ -187,7 +186,7 @@ class Scheduler:
             self.queue.refile(request)
         requests = batch.requests
         if mover.must_wait:
-            preempted = self._preempt([r for r in batch.lost if r.request_id in running], now)
+            preempted = self._preempt([request for request in batch.lost if request.has_place], now)
             return Iteration(
                 swap_out=tuple(mover.swap_out),
                 swap_in=tuple(mover.swap_in),
@@ -196,19 +195,25 @@ class Scheduler:
                 stalled=tuple(requests),
             )
         preempted = ()
-        now_running = {request.request_id: request for request in requests}
-        if now_running != running:
+        num_kept = 0
+        for request in requests:
+            request.is_chosen = True
+            if request.has_place:
+                num_kept += 1
+        if num_kept < len(requests) or num_kept < len(running):
             losers: Iterable[Request] = batch.lost if policy.keeps_places else running.values()
             preempted = self._preempt(
-                [r for r in losers if r.request_id not in now_running and r.request_id in running and not r.in_flight],
+                [r for r in losers if r.has_place and not (r.is_chosen or r.in_flight)],
                 now,
             )
-            end_wait, on_start = policy.waiting.end, policy.on_start
-            for key, request in now_running.items():
-                if key not in running:
-                    running[key] = request
-                    end_wait(request)
-                    on_start(request, now)
+            for request in requests:
+                if not request.has_place:
+                    request.has_place = True
+                    running[request.request_id] = request
+                    policy.waiting.end(request)
+                    policy.on_start(request, now)
+        for request in requests:
+            request.is_chosen = False
         return Iteration(
             tuple(requests),
             tuple(batch.num_tokens),
@@ -224,17 +229,19 @@ class Scheduler:
         if not requests:
             return ()
         policy, running, limits_waits = self.policy, self.running, self._limits_waits
-        start_wait, may_starve, on_preempt = policy.waiting.start_preempted, policy.may_starve, policy.on_preempt
         for request in requests:
             del running[request.request_id]
-            if limits_waits and may_starve(request):
-                start_wait(request, now)
-            on_preempt(request, now)
+            request.has_place = False
+            if limits_waits and policy.may_starve(request):
+                policy.waiting.start_preempted(request, now)
+            policy.on_preempt(request, now)
         return tuple(requests)
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.request_id]
-        self.running.pop(request.request_id, None)
+        if request.has_place:
+            request.has_place = False
+            del self.running[request.request_id]
         self.queue.remove(request)
         self.policy.waiting.end(request)
         self.policy.on_remove(request)

@@ -42,8 +42,12 @@ class WaitList:
         if since >= self._last_since:
             self._last_since = since
             return
-        others = itertools.islice(reversed(requests.values()), 1, None)
-        for other in reversed(list(itertools.takewhile(lambda r: r.wait_ends_s > ends_s, others))):
+        later = []
+        for other in itertools.islice(reversed(requests.values()), 1, None):
+            if other.wait_ends_s <= ends_s:
+                break
+            later.append(other)
+        for other in reversed(later):
             requests.move_to_end(other.request_id)
 
     def start_preempted(self, request: Request, now: float) -> None:
@@ -56,7 +60,8 @@ class WaitList:
 
     def end(self, request: Request) -> None:
         """The request waits no longer, if it did."""
-        if self._requests.pop(request.request_id, None) is not None:
+        if request.wait_ends_s != math.inf:
+            del self._requests[request.request_id]
             request.wait_ends_s = math.inf
 
     def decide(self, now: float) -> None:
@@ -65,7 +70,12 @@ class WaitList:
 
     def due(self, now: float) -> list[Request]:
         """Requests that have waited too long, the longest wait first."""
-        return list(itertools.takewhile(lambda request: request.wait_ends_s <= now, self._requests.values()))
+        due = []
+        for request in self._requests.values():
+            if request.wait_ends_s > now:
+                break
+            due.append(request)
+        return due
 
     @property
     def first_end_s(self) -> float:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
-from fastserve.kvcache import KVCacheManager, Location
+from fastserve.kvcache import KVCacheManager
+from fastserve.kvcache.manager import HOST
 from fastserve.scheduler.batch import Terms
 from fastserve.scheduler.moving.base import CacheMover
 from fastserve.scheduler.need import InServiceOrder, NeedOrder
@@ -136,14 +137,13 @@ class MoveAhead(CacheMover):
         Returns whether all of them are in transfer or have room coming.
         """
         kv = self._kv
-        key = self._queue.key
-        keys_of_batch, places = [key(request) for request in self.batch.requests], self.batch.places - len(self.stalled)
+        queue, batch = self._queue, list(self.batch.requests)
+        places = self.batch.places - len(self.stalled)
         num_before = 0
         self._victims = None
         starts = kv.num_arriving_blocks < self._budget or kv.num_vacating_blocks < self._budget
         for request in self._queue.swapped_out():
-            key_of_request = key(request)
-            while num_before < len(keys_of_batch) and keys_of_batch[num_before] < key_of_request:
+            while num_before < len(batch) and queue.is_before(batch[num_before], request):
                 num_before += 1
             if num_before >= places:
                 break
@@ -151,7 +151,7 @@ class MoveAhead(CacheMover):
             first = not self.stalled
             self.stalled.append(request)
             # No request overtakes one that must wait now, and more room than a budget is of no use.
-            if starts and kv.location(request) is Location.HOST:
+            if starts and request.location is HOST:
                 starts = self.bring_in(request, is_first=first) and self.claimed_blocks < self._budget
         return starts
 
@@ -190,9 +190,9 @@ class MoveAhead(CacheMover):
         victims, found = [], coming
         # Callers come in priority order, so the iterator can be reused.
         self._victims = self._victims or self._need.victims(self.now)
-        queue, key = self._queue, self._queue.key(request)
+        queue = self._queue
         for victim in self._victims:
-            if queue.key(victim) <= key:
+            if not queue.is_before(request, victim):
                 if self._in_service_order:
                     break
             elif self._may_leave(victim):
@@ -252,7 +252,7 @@ class MoveAhead(CacheMover):
         now = self.now
         candidates = None
         for request in need.swapped_out(now):
-            if kv.location(request) is not Location.HOST or request in self.stalled:
+            if request.location is not HOST or request in self.stalled:
                 continue
             needed = kv.blocks_for(request.num_tokens)
             if self._start(request, needed, reserve):
