@@ -81,6 +81,14 @@ def test_few_rows_are_held_at_a_load_that_the_engine_can_carry() -> None:
     assert 16 <= max(held) <= 32  # 16 and those in the system.
 
 
+def test_rows_of_a_burst_are_written_while_it_is_served() -> None:
+    tables = _Tables()
+    recorder = RunRecorder(tables)
+    _engine("fastserve-fcfs").run(arrivals_of(_workload(1e6), None), recorder=recorder)
+    assert recorder.num_held < 3 * 16
+    assert all(len(rows) >= 16 for rows in tables.requests)
+
+
 def test_an_interruption_during_a_write_is_noticed() -> None:
     class Stopped(_Tables):
         def append(self, name: str, rows: pa.Table) -> None:

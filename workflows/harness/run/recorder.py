@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.client.answer import Exchange
 
 CHUNK = 8192
-"""Requests that are written at a time."""
+"""Requests that are written at a time, at least."""
 
 
 class TableSink(Protocol):
@@ -31,7 +31,7 @@ class RunRecorder:
     """Writes the rows of requests and iterations as they come, and keeps what the summary needs.
 
     The rows of requests are in order of arrival, so a finished request is held until all before it are done. At a load
-    that the system can carry, few more than CHUNK are held.
+    that the system can carry, at most a few times CHUNK are held.
     """
 
     def __init__(self, sink: TableSink, columns: Mapping[str, pa.DataType] = REQUEST_COLUMNS) -> None:
@@ -42,7 +42,7 @@ class RunRecorder:
         self._jobs: list[Job] = []
         """Jobs whose rows are not written yet, in order of arrival."""
         self._next_write = CHUNK
-        """How many must be held before the next attempt to write some."""
+        """How many arrivals must be held before the next attempt to write some; iterations make attempts too."""
         self._summary = Summary()
         self._counts = dict.fromkeys(COUNTED, 0)
         self._writes_begun = self._writes_ended = 0
@@ -69,6 +69,8 @@ class RunRecorder:
             with self._writing():
                 self._sink.append("iterations", iteration_table(records))
                 self.num_iterations += len(records)
+        if len(self._jobs) >= CHUNK:
+            self._write_done()
 
     def add_rows(self, rows: Sequence[RequestMetrics | Exchange]) -> None:
         """Write the rows of the next requests, in order of arrival. Raises OutputError."""
@@ -91,8 +93,10 @@ class RunRecorder:
         return self._summary.result(counted or {"iterations": self.num_iterations, **self._counts})
 
     def _write_done(self) -> None:
-        """Write the rows up to the first request that is not done."""
-        self._write(next((i for i, job in enumerate(self._jobs) if not job.is_done), len(self._jobs)))
+        """Write the rows up to the first request that is not done, if they are CHUNK at least."""
+        count = next((i for i, job in enumerate(self._jobs) if not job.is_done), len(self._jobs))
+        if count >= CHUNK:
+            self._write(count)
         self._next_write = len(self._jobs) + CHUNK
 
     def _write(self, count: int) -> None:
