@@ -21,6 +21,7 @@ from harness.analysis.derived import derived_metrics
 from harness.analysis.files import read_json, write_json
 from harness.experiments.points import run_name
 from harness.run.config import RunConfig, command_of
+from harness.run.results import parquet_options
 from harness.run.runner import run
 
 TABLES = ("requests", "iterations")
@@ -125,21 +126,14 @@ def read_batches(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _write_table(parts: Sequence[tuple[str, pa.Table]], path: Path) -> None:
-    """Write one table of all runs. Times are split by bytes, since their first bytes alone repeat."""
+    """Write one table of all runs."""
     names = pa.DictionaryArray.from_arrays(
         pa.array([i for i, (_, part) in enumerate(parts) for _ in range(part.num_rows)], pa.int32()),
         [name for name, _ in parts],
     )
     table = pa.concat_tables([part for _, part in parts]).append_column("run", names)
-    floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
     with atomic_write(path) as staging:
-        pq.write_table(
-            table,
-            staging,
-            compression="zstd",
-            use_dictionary=[name for name in table.column_names if name not in floats],
-            column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-        )
+        pq.write_table(table, staging, **parquet_options(table.schema))
 
 
 def _shared(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
