@@ -14,7 +14,7 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
 from fastserve.engine import Engine
 from fastserve.kvcache import Direction
-from fastserve.policies.gittins.index import gittins_index
+from fastserve.policies.gittins.index import GittinsIndex
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
 from fastserve.policies.gittins.policy import STAGES, Gittins
 from fastserve.policies.gittins.queue import FIRST_OF_ALL, Index, IndexQueue
@@ -130,9 +130,7 @@ def test_a_kind_is_known_by_its_own_once_there_are_enough() -> None:
 def index_of(hazards: np.ndarray, *, length_power: float = 0.0, setup: tuple[float, float, float] = (0, 0, 0)) -> Index:
     """A token takes a second of the machine, whoever's it is."""
     costs = np.tile(np.array(setup, dtype=float), (len(STAGES), 1))
-    return gittins_index(
-        STAGES, hazards, token_costs=np.ones(len(STAGES)), setup_costs=costs, length_power=length_power, step_s=1.0
-    )
+    return GittinsIndex(STAGES, length_power, step_s=1.0).compute(hazards, np.ones(len(STAGES)), costs)
 
 
 def hazards_of(shares: dict[int, float]) -> np.ndarray:
@@ -191,9 +189,7 @@ def test_the_index_is_the_best_of_all_stopping_stages(
     stages = Stages(exact=4, ratio=2.0, longest=64)
     hazards = np.array([*given_hazards, *[0.5] * (len(stages) - 9), 1.0])
     costs = np.tile(np.array(setup), (len(stages), 1))
-    index = gittins_index(
-        stages, hazards, token_costs=np.ones(len(stages)), setup_costs=costs, length_power=length_power, step_s=0.5
-    )
+    index = GittinsIndex(stages, length_power, step_s=0.5).compute(hazards, np.ones(len(stages)), costs)
     hazards = np.minimum(hazards, [*[1 - 1e-12] * (len(stages) - 1), 1.0])
     for stage in range(len(stages)):
         for part in (NO_CACHE, RESIDENT, SWAPPED_OUT):
@@ -287,6 +283,52 @@ def test_every_walk_is_in_order_of_the_index(data: st.DataObject) -> None:
                 assert queue.is_before(one, other) == (in_order.index(one) < in_order.index(other))
 
 
+def test_a_long_line_stays_in_order_while_its_front_leaves_and_returns() -> None:
+    queue = IndexQueue(3, 2.0, lambda request: 0)
+    queue.add_kind()
+    queue.set_index(0, Index(np.zeros((3, 3)), np.ones((3, 3))))
+    requests = [Request(f"{i}", i / 8, 1) for i in range(200)]
+    for request in requests:
+        queue.join(request, 1)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        # Mostly the front.
+        request = requests[int(200 * rng.random() ** 4)]
+        queue.move(request, 3 - request.level)
+        assert list(queue.in_order()) == requests
+        queue.move(request, request.level)
+    for i in range(199):
+        queue.remove(requests[i])
+        assert next(queue.in_order()) is requests[i + 1]
+        assert len(queue) == 199 - i
+
+
+@share(1 / 10)
+@given(st.data())
+def test_an_outlook_holds_as_long_as_no_other_request_comes_first(data: st.DataObject) -> None:
+    num_levels, growth = 3, data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+    queue = IndexQueue(num_levels, growth, lambda request: request.num_prompt_tokens)
+    drawn = st.lists(st.floats(-3, 3), min_size=3 * num_levels, max_size=3 * num_levels)
+    for kind in range(3):
+        queue.add_kind()
+        weights, leads = (np.array(data.draw(drawn)).reshape(num_levels, 3) for _ in range(2))
+        queue.set_index(kind, Index(weights, np.exp(leads)))
+    for i, (at, kind) in enumerate(data.draw(st.lists(st.tuples(st.floats(0, 4), st.integers(0, 2)), min_size=2))):
+        request = Request(f"{i}", at, max(kind, 1))
+        request.cache_state = RESIDENT
+        queue.join(request, data.draw(st.integers(1, 2)))
+    queue.now = 5.0
+    num_chosen = data.draw(st.integers(1, len(queue) - 1))
+    chosen = list(queue.in_order())[:num_chosen]
+    outlook = queue.outlook(chosen)
+    later = data.draw(st.floats(0, 50))
+    if not (outlook.holds_at(5.0) and outlook.holds_at(5.0 + later)):
+        return
+    for share_of_time in np.linspace(0, 1, 20).tolist():
+        queue.now = 5.0 + share_of_time * later
+        assert set(list(queue.in_order())[:num_chosen]) == set(chosen)
+
+
 def test_a_walk_that_wants_no_others_yields_only_requests_on_the_gpu() -> None:
     engine = make_engine("gittins")
     scheduler = engine.scheduler
@@ -371,7 +413,7 @@ def test_the_price_of_a_swap_is_measured() -> None:
     assert log.transfers
     # A block of 4 tokens takes 1 ms each way.
     assert engine.scheduler.policy._token_transfer_s == pytest.approx(0.00025)
-    weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
+    weights = np.array(engine.scheduler.queue._log_weights).reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
     assert (weights[:, RESIDENT] > weights[:, SWAPPED_OUT]).all()
     assert any(transfer.direction is Direction.IN for transfer in log.transfers)
 
@@ -379,7 +421,7 @@ def test_the_price_of_a_swap_is_measured() -> None:
 def test_free_swapping_weighs_nothing() -> None:
     engine = make_engine("gittins", {"switching_cost": 0}, num_gpu_blocks=30, max_batch_size=2)
     engine.run([arrival(f"{i}", 0.02 * i, 30, 40) for i in range(10)])
-    weights = engine.scheduler.queue._weights.reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
+    weights = np.array(engine.scheduler.queue._log_weights).reshape(-1, 1 + len(STAGES), 3)[kind_of_prompt(30), 1:]
     assert (weights[:, RESIDENT] == weights[:, SWAPPED_OUT]).all()
 
 

@@ -42,7 +42,10 @@ class Outcome(NamedTuple):
     num_decisions: int
 
 
-OPTIONS = ("alpha_s", "quantum_base_s", "reserve", "starvation_check_every", "first_iteration")
+OPTIONS = (
+    *("alpha_s", "quantum_base_s", "reserve", "starvation_check_every", "first_iteration"),
+    *("objective", "exponent", "memory_requests"),
+)
 
 
 def run(
@@ -163,6 +166,62 @@ def test_a_jump_ends_where_growth_fails() -> None:
     for swap in ("proactive", "reactive", "recompute", "none"):
         outcome = compare("fastserve-fcfs", swap, jobs, "even", num_gpu_blocks=20)
         assert outcome.num_decisions < len(outcome.iterations)
+
+
+# -- an index that rises with age --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swap", ["proactive", "reactive", "recompute", "none"])
+def test_gittins_jumps_while_requests_wait(swap: str) -> None:
+    # Prompts of 100 tokens, with outputs of 200, wait behind two that are found to be as long and are older.
+    jobs = [(f"{i}", 0.01 * i, 100, 200) for i in range(8)]
+    outcome = compare("gittins", swap, jobs, "uneven", alpha_s="none", max_batch_size=2, num_gpu_blocks=10_000)
+    assert outcome.num_decisions < len(outcome.iterations) / 4
+
+
+def test_gittins_jumps_while_caches_are_swapped_out() -> None:
+    jobs = [(f"{i}", 0.2 * i, 20 + 7 * i, 100) for i in range(12)]
+    sizes = {"num_gpu_blocks": 90, "num_host_blocks": 500, "max_batch_size": 2}
+    outcome = compare("gittins", "proactive", jobs, "uneven", alpha_s="none", **sizes)
+    assert outcome.num_decisions < len(outcome.iterations) * 3 / 4
+
+
+def test_gittins_stops_a_jump_where_a_waiting_request_starves() -> None:
+    # One place: b waits for alpha, runs one iteration, and waits again.
+    jobs = [("a", 0.0, 16, 200), ("b", 0.0, 16, 200)]
+    outcome = compare("gittins", "proactive", jobs, "even", alpha_s=0.125, max_batch_size=1)
+    assert outcome.num_decisions < len(outcome.iterations) * 2 / 3
+    # More starved requests than places do not come first.
+    jobs = [(f"{i}", i / 64, 16, 200) for i in range(4)]
+    outcome = compare("gittins", "proactive", jobs, "even", alpha_s=0.125, max_batch_size=1)
+    assert outcome.num_decisions < len(outcome.iterations) / 2
+
+
+@share(1 / 25)
+@given(
+    swap=st.sampled_from(["proactive", "reactive", "recompute", "none"]),
+    latency=st.sampled_from(sorted(LATENCIES)),
+    jobs=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(20, 200)), min_size=3, max_size=12),
+    num_gpu_blocks=st.integers(60, 400),
+    num_host_blocks=st.sampled_from([0, 60, 1000]),
+    max_batch_size=st.integers(1, 3),
+    alpha_s=st.sampled_from(["none", 0.125, 0.3]),
+    reserve=st.sampled_from(["history", "batch", "none"]),
+    objective=st.sampled_from(["slowdown", "jct"]),
+    exponent=st.sampled_from(["none", 1.0, 1.5, 5.0]),
+    memory_requests=st.sampled_from([3.0, 1000.0]),
+)
+def test_gittins_leaves_no_trace_of_jumps_while_requests_wait(
+    swap: str, latency: str, jobs: list[tuple[int, int, int]], **sizes
+) -> None:
+    at, arrivals = 0.0, []
+    for i, (gap, prompt, output) in enumerate(jobs):
+        at += gap / 256
+        arrivals.append((f"{i}", at, prompt, output))
+    compare("gittins", swap, arrivals, latency, **sizes)
+
+
+# -- any policy --------------------------------------------------------------------------------------------------------
 
 
 @share(1 / 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.latency import LatencyModel
-from fastserve.policies.gittins.index import gittins_index
+from fastserve.policies.gittins.index import GittinsIndex
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
 from fastserve.policies.gittins.queue import FIRST_OF_ALL, IndexQueue
 from fastserve.scheduler import Policy, PreemptiveOptions, register
@@ -24,6 +24,8 @@ STAGES = Stages()
 _EXPONENTS = {"slowdown": 3.0, "jct": 1.0}
 _REFRESHES_PER_MEMORY = 32
 """How often the index of a kind is computed anew while as many finish as are remembered, or were known before."""
+_FEWEST = 3
+"""Decisions alike that are worth a jump."""
 _NEWEST_TRANSFER = 0.05
 """Share of the newest transfer in the running mean of what moving a token takes."""
 
@@ -59,6 +61,18 @@ class GittinsOptions(PreemptiveOptions):
             raise ConfigError(f"switching_cost must be a finite number of at least 0, got {self.switching_cost!r}")
 
 
+class _Costs(NamedTuple):
+    """Machine time (s) for requests of a kind, by stage."""
+
+    contexts: np.ndarray
+    """Tokens in the cache."""
+    of_token: np.ndarray
+    """Of a token: its share of a full batch."""
+    of_setup: np.ndarray
+    """Before the first token, by cache state: of computing the prompt and what was produced, beside a batch of their
+    like, or of moving the cache."""
+
+
 @dataclass(slots=True)
 class _PolicyState:
     """How far a request has come."""
@@ -68,6 +82,12 @@ class _PolicyState:
     stage: int = 0
     stage_ends: int = STAGES.ends[0]
     """Output tokens with which the next stage begins."""
+
+
+def _tokens_to_next_stage(request: Request) -> int:
+    """How many tokens a request has to generate until its stage is over."""
+    state: _PolicyState = request.policy_state
+    return state.stage_ends - request.num_output_tokens
 
 
 @register
@@ -96,12 +116,13 @@ class Gittins(Policy):
         super().__init__(config, kv, latency, options, longest_wait_s=options.alpha_s)
         self.max_passed_over = options.max_passed_over
         self.history = LengthHistory(STAGES, options.memory_requests)
-        self._length_power = self.exponent if options.objective == "slowdown" else 0.0
         self._refreshed_at: list[int] = []
         """For each kind, how many requests had finished when its index was last computed."""
-        self._costs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        """For each kind, by stage, machine time of a token, and of computing the prompt and what was produced (s)."""
-        self._step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
+        self._known_before: dict[int, tuple[np.ndarray, float]] = {}
+        """For a kind without requests, hazards and transfer time from which to compute its index when one comes."""
+        self._costs: dict[int, _Costs] = {}
+        step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
+        self._index = GittinsIndex(STAGES, self.exponent if options.objective == "slowdown" else 0.0, step_s)
         self._token_transfer_s = 0.0
         """Measured: seconds the link needs to move the cache of a token, one way."""
         self._starved: dict[str, Request] = {}
@@ -145,49 +166,44 @@ class Gittins(Policy):
             self._refresh(kind)
         return kind
 
-    def _price(self, num_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Machine time (s) for requests with such prompts, by stage: of a token, its share of a full batch; and of
-        computing the prompt and what was produced, beside a batch of their like."""
+    def _price(self, num_prompt_tokens: int) -> _Costs:
         time, places = self.latency.iteration_time, self.config.max_batch_size
         contexts = [num_prompt_tokens + start for start in STAGES.starts]
         of_token = np.array([time((), (context,) * places) for context in contexts]) / places
         others = (num_prompt_tokens,) * (places - 1)
         without = time((), (*others, num_prompt_tokens))
-        return of_token, np.array([max(0.0, time((context,), others) - without) for context in contexts])
+        of_setup = np.zeros((len(STAGES), 3))
+        of_setup[:, NO_CACHE] = [max(0.0, time((context,), others) - without) for context in contexts]
+        return _Costs(np.array(contexts), of_token, of_setup)
 
-    def _refresh_if_stale(self, kind: int) -> None:
+    def _is_stale(self, kind: int) -> bool:
         seen, memory = self._refreshed_at[kind], self.options.memory_requests
-        if self.history.num_finished - seen > min(seen, memory) / _REFRESHES_PER_MEMORY:
-            self._refresh(kind)
+        return self.history.num_finished - seen > min(seen, memory) / _REFRESHES_PER_MEMORY
 
     def _refresh(self, kind: int) -> None:
         """Compute the index of a kind from what is known by now."""
         self._refreshed_at[kind] = self.history.num_finished
+        self._known_before.pop(kind, None)
+        self._weigh(kind, self.history.hazards(kind), self._token_transfer_s)
+
+    def _weigh(self, kind: int, hazards: np.ndarray, token_transfer_s: float) -> None:
         if kind not in self._costs:
             self._costs[kind] = self._price(prompt_of_kind(kind))
-        token_costs, prompt_costs = self._costs[kind]
-        setup_costs = np.zeros((len(STAGES), 3))
-        setup_costs[:, NO_CACHE] = prompt_costs
+        costs = self._costs[kind]
         # While a cache moves out and in, its place in the batch stands empty at worst.
-        contexts = prompt_of_kind(kind) + np.array(STAGES.starts)
-        moving_s = 2 * self._token_transfer_s * contexts
-        setup_costs[:, SWAPPED_OUT] = self.options.switching_cost * moving_s / self.config.max_batch_size
-        index = gittins_index(
-            STAGES,
-            self.history.hazards(kind),
-            token_costs=token_costs,
-            setup_costs=setup_costs,
-            length_power=self._length_power,
-            step_s=self._step_s,
-        )
-        self.queue.set_index(kind, index)
+        moving_s = 2 * token_transfer_s * costs.contexts
+        costs.of_setup[:, SWAPPED_OUT] = self.options.switching_cost * moving_s / self.config.max_batch_size
+        self.queue.set_index(kind, self._index.compute(hazards, costs.of_token, costs.of_setup))
 
     # -- the life of a request ---------------------------------------------------------------------------------
 
     def on_add(self, request: Request) -> None:
         """Join."""
         kind = self._kind(request.num_prompt_tokens)
-        self._refresh_if_stale(kind)
+        if self._is_stale(kind):
+            self._refresh(kind)
+        elif kind in self._known_before:
+            self._weigh(kind, *self._known_before.pop(kind))
         request.policy_state = _PolicyState(kind)
         self.queue.join(request, 1)
 
@@ -198,7 +214,7 @@ class Gittins(Policy):
     def on_progress(self, request: Request, start: float, end: float) -> None:
         """Move on when a stage of its life is over."""
         state: _PolicyState = request.policy_state
-        num_output_tokens = request.num_output_tokens
+        num_output_tokens = request.num_tokens - request.num_prompt_tokens
         if num_output_tokens < state.stage_ends and request.level:
             return
         while num_output_tokens >= state.stage_ends and state.stage < len(STAGES) - 1:
@@ -212,8 +228,14 @@ class Gittins(Policy):
         self._starved.pop(request.request_id, None)
         if request.status is RequestStatus.FINISHED:
             state: _PolicyState = request.policy_state
-            self.history.finished(state.kind, state.stage)
-            self._refresh_if_stale(state.kind)
+            kind = state.kind
+            self.history.finished(kind, state.stage)
+            if self._is_stale(kind):
+                if self.queue.num_of_kind(kind):
+                    self._refresh(kind)
+                else:
+                    self._refreshed_at[kind] = self.history.num_finished
+                    self._known_before[kind] = self.history.hazards(kind), self._token_transfer_s
 
     # -- starvation --------------------------------------------------------------------------------------------
 
@@ -224,7 +246,7 @@ class Gittins(Policy):
     def prepare(self, now: float) -> None:
         """Set the time of the indices, and put starved requests first if they fit one batch."""
         self.queue.now = now
-        if self._starved or self._are_first:
+        if self._starved:
             self._put_starved_first(self._fit_one_batch(self._starved))
 
     def _fit_one_batch(self, requests: dict[str, Request]) -> bool:
@@ -248,12 +270,71 @@ class Gittins(Policy):
     # -- identical decisions -----------------------------------------------------------------------------------
 
     def steady_until(self, now: float, is_clear: bool) -> float:
-        """Without limit if all requests run; `now` if one waits."""
-        return math.inf if self._all_run(is_clear) else now
+        """Without limit if all requests run; else until a wait is too long, or `now` if the batch changes soon."""
+        if not is_clear:
+            return now
+        running = self.running
+        if len(running) == len(self.queue):
+            return math.inf
+        until = self._index_decides_until()
+        if until <= now or len(running) != self.config.max_batch_size:
+            return now
+        requests = list(running.values())
+        left = [_tokens_to_next_stage(request) for request in requests]
+        if min(left) < _FEWEST and self._stages_move_caches(_FEWEST):
+            return now
+        step_s = self.latency.iteration_time((), [request.num_tokens for request in requests])
+        times = [now + k * step_s for k in range(_FEWEST)]
+        return until if self._num_ahead(requests, left, times) == _FEWEST else now
 
     def repeats(self, times: np.ndarray, is_clear: bool) -> int:
-        """All of them if all requests run."""
-        return len(times) - 1 if self._all_run(is_clear) else 1
+        """All of them if all requests run; else as long as those that run come first and no wait is too long."""
+        if not is_clear:
+            return 1
+        count = len(times) - 1
+        running = self.running
+        if len(running) == len(self.queue):
+            return count
+        requests = list(running.values())
+        if len(running) != self.config.max_batch_size or min([r.level for r in requests]) == FIRST_OF_ALL:
+            return 1
+        # Iteration k is decided at times[k], and requests whose wait has ended by then count as starved first.
+        count = min(count, int(np.searchsorted(times[:count], self._index_decides_until(), side="left")))
+        left = [_tokens_to_next_stage(request) for request in requests]
+        if self._stages_move_caches(count):
+            count = min(count, *left)
+        return max(1, self._num_ahead(requests, left, times[:count].tolist()))
+
+    def _num_ahead(self, requests: list[Request], left: list[int], times: list[float]) -> int:
+        """At how many of these times (s) in a row the requests come before all others.
+
+        Each produces a token from one time to the next, and enters its next stage after `left` tokens.
+        """
+        outlook = self.queue.outlook(requests)
+        stages = [request.policy_state.stage for request in requests]
+        count, first = len(times), 0
+        while first < count:
+            end = min(count, *left)
+            if end <= first or not outlook.holds_at(times[first]):
+                return first
+            if not outlook.holds_at(times[end - 1]):
+                known, end = first, end - 1
+                while end - known > 1:
+                    middle = (known + end) // 2
+                    if outlook.holds_at(times[middle]):
+                        known = middle
+                    else:
+                        end = middle
+                return end
+            first = end
+            for index, request in enumerate(requests):
+                if left[index] == end:
+                    stages[index] += 1
+                    if stages[index] == len(STAGES):
+                        return end
+                    outlook.enter_next_level(index)
+                    left[index] = STAGES.ends[stages[index]] - request.num_output_tokens
+        return count
 
     def on_repeated(self, requests: Sequence[Request], times: np.ndarray) -> None:
         """Only the progress at the end matters."""
@@ -261,5 +342,18 @@ class Gittins(Policy):
         for request in requests:
             self.on_progress(request, start, end)
 
-    def _all_run(self, is_clear: bool) -> bool:
-        return is_clear and len(self.running) == len(self.queue)
+    def _index_decides_until(self) -> float:
+        """Until when (s) starved requests do not come first, if no request starts until then."""
+        if not self._starved:
+            return self.waiting.first_end_s
+        # If more starve, they fit one batch still less.
+        return -math.inf if self._fit_one_batch(self._starved) else math.inf
+
+    def _stages_move_caches(self, count: int) -> bool:
+        """Whether caches may move, in `count` iterations of the same batch, because requests enter their next stage."""
+        if self.options.swap != "proactive":
+            return False
+        kv = self.kv
+        growth = len(self.running) * (1 + count // kv.block_size)
+        most_reserved = self.options.most_reserved(kv.config.num_gpu_blocks)
+        return self.queue.num_swapped_out > 0 or kv.num_free_gpu_blocks < growth + most_reserved

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.scheduler.queue import ServiceOrder, Wanted
 
-FIRST_OF_ALL = 0
+FIRST_OF_ALL: Final = 0
 """The level of requests that come before all others, in the order in which they got there."""
-_FEW = 24
-"""Lines that Python sorts sooner than numpy."""
-_SLACK = 1e-6
-"""numpy's logarithm and Python's may differ in the last digit: heads are taken out by the one, a little early, and
-compared by the other."""
+_MARGIN: Final = 1e-9
+"""Indices whose logarithms are this far apart now and at a later time are in the same order at any time between."""
+_SPARE: Final = 32
+"""Free places at the front of a line that are kept without a look at the length of the line."""
 
-
-_Sorted = tuple[tuple[int, float], list[tuple[float, int]]]
-"""Version and time of a sort, and what came of it: bounds and lines."""
+_Head = tuple[float, int, int, int]
+"""A request in a walk: its key, its position, its line and its index there; key and position negative if backward."""
 
 
 class Index(NamedTuple):
@@ -36,6 +34,97 @@ class Index(NamedTuple):
 
     log_weights: np.ndarray
     leads_s: np.ndarray
+
+
+class _Line:
+    """Requests in order of position. Most leave at the front, which therefore has free places: `first` of them."""
+
+    __slots__ = ("first", "positions", "requests")
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.positions: list[int] = []
+        self.requests: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self.positions) - self.first
+
+    def insert(self, request: Request) -> None:
+        position, positions, first = request.position, self.positions, self.first
+        if not positions or position > positions[-1]:
+            positions.append(position)
+            self.requests.append(request)
+        elif first and position < positions[first]:
+            self.first = first = first - 1
+            positions[first] = position
+            self.requests[first] = request
+        else:
+            index = bisect_left(positions, position, first)
+            positions.insert(index, position)
+            self.requests.insert(index, request)
+
+    def remove(self, request: Request) -> None:
+        position, positions, first = request.position, self.positions, self.first
+        if positions[-1] == position:
+            positions.pop()
+            self.requests.pop()
+        elif positions[first] == position:
+            self.first = first = first + 1
+        else:
+            index = bisect_left(positions, position, first)
+            del positions[index], self.requests[index]
+        if first == len(positions) or (first > _SPARE and 2 * first > len(positions)):
+            del positions[:first], self.requests[:first]
+            self.first = 0
+
+
+class Outlook:
+    """Some requests, and the first other request of every line: whether the former come first at a later time.
+
+    `weight^(1/growth) · (age + lead)` gives the same order and rises at a constant rate. So of two requests that keep
+    their lines, one comes first until some time and the other from then on.
+    """
+
+    __slots__ = ("_arrivals_s", "_growth", "_leads_s", "_lines", "_log_weights", "_others")
+
+    def __init__(
+        self,
+        growth: float,
+        log_weights: list[float],
+        leads_s: list[float],
+        requests: list[tuple[int, float]],
+        others: list[tuple[int, float]],
+    ) -> None:
+        """`requests` and `others`: the line of each and when it arrived (s)."""
+        self._growth = growth
+        self._log_weights = log_weights
+        self._leads_s = leads_s
+        self._lines = [line for line, _ in requests]
+        self._arrivals_s = [arrival_s for _, arrival_s in requests]
+        self._others = others
+
+    def enter_next_level(self, index: int) -> None:
+        """The request with this index moves one level on."""
+        self._lines[index] += 3
+
+    def holds_at(self, now: float) -> bool:
+        """Whether the requests come before all others at a time (s), by more than what rounding changes."""
+        growth, log, log_weights, leads_s = self._growth, math.log, self._log_weights, self._leads_s
+        last = math.inf
+        for line, arrival_s in zip(self._lines, self._arrivals_s, strict=True):
+            log_index = log_weights[line]
+            if growth:
+                log_index += growth * log(now - arrival_s + leads_s[line])
+            if log_index < last:
+                last = log_index
+        last -= _MARGIN
+        for line, arrival_s in self._others:
+            log_index = log_weights[line]
+            if growth:
+                log_index += growth * log(now - arrival_s + leads_s[line])
+            if log_index >= last:
+                return False
+        return True
 
 
 class IndexQueue(ServiceOrder):
@@ -55,57 +144,57 @@ class IndexQueue(ServiceOrder):
         self._last_position = 0
         self._entries: dict[Request, tuple[int, int]] = {}
         """Of each request, the first line of its kind and its position by arrival."""
-        self._lines: list[list[tuple[int, Request]]] = []
-        """By kind, level and cache state, in this order: requests and their positions, in order of these."""
+        self._num_of_kind: list[int] = []
+        self._lines: list[_Line] = []
+        """By kind, level and cache state, in this order."""
         self._occupied: tuple[set[int], set[int], set[int]] = (set(), set(), set())
         """The lines that hold requests, by cache state."""
         self._log_weights: list[float] = []
         self._leads_s: list[float] = []
-        # The same again, to compute with at once, and when the first and the last of each line arrived.
-        self._weights = np.empty(0)
-        self._leads = np.empty(0)
-        self._heads = np.empty(0)
-        self._tails = np.empty(0)
-        self._forward: _Sorted = (-1, 0.0), []
-        self._backward: _Sorted = (-1, 0.0), []
+        # Walks of one decision begin with the same heads.
+        self._heads_version = -1
+        self._heads_now = 0.0
+        self._forward: list[_Head] | None = None
+        self._swapped_out: list[_Head] | None = None
+        self._backward: list[_Head] | None = None
 
     def add_kind(self) -> None:
         """Add a kind; a request's kind must be known before it joins."""
         lines_of_kind = 3 * self._num_levels
-        self._lines += [[] for _ in range(lines_of_kind)]
+        self._num_of_kind.append(0)
+        self._lines += [_Line() for _ in range(lines_of_kind)]
         self._log_weights += [0.0] * lines_of_kind
         self._leads_s += [0.0] * lines_of_kind
-        nothing = np.zeros(lines_of_kind)
-        self._weights = np.concatenate((self._weights, nothing))
-        self._leads = np.concatenate((self._leads, nothing))
-        self._heads = np.concatenate((self._heads, nothing))
-        self._tails = np.concatenate((self._tails, nothing))
 
     def set_index(self, kind: int, index: Index) -> None:
         """Weigh all requests of a kind anew."""
         self.version += 1
         first = 3 * kind * self._num_levels
         rows = slice(first, first + 3 * self._num_levels)
-        log_weights = index.log_weights.copy()
-        log_weights[FIRST_OF_ALL] = math.inf
-        self._weights[rows] = log_weights.ravel()
-        self._leads[rows] = index.leads_s.ravel()
-        self._log_weights[rows] = self._weights[rows].tolist()
-        self._leads_s[rows] = self._leads[rows].tolist()
+        self._log_weights[rows] = index.log_weights.ravel().tolist()
+        self._log_weights[first : first + 3] = [math.inf] * 3
+        self._leads_s[rows] = index.leads_s.ravel().tolist()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def num_of_kind(self, kind: int) -> int:
+        """How many requests of a kind are in the queue."""
+        return self._num_of_kind[kind]
 
     # -- changes -----------------------------------------------------------------------------------------------
 
     def join(self, request: Request, level: int) -> None:  # noqa: D102 (as in ServiceOrder; so below)
         self.version += 1
-        request.line = request.cache_state
-        self.num_swapped_out += request.line == SWAPPED_OUT
-        self.now = max(self.now, request.arrival_s)
-        self._last_position += 1
-        self._entries[request] = 3 * self._num_levels * self._kind_of(request), self._last_position
-        request.position = self._last_position
+        state = request.line = request.cache_state
+        if state == SWAPPED_OUT:
+            self.num_swapped_out += 1
+        if request.arrival_s > self.now:
+            self.now = request.arrival_s
+        kind = self._kind_of(request)
+        self._num_of_kind[kind] += 1
+        self._last_position = request.position = position = self._last_position + 1
+        self._entries[request] = 3 * self._num_levels * kind, position
         self._enter(request, level)
 
     def move(self, request: Request, level: int) -> None:  # noqa: D102
@@ -115,9 +204,11 @@ class IndexQueue(ServiceOrder):
 
     def remove(self, request: Request) -> None:  # noqa: D102
         self.version += 1
-        self.num_swapped_out -= request.line == SWAPPED_OUT
+        if request.line == SWAPPED_OUT:
+            self.num_swapped_out -= 1
         self._leave(request)
-        del self._entries[request]
+        first_line, _ = self._entries.pop(request)
+        self._num_of_kind[first_line // (3 * self._num_levels)] -= 1
 
     def refile(self, request: Request) -> None:  # noqa: D102
         # Its weight changes with the state of its cache.
@@ -132,31 +223,25 @@ class IndexQueue(ServiceOrder):
         return self._entries[request][0] + 3 * request.level + request.line
 
     def _enter(self, request: Request, level: int) -> None:
+        first_line, position = self._entries[request]
         if level != FIRST_OF_ALL:
-            request.position = self._entries[request][1]
+            request.position = position
         elif request.level != level:
             self._last_position += 1
             request.position = self._last_position
         request.level = level
-        number = self._line_of(request)
+        number = first_line + 3 * level + request.line
         line = self._lines[number]
-        if not line:
+        if not line.positions:
             self._occupied[request.line].add(number)
-        insort(line, (request.position, request))
-        self._note_ends(number, line)
+        line.insert(request)
 
     def _leave(self, request: Request) -> None:
         number = self._line_of(request)
         line = self._lines[number]
-        del line[bisect_left(line, (request.position,))]
-        if line:
-            self._note_ends(number, line)
-        else:
+        line.remove(request)
+        if not line.positions:
             self._occupied[request.line].remove(number)
-
-    def _note_ends(self, number: int, line: list[tuple[int, Request]]) -> None:
-        self._heads[number] = line[0][1].arrival_s
-        self._tails[number] = line[-1][1].arrival_s
 
     # -- the order ---------------------------------------------------------------------------------------------
 
@@ -164,7 +249,9 @@ class IndexQueue(ServiceOrder):
         return -self._log_index(request, self._line_of(request)), request.position
 
     def is_before(self, request: Request, other: Request) -> bool:  # noqa: D102
-        return self.key(request) < self.key(other)
+        key = self._log_index(request, self._line_of(request))
+        key_of_other = self._log_index(other, self._line_of(other))
+        return key > key_of_other or (key == key_of_other and request.position < other.position)
 
     def fits(self, request: Request, places: int) -> bool:
         """Whether the request is in level 0, or all requests are no more than `places`.
@@ -187,69 +274,89 @@ class IndexQueue(ServiceOrder):
     # -- walks -------------------------------------------------------------------------------------------------
 
     def in_order(self) -> Iterator[Request]:  # noqa: D102
-        return self._walk(self._lines_in_order())
+        return self._walk(self._heads_forward(), 1, None)
 
     def candidates(self, wanted: Wanted) -> Iterator[Request]:  # noqa: D102
-        return self._walk(self._lines_in_order(), wanted)
+        return self._walk(self._heads_forward(), 1, wanted)
 
     def swapped_out(self) -> Iterator[Request]:  # noqa: D102
-        return self._walk([line for line in self._lines_in_order() if line[1] % 3 == SWAPPED_OUT])
+        self._forget_old_heads()
+        if self._swapped_out is None:
+            self._swapped_out = self._heads((SWAPPED_OUT,), 1)
+        return self._walk(self._swapped_out, 1, None)
 
     def victims(self) -> Iterator[Request]:  # noqa: D102
-        if self._backward[0] != (self.version, self.now):
-            self._backward = (self.version, self.now), self._sorted((RESIDENT,), self._tails, -1)
-        return self._walk(self._backward[1], sign=-1)
+        self._forget_old_heads()
+        if self._backward is None:
+            self._backward = self._heads((RESIDENT,), -1)
+        return self._walk(self._backward, -1, None)
 
-    def _lines_in_order(self) -> list[tuple[float, int]]:
-        if self._forward[0] != (self.version, self.now):
-            self._forward = (self.version, self.now), self._sorted((NO_CACHE, RESIDENT, SWAPPED_OUT), self._heads, 1)
-        return self._forward[1]
+    def _heads_forward(self) -> list[_Head]:
+        self._forget_old_heads()
+        if self._forward is None:
+            self._forward = self._heads((NO_CACHE, RESIDENT, SWAPPED_OUT), 1)
+        return self._forward
 
-    def _sorted(self, states: tuple[CacheState, ...], arrivals: np.ndarray, sign: int) -> list[tuple[float, int]]:
-        """The lines of these cache states in the order of the returned bounds: of a line, the key of a request that
-        arrived at its time in `arrivals`, or a little less."""
-        occupied = [number for state in states for number in self._occupied[state]]
-        if len(occupied) <= _FEW:
-            end = 0 if sign > 0 else -1
-            return sorted(
-                [(-sign * self._log_index(self._lines[line][end][1], line) - _SLACK, line) for line in occupied]
-            )
-        numbers = np.array(occupied)
-        log_index = self._weights[numbers]
-        if self._growth:
-            log_index += self._growth * np.log(self.now - arrivals[numbers] + self._leads[numbers])
-        bounds = -sign * log_index - _SLACK
-        by_bound = np.argsort(bounds, kind="stable")
-        return list(zip(bounds[by_bound].tolist(), numbers[by_bound].tolist(), strict=True))
+    def _forget_old_heads(self) -> None:
+        if self._heads_version != self.version or self._heads_now != self.now:
+            self._heads_version, self._heads_now = self.version, self.now
+            self._forward = self._swapped_out = self._backward = None
 
-    def _walk(self, lines: list[tuple[float, int]], wanted: Wanted | None = None, sign: int = 1) -> Iterator[Request]:
+    def _heads(self, states: Sequence[CacheState], sign: int) -> list[_Head]:
+        """The first requests (1) or the last (-1) of the lines of these cache states, in the order of a walk."""
+        heads: list[_Head] = []
+        now, growth, log, lines = self.now, self._growth, math.log, self._lines
+        log_weights, leads_s = self._log_weights, self._leads_s
+        for state in states:
+            for number in self._occupied[state]:
+                line = lines[number]
+                index = line.first if sign > 0 else len(line.positions) - 1
+                log_index = log_weights[number]
+                if growth:
+                    log_index += growth * log(now - line.requests[index].arrival_s + leads_s[number])
+                heads.append((-sign * log_index, sign * line.positions[index], number, index))
+        heads.sort()
+        return heads
+
+    def _walk(self, heads: list[_Head], sign: int, wanted: Wanted | None) -> Iterator[Request]:
         """The requests of these lines as one, forward (1) or backward (-1); a line that is no longer wanted is left."""
-        heads: list[tuple[float, int, Request, Iterator[tuple[int, Request]], int]] = []
-        unopened = iter(lines)
-        bound, line = next(unopened, (math.inf, -1))
+        lines = self._lines
+        following: list[_Head] = []
+        """Of lines whose head is taken, the next."""
+        num_taken, num_heads = 0, len(heads)
         while True:
-            # Every line that may hold the next request is opened before one is taken.
-            while line >= 0 and not (heads and heads[0][0] < bound):
-                if wanted is None or _is_wanted(wanted, line % 3):
-                    rest = iter(self._lines[line]) if sign > 0 else reversed(self._lines[line])
-                    position, request = next(rest)
-                    key = -sign * self._log_index(request, line)
-                    heapq.heappush(heads, (key, sign * position, request, rest, line))
-                bound, line = next(unopened, (math.inf, -1))
-            if not heads:
-                return
-            _, _, request, rest, number = heads[0]
-            if wanted is None or _is_wanted(wanted, request.line):
-                yield request
-                for position, following in rest:
-                    key = -sign * self._log_index(following, number)
-                    heapq.heapreplace(heads, (key, sign * position, following, rest, number))
-                    break
-                else:
-                    heapq.heappop(heads)
+            if num_taken < num_heads and not (following and following[0] < heads[num_taken]):
+                _, _, number, index = heads[num_taken]
+                num_taken += 1
+            elif following:
+                _, _, number, index = heapq.heappop(following)
             else:
-                heapq.heappop(heads)
+                return
+            if wanted is not None:
+                state = number % 3
+                if state != RESIDENT and not (wanted.without_cache if state == NO_CACHE else wanted.swapped_out):
+                    continue
+            line = lines[number]
+            yield line.requests[index]
+            index += sign
+            if line.first <= index < len(line.positions):
+                request = line.requests[index]
+                key = -sign * self._log_index(request, number)
+                heapq.heappush(following, (key, sign * line.positions[index], number, index))
 
+    # -- the order to come -------------------------------------------------------------------------------------
 
-def _is_wanted(wanted: Wanted, state: int) -> bool:
-    return state == RESIDENT or (wanted.without_cache if state == NO_CACHE else wanted.swapped_out)
+    def outlook(self, requests: Sequence[Request]) -> Outlook:
+        """Whether these requests will come before all others; valid until the queue changes."""
+        chosen = set(requests)
+        others: list[tuple[int, float]] = []
+        for numbers in self._occupied:
+            for number in numbers:
+                line = self._lines[number]
+                for index in range(line.first, len(line.positions)):
+                    request = line.requests[index]
+                    if request not in chosen:
+                        others.append((number, request.arrival_s))
+                        break
+        lines = [(self._line_of(request), request.arrival_s) for request in requests]
+        return Outlook(self._growth, self._log_weights, self._leads_s, lines, others)
