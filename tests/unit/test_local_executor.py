@@ -238,7 +238,8 @@ class Caches:
     def complete(self) -> None:
         """Take note of the copies that have ended, and look at what came back."""
         back = []
-        for transfer, start, end in self.executor.finished_transfers():
+        for finished in self.executor.finished_transfers():
+            transfer, start, end = finished.transfer, finished.start_s, finished.end_s
             assert start <= end
             self.num_swapped += 1
             self.kv.complete(transfer)

@@ -201,6 +201,9 @@ class Request:
     """Computed tokens when its cache was last swapped in: if there are no more now, it has not run since."""
     wait_ends_s: float = field(init=False, default=math.inf)
     """When it will have waited as long as its policy lets it; infinite while no limited wait runs."""
+    wait_before: Request | None = field(init=False, default=None, repr=False)
+    """The waiting request whose wait ends next before this one's; so does that of `wait_behind`, after it."""
+    wait_behind: Request | None = field(init=False, default=None, repr=False)
     last_ran_s: float = field(init=False, default=0.0)
     """When its last iteration ended (s)."""
     policy_state: Any = field(init=False, default=None, repr=False)

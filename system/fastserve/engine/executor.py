@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,12 +12,15 @@ from fastserve.kvcache import Transfer
 from fastserve.scheduler.iteration import Iteration, IterationResult
 
 
-class FinishedTransfer(NamedTuple):
-    """A transfer and when it took place."""
+class FinishedTransfer:
+    """A transfer and when it took place (seconds)."""
 
-    transfer: Transfer
-    start_s: float
-    end_s: float
+    __slots__ = ("end_s", "start_s", "transfer")
+
+    def __init__(self, transfer: Transfer, start_s: float, end_s: float) -> None:
+        self.transfer: Transfer = transfer
+        self.start_s: float = start_s
+        self.end_s: float = end_s
 
 
 class Executor(ABC):

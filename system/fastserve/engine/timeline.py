@@ -143,7 +143,7 @@ class Timeline(Observer):
 
     def on_transfer(self, finished: FinishedTransfer) -> None:
         """A transfer has ended."""
-        transfer, start_s, end_s = finished
+        transfer, start_s, end_s = finished.transfer, finished.start_s, finished.end_s
         request_id, num_bytes = transfer.request.request_id, transfer.num_bytes
         args: dict[str, Any] = {"request": request_id, "bytes": num_bytes}
         if end_s > start_s:

@@ -26,16 +26,23 @@ class BlockPool:
                 f"{self.name} pool: {count} blocks asked for, {self.num_free} of {self.num_blocks} free"
             )
         self.num_free -= count
-        kept = max(0, len(self._freed) - count)
-        taken = self._freed[: kept - 1 if kept else None : -1]
-        del self._freed[kept:]
-        fresh = range(self._num_used, self._num_used + count - len(taken))
-        self._num_used = fresh.stop
-        return [*taken, *fresh]
+        freed = self._freed
+        kept = len(freed) - count
+        if kept >= 0:
+            taken = freed[kept:]
+            del freed[kept:]
+            taken.reverse()
+            return taken
+        first = self._num_used
+        self._num_used = first - kept
+        taken = freed[::-1]
+        freed.clear()
+        taken.extend(range(first, self._num_used))
+        return taken
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back."""
-        self._freed.extend(reversed(blocks))
+        self._freed += blocks[::-1]
         self.num_free += len(blocks)
         if len(self._freed) > self._num_used:
             raise BlockOwnershipError(f"{self.name} pool: more blocks free than exist, some were freed twice")

@@ -140,7 +140,8 @@ class KVCacheManager:
         request.cache_state = SWAPPED_OUT
         request.cache_capacity = 0
         self.num_vacating_blocks += len(request.gpu_blocks)
-        return self._transfer(request, OUT, request.gpu_blocks[:used], request.host_blocks)
+        source = request.gpu_blocks
+        return self._transfer(request, OUT, source if len(source) == used else source[:used], request.host_blocks)
 
     def begin_swap_in(self, request: Request) -> Transfer:
         """Start moving a request's cache back to the GPU, with room for the tokens it has to compute next.
@@ -155,8 +156,10 @@ class KVCacheManager:
         request.gpu_blocks = self._gpu.allocate(self.blocks_for(request.num_tokens))
         request.location = SWAPPING_IN
         self.num_arriving_blocks += len(request.gpu_blocks)
-        used = len(request.host_blocks)
-        return self._transfer(request, IN, request.host_blocks, request.gpu_blocks[:used])
+        used, destination = len(request.host_blocks), request.gpu_blocks
+        return self._transfer(
+            request, IN, request.host_blocks, destination if len(destination) == used else destination[:used]
+        )
 
     def complete(self, transfer: Transfer) -> None:
         """The copy has ended: free the side it left, and all of it if the request ended meanwhile."""

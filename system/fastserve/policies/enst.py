@@ -80,7 +80,11 @@ class EstimatedNextScheduledTime(NeedOrder):
 
     def _key(self, request: Request, now: float, waits: list[float], sign: int) -> tuple[float, int, int]:
         # A running request has no deadline; if it stops now, it will wait `longest_wait_s`.
-        enst = min(request.wait_ends_s - now, self._longest_wait_s, waits[request.level])
+        enst = request.wait_ends_s - now
+        if enst > self._longest_wait_s:
+            enst = self._longest_wait_s
+        if enst > waits[request.level]:
+            enst = waits[request.level]
         return sign * enst, sign * request.level, sign * self._tie_sign * request.position
 
     def _walk(self, state: CacheState, now: float, sign: int) -> Iterator[Request]:

@@ -19,6 +19,7 @@ from fastserve.latency import LatencyModel
 from fastserve.policies.enst import EstimatedNextScheduledTime
 from fastserve.scheduler import NeedOrder, Policy, PreemptiveOptions, register
 from fastserve.scheduler.queue import MultiLevelQueue
+from fastserve.scheduler.waiting import NEVER
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class SkipJoinMLFQ(Policy):
 
     def on_preempt(self, request: Request, now: float) -> None:
         """Wait in the same place of the same queue, with a later deadline than the requests behind it."""
-        if request.wait_ends_s < math.inf and (request.policy_state.service_s or self._to_front):
+        state: _PolicyState = request.policy_state
+        if request.wait_ends_s < NEVER and (state.service_s or self._to_front):
             self.enst.displace(request)
 
     def on_progress(self, request: Request, start: float, end: float) -> None:

@@ -1,4 +1,4 @@
-"""Iteration, a scheduler's decision, and IterationResult, what came of it: immutable data."""
+"""Iteration, a scheduler's decision, and IterationResult, what came of it. Neither changes once made."""
 
 from __future__ import annotations
 
@@ -17,32 +17,50 @@ class Drop(NamedTuple):
     num_lost_tokens: int
 
 
-class Iteration(NamedTuple):
+class Iteration:
     """What runs next, and what moves meanwhile.
 
     Without `requests` it is the decision to wait.
     """
 
-    requests: tuple[Request, ...] = ()
-    num_scheduled_tokens: tuple[int, ...] = ()
-    """Tokens computed for each of `requests`: a prompt, a chunk of one, 1, or 0 for a row of padding."""
-    swap_out: tuple[Transfer, ...] = ()
-    swap_in: tuple[Transfer, ...] = ()
-    dropped: tuple[Drop, ...] = ()
-    preempted: tuple[Request, ...] = ()
-    """Unfinished requests that held a place in the batch and lost it."""
-    stalled: tuple[Request, ...] = ()
-    """Requests that were due and do not run, because of a transfer that has not ended."""
-    padded: bool = False
-    """Every prompt takes the time of the longest and every decode token that of the longest context."""
+    __slots__ = ("dropped", "num_scheduled_tokens", "padded", "preempted", "requests", "stalled", "swap_in", "swap_out")
+
+    def __init__(
+        self,
+        requests: tuple[Request, ...] = (),
+        num_scheduled_tokens: tuple[int, ...] = (),
+        swap_out: tuple[Transfer, ...] = (),
+        swap_in: tuple[Transfer, ...] = (),
+        dropped: tuple[Drop, ...] = (),
+        preempted: tuple[Request, ...] = (),
+        stalled: tuple[Request, ...] = (),
+        padded: bool = False,
+    ) -> None:
+        self.requests = requests
+        self.num_scheduled_tokens = num_scheduled_tokens
+        """Tokens computed for each of `requests`: a prompt, a chunk of one, 1, or 0 for a row of padding."""
+        self.swap_out = swap_out
+        self.swap_in = swap_in
+        self.dropped = dropped
+        self.preempted = preempted
+        """Unfinished requests that held a place in the batch and lost it."""
+        self.stalled = stalled
+        """Requests that were due and do not run, because of a transfer that has not ended."""
+        self.padded = padded
+        """Every prompt takes the time of the longest and every decode token that of the longest context."""
 
 
-class IterationResult(NamedTuple):
-    """What came of an iteration."""
+class IterationResult:
+    """What came of an iteration. Times are in seconds."""
 
-    tokens: Sequence[int]
-    """One per request of the iteration, in its order; meaningless where the prompt is not yet wholly computed."""
-    start_s: float
-    end_s: float
-    scores: Mapping[int, Scores] | None = None
-    """Log probabilities, by a request's place in the iteration, of those that ask for some; None: none does."""
+    __slots__ = ("end_s", "scores", "start_s", "tokens")
+
+    def __init__(
+        self, tokens: Sequence[int], start_s: float, end_s: float, scores: Mapping[int, Scores] | None = None
+    ) -> None:
+        self.tokens = tokens
+        """One per request of the iteration, in its order; meaningless where the prompt is not yet wholly computed."""
+        self.start_s = start_s
+        self.end_s = end_s
+        self.scores = scores
+        """Log probabilities, by a request's place in the iteration, of those that ask for some; None: none does."""

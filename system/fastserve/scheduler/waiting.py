@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Final
 
 from fastserve.core.request import Request
+
+NEVER: Final = math.inf
+"""The time at which a wait without limit ends."""
 
 
 class WaitList:
@@ -20,35 +22,38 @@ class WaitList:
 
     def __init__(self, longest_wait_s: float | None) -> None:
         self.longest_wait_s = longest_wait_s
-        self._decided_s = self._decided_before_s = -math.inf
+        self._decided_s = self._decided_before_s = -NEVER
         """When the current or last decision was taken, and the one before it."""
-        self._requests: OrderedDict[str, Request] = OrderedDict()
-        self._last_since = -math.inf
-        """When the latest of all waits so far began."""
+        self._first: Request | None = None
+        self._last: Request | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._requests)
+        return self._first is not None
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests.values())
+        request = self._first
+        while request is not None:
+            yield request
+            request = request.wait_behind
 
     def start(self, request: Request, since: float) -> None:
-        """The request has waited since then (s)."""
+        """The request, which does not wait yet, has waited since then (s)."""
         if self.longest_wait_s is None:
             return
         ends_s = request.wait_ends_s = since + self.longest_wait_s
-        requests = self._requests
-        requests[request.request_id] = request
-        if since >= self._last_since:
-            self._last_since = since
-            return
-        later = []
-        for other in itertools.islice(reversed(requests.values()), 1, None):
-            if other.wait_ends_s <= ends_s:
-                break
-            later.append(other)
-        for other in reversed(later):
-            requests.move_to_end(other.request_id)
+        before = self._last
+        while before is not None and before.wait_ends_s > ends_s:
+            before = before.wait_before
+        behind = self._first if before is None else before.wait_behind
+        request.wait_before, request.wait_behind = before, behind
+        if before is None:
+            self._first = request
+        else:
+            before.wait_behind = request
+        if behind is None:
+            self._last = request
+        else:
+            behind.wait_before = request
 
     def start_preempted(self, request: Request, now: float) -> None:
         """The request lost its place by the current decision.
@@ -60,9 +65,19 @@ class WaitList:
 
     def end(self, request: Request) -> None:
         """The request waits no longer, if it did."""
-        if request.wait_ends_s != math.inf:
-            del self._requests[request.request_id]
-            request.wait_ends_s = math.inf
+        if request.wait_ends_s == NEVER:
+            return
+        before, behind = request.wait_before, request.wait_behind
+        if before is None:
+            self._first = behind
+        else:
+            before.wait_behind = behind
+        if behind is None:
+            self._last = before
+        else:
+            behind.wait_before = before
+        request.wait_before = request.wait_behind = None
+        request.wait_ends_s = NEVER
 
     def decide(self, now: float) -> None:
         """A decision is about to be taken."""
@@ -71,13 +86,13 @@ class WaitList:
     def due(self, now: float) -> list[Request]:
         """Requests that have waited too long, the longest wait first."""
         due = []
-        for request in self._requests.values():
-            if request.wait_ends_s > now:
-                break
+        request = self._first
+        while request is not None and request.wait_ends_s <= now:
             due.append(request)
+            request = request.wait_behind
         return due
 
     @property
     def first_end_s(self) -> float:
         """The earliest `wait_ends_s`; infinite if no request waits."""
-        return next(iter(self._requests.values())).wait_ends_s if self._requests else math.inf
+        return NEVER if self._first is None else self._first.wait_ends_s
