@@ -1,4 +1,5 @@
-# Every experiment: its runs, its tables, its figure, and the verdict on each claim of the paper.
+# Every experiment: its runs, its tables, its figure, and the verdict on each claim of the paper. To each call add
+# --workflow-profile workflows/profiles/default: with it, jobs share worker processes and start none of their own.
 #   snakemake -c all              everything of workflows/config: the target `report`
 #   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, own, fidelity, headline
 #   snakemake -c all own-policy   an experiment by the name of its file
