@@ -1,7 +1,6 @@
 # What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
 import logging
 import re
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -161,7 +160,7 @@ def served_definition(wildcards):
 
 def configs_of_batch(wildcards):
     """A params function: what the runs of a batch are."""
-    return [asdict(config) for config in BATCHES[wildcards.batch].configs]
+    return [dict(vars(config)) for config in BATCHES[wildcards.batch].configs]
 
 
 def steps_of(job):

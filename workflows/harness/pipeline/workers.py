@@ -7,8 +7,10 @@ worker imports what it needs once, and the runs of a batch are shared out among 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from harness.run.config import RunConfig
 
 
 class JobFailed(Exception):
-    """A job of the pipeline failed, for the reason in the message or, without one, told on stderr."""
+    """A job of the pipeline failed; the message says why, or where that was said."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Workers:
 
     def script(self, name: str, job: Job) -> None:
         """Run one of the scripts in a worker. Raises JobFailed; the script has told why on stderr and in its log."""
-        status = self._submit(_run_script, self._scripts / name, job).result()
+        try:
+            status = self._submit(_run_script, self._scripts / name, job).result()
+        except BrokenProcessPool as error:
+            raise JobFailed(f"error: {_described(error)}") from None
         if status:
             raise JobFailed(f"{name} ended with status {status}; its log is {job.log[0]}")
 
@@ -86,21 +91,33 @@ class Workers:
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         with self._lock:
-            if self._pool is None:
-                self._pool = self._stack.enter_context(
-                    worker_pool(self._count(), partial(_prepare, str(self._scripts)))
-                )
-            future = self._pool.submit(function, *arguments)
+            try:
+                future = self._workers().submit(function, *arguments)
+            except BrokenProcessPool:  # A worker was killed, which fails the jobs of its time and no later ones.
+                self._pool = None
+                future = self._workers().submit(function, *arguments)
         if self._progress:
             future.add_done_callback(self._progress.advance)
         return future
 
+    def _workers(self) -> ProcessPoolExecutor:
+        """The pool, which is started if there is none."""
+        if self._pool is None:
+            pool = worker_pool(self._count(), partial(_prepare, str(self._scripts)))
+            self._pool = self._stack.enter_context(pool)
+        return self._pool
+
 
 def _described(error: BaseException) -> str:
-    """One line for a fault of the input; the traceback of a bug."""
+    """One line for a fault of the input or the machine; the traceback of a bug."""
+    if isinstance(error, BrokenProcessPool):
+        return (
+            "a worker process ended: the pipeline was interrupted, or memory ran out (CORES=1 takes less); run the "
+            "pipeline again: it keeps the batches that finished"
+        )
     if isinstance(error, Exception) and (reason := describe(error)):
         return reason
-    return "\n".join([*map(str, (error.__cause__ or "", repr(error))), *getattr(error, "__notes__", ())])
+    return "".join(traceback.format_exception(error))
 
 
 def _prepare(scripts: str) -> None:
