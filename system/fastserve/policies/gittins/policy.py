@@ -90,7 +90,6 @@ def _tokens_to_next_stage(request: Request) -> int:
     return state.stage_ends - request.num_output_tokens
 
 
-@register
 class Gittins(Policy):
     """Serves first the request that promises the most relief for the machine time it takes, as far as is known.
 
@@ -121,8 +120,9 @@ class Gittins(Policy):
         self._known_before: dict[int, tuple[np.ndarray, float]] = {}
         """For a kind without requests, hazards and transfer time from which to compute its index when one comes."""
         self._costs: dict[int, _Costs] = {}
-        step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
-        self._index = GittinsIndex(STAGES, self.exponent if options.objective == "slowdown" else 0.0, step_s)
+        self._step_s = self.latency.iteration_time((), (1,) * self.config.max_batch_size)
+        length_power = self.exponent if options.objective == "slowdown" else 0.0
+        self._index = GittinsIndex(STAGES, length_power, self._step_s)
         self._token_transfer_s = 0.0
         """Measured: seconds the link needs to move the cache of a token, one way."""
         self._starved: dict[str, Request] = {}
@@ -277,7 +277,7 @@ class Gittins(Policy):
         if len(running) == len(self.queue):
             return math.inf
         until = self._index_decides_until()
-        if until <= now or len(running) != self.config.max_batch_size:
+        if until <= now + (_FEWEST - 1) * self._step_s or len(running) != self.config.max_batch_size:
             return now
         requests = list(running.values())
         left = [_tokens_to_next_stage(request) for request in requests]
@@ -357,3 +357,6 @@ class Gittins(Policy):
         growth = len(self.running) * (1 + count // kv.block_size)
         most_reserved = self.options.most_reserved(kv.config.num_gpu_blocks)
         return self.queue.num_swapped_out > 0 or kv.num_free_gpu_blocks < growth + most_reserved
+
+
+register(Gittins)

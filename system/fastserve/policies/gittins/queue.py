@@ -151,9 +151,10 @@ class IndexQueue(ServiceOrder):
         """The lines that hold requests, by cache state."""
         self._log_weights: list[float] = []
         self._leads_s: list[float] = []
-        # Walks of one decision begin with the same heads.
-        self._heads_version = -1
-        self._heads_now = 0.0
+        # What is known of the order as long as neither time nor queue changes.
+        self._known_version = -1
+        self._known_now = 0.0
+        self._known: dict[Request, float] = {}
         self._forward: list[_Head] | None = None
         self._swapped_out: list[_Head] | None = None
         self._backward: list[_Head] | None = None
@@ -246,12 +247,23 @@ class IndexQueue(ServiceOrder):
     # -- the order ---------------------------------------------------------------------------------------------
 
     def key(self, request: Request) -> tuple[float, ...]:  # noqa: D102
-        return -self._log_index(request, self._line_of(request)), request.position
+        return -self._present(request), request.position
 
     def is_before(self, request: Request, other: Request) -> bool:  # noqa: D102
-        key = self._log_index(request, self._line_of(request))
-        key_of_other = self._log_index(other, self._line_of(other))
-        return key > key_of_other or (key == key_of_other and request.position < other.position)
+        log_index, log_index_of_other = self._present(request), self._present(other)
+        if log_index == log_index_of_other:
+            return request.position < other.position
+        return log_index > log_index_of_other
+
+    def _present(self, request: Request) -> float:
+        """The logarithm of a request's index, computed once for each time and state of the queue."""
+        if self._known_version != self.version or self._known_now != self.now:
+            self._forget_the_past()
+        log_index = self._known.get(request)
+        if log_index is None:
+            line = self._entries[request][0] + 3 * request.level + request.line
+            log_index = self._known[request] = self._log_index(request, line)
+        return log_index
 
     def fits(self, request: Request, places: int) -> bool:
         """Whether the request is in level 0, or all requests are no more than `places`.
@@ -280,26 +292,27 @@ class IndexQueue(ServiceOrder):
         return self._walk(self._heads_forward(), 1, wanted)
 
     def swapped_out(self) -> Iterator[Request]:  # noqa: D102
-        self._forget_old_heads()
+        self._forget_the_past()
         if self._swapped_out is None:
             self._swapped_out = self._heads((SWAPPED_OUT,), 1)
         return self._walk(self._swapped_out, 1, None)
 
     def victims(self) -> Iterator[Request]:  # noqa: D102
-        self._forget_old_heads()
+        self._forget_the_past()
         if self._backward is None:
             self._backward = self._heads((RESIDENT,), -1)
         return self._walk(self._backward, -1, None)
 
     def _heads_forward(self) -> list[_Head]:
-        self._forget_old_heads()
+        self._forget_the_past()
         if self._forward is None:
             self._forward = self._heads((NO_CACHE, RESIDENT, SWAPPED_OUT), 1)
         return self._forward
 
-    def _forget_old_heads(self) -> None:
-        if self._heads_version != self.version or self._heads_now != self.now:
-            self._heads_version, self._heads_now = self.version, self.now
+    def _forget_the_past(self) -> None:
+        if self._known_version != self.version or self._known_now != self.now:
+            self._known_version, self._known_now = self.version, self.now
+            self._known.clear()
             self._forward = self._swapped_out = self._backward = None
 
     def _heads(self, states: Sequence[CacheState], sign: int) -> list[_Head]:
@@ -325,24 +338,32 @@ class IndexQueue(ServiceOrder):
         """Of lines whose head is taken, the next."""
         num_taken, num_heads = 0, len(heads)
         while True:
-            if num_taken < num_heads and not (following and following[0] < heads[num_taken]):
+            follows = bool(following) and (num_taken == num_heads or following[0] < heads[num_taken])
+            if follows:
+                _, _, number, index = following[0]
+            elif num_taken < num_heads:
                 _, _, number, index = heads[num_taken]
                 num_taken += 1
-            elif following:
-                _, _, number, index = heapq.heappop(following)
             else:
                 return
             if wanted is not None:
                 state = number % 3
                 if state != RESIDENT and not (wanted.without_cache if state == NO_CACHE else wanted.swapped_out):
+                    if follows:
+                        heapq.heappop(following)
                     continue
             line = lines[number]
             yield line.requests[index]
             index += sign
             if line.first <= index < len(line.positions):
-                request = line.requests[index]
-                key = -sign * self._log_index(request, number)
-                heapq.heappush(following, (key, sign * line.positions[index], number, index))
+                key = -sign * self._log_index(line.requests[index], number)
+                head = (key, sign * line.positions[index], number, index)
+                if follows:
+                    heapq.heapreplace(following, head)
+                else:
+                    heapq.heappush(following, head)
+            elif follows:
+                heapq.heappop(following)
 
     # -- the order to come -------------------------------------------------------------------------------------
 
