@@ -1,11 +1,11 @@
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from fastserve.core.errors import RankError
 from fastserve.core.request import RequestStatus, SamplingParams
-from fastserve.engine import Arrival, IterationRecord, Job
+from fastserve.engine import Arrival, IterationLog, IterationRecord, Job
 from fastserve.scheduler import Iteration
 from fastserve.scheduler.iteration import IterationResult
 from support.engines import arrival, make_engine
@@ -128,7 +128,7 @@ class _Kept:
     def add_job(self, job: Job) -> None:
         self.jobs.append(job)
 
-    def add_iterations(self, records: Sequence[IterationRecord]) -> None:
+    def add_iterations(self, records: IterationLog) -> None:
         self.chunks.append(len(records))
         self.records += records
 
@@ -146,9 +146,9 @@ def test_a_recorder_takes_what_the_engine_keeps_without_one(monkeypatch: pytest.
 
     jobs = kept.run(requests())
     recorder = _Kept()
-    assert taken.run(requests(), recorder=recorder) == taken.last_run == taken.iterations == []
+    assert taken.run(requests(), recorder=recorder) == taken.last_run == list(taken.iterations) == []
     assert [repr(job.metrics) for job in recorder.jobs] == [repr(job.metrics) for job in jobs]
-    assert recorder.records == kept.iterations
+    assert recorder.records == list(kept.iterations) == kept.iterations[:]
     assert len(recorder.chunks) > 10 > at_once
     assert max(recorder.chunks) < 16 + 24  # A step adds as many records as a jump has.
 

@@ -3,6 +3,7 @@
 from fastserve.engine.arrivals import Arrival
 from fastserve.engine.engine import NO_LOGPROBS, Engine
 from fastserve.engine.executor import Executor, FinishedTransfer
+from fastserve.engine.iteration_log import IterationLog
 from fastserve.engine.job import Job
 from fastserve.engine.observer import EngineView, Observer, Observers
 from fastserve.engine.recorder import Recorder
@@ -16,6 +17,7 @@ __all__ = [
     "EngineView",
     "Executor",
     "FinishedTransfer",
+    "IterationLog",
     "IterationRecord",
     "Job",
     "Observer",

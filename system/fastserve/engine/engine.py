@@ -12,11 +12,11 @@ from fastserve.core.logprobs import Scores
 from fastserve.core.request import Request, RequestStatus, SamplingParams
 from fastserve.engine.arrivals import Arrival, Arrivals
 from fastserve.engine.executor import Executor
+from fastserve.engine.iteration_log import IterationLog
 from fastserve.engine.job import Job
 from fastserve.engine.lookahead import Lookahead
 from fastserve.engine.observer import Observer
 from fastserve.engine.recorder import CHUNK, Recorder
-from fastserve.engine.records import IterationRecord
 from fastserve.kvcache import KVCacheManager
 from fastserve.scheduler import Iteration, Scheduler
 from fastserve.scheduler.blame import blamed
@@ -49,7 +49,7 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.jobs: dict[str, Job] = {}
         """Unfinished requests by id."""
-        self.iterations: list[IterationRecord] = []
+        self.iterations = IterationLog()
         self.last_run: list[Job] = []
         """Jobs of the last `run`, also if an error ended it."""
         self.error: BaseException | None = None
@@ -179,7 +179,7 @@ class Engine:
         finally:
             if recorder:
                 recorder.add_iterations(self.iterations)
-                self.iterations = []
+                self.iterations = IterationLog()
         return jobs
 
     def _run(
@@ -202,9 +202,9 @@ class Engine:
                 if on_done:
                     for job in finished:
                         on_done(job)
-                if recorder and len(self.iterations) > CHUNK:
-                    records, self.iterations = self.iterations, self.iterations[-1:]  # A jump reads the last.
-                    recorder.add_iterations(records[:-1])
+                if recorder and len(self.iterations) >= CHUNK:
+                    iterations, self.iterations = self.iterations, IterationLog()
+                    recorder.add_iterations(iterations)
             elif pending.next:
                 self.clock.sleep_until(pending.next_s)
         while self.executor.num_transfers_in_flight:
@@ -357,29 +357,24 @@ class Engine:
                 self.executor.remove_request(request)
                 if observer:
                     observer.on_done(job)
-        self.iterations.append(
-            IterationRecord(
-                start,
-                end,
-                len(iteration.requests),
-                sum(iteration.num_scheduled_tokens),
-                num_waiting,
-                self.kv.num_free_gpu_blocks,
-                self.kv.num_free_host_blocks,
-                len(iteration.preempted),
-                self._stalled_s,
-            )
+        self.iterations.add(
+            start,
+            end,
+            len(iteration.requests),
+            sum(iteration.num_scheduled_tokens),
+            num_waiting,
+            self.kv.num_free_gpu_blocks,
+            self.kv.num_free_host_blocks,
+            len(iteration.preempted),
+            self._stalled_s,
         )
         self._stalled_s = 0.0
         return finished
 
     def _jump(self, iteration: Iteration, until: float) -> bool:
         """Compute the iteration and the identical ones that follow at once; False if there are too few."""
-        last = self.iterations[-1] if self.iterations else None
-        records = self._lookahead.jump(iteration, until, last, self._stalled_s)
-        if not records:
+        if not self._lookahead.jump(iteration, until, self.iterations, self._stalled_s):
             return False
-        self.iterations += records
         self._stalled_s = 0.0
         return True
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
 from fastserve.core.clock import Clock
 from fastserve.engine.executor import Executor
+from fastserve.engine.iteration_log import IterationLog
 from fastserve.engine.job import Job
-from fastserve.engine.records import IterationRecord
 from fastserve.kvcache import KVCacheManager
 from fastserve.scheduler import Iteration, Scheduler
 
@@ -41,14 +40,12 @@ class Lookahead:
         self._clock = clock
         self._jobs = jobs
 
-    def jump(
-        self, iteration: Iteration, until: float, last: IterationRecord | None, stalled_s: float
-    ) -> list[IterationRecord]:
-        """Carry out this iteration and the identical ones that follow; return their records, none if it is too few.
+    def jump(self, iteration: Iteration, until: float, log: IterationLog, stalled_s: float) -> bool:
+        """Carry out this iteration and the identical ones that follow, and log them; False if they are too few.
 
         Call it while nothing is in flight. `iteration` was just decided and not submitted; `until` is the next arrival
-        (seconds on the engine's clock); `last` is the record of the iteration before; `stalled_s` is the time stalled
-        since then.
+        (seconds on the engine's clock); `log` ends with the iteration before, if it is not empty; `stalled_s` is the
+        time stalled since then.
         """
         requests = iteration.requests
         batch = len(requests)
@@ -60,14 +57,14 @@ class Lookahead:
             or iteration.swap_out
             or iteration.swap_in
             or iteration.dropped
-            or last is None
+            or not len(log)
             or len(self._scheduler.running) != batch
         ):
-            return []
+            return False
         now = self._clock.now()
         # Cheap estimate: do enough iterations of the last one's length fit?
-        if min(until, self._scheduler.steady_until(now)) - now < _MIN_ITERATIONS * (last.end_s - last.start_s):
-            return []
+        if min(until, self._scheduler.steady_until(now)) - now < _MIN_ITERATIONS * log.last_duration_s:
+            return False
         jobs = [self._jobs[request.request_id] for request in requests]
         # No request may finish in any of the iterations.
         count = min(job.max_tokens - request.num_tokens for job, request in zip(jobs, requests, strict=True)) - 1
@@ -75,19 +72,27 @@ class Lookahead:
             job.stop_token_ids or job.last_token_s is None or not request.is_decoding
             for job, request in zip(jobs, requests, strict=True)
         ):
-            return []
+            return False
         ends = self._executor.predict_ends(iteration, min(count, _MAX_ITERATIONS), until)
         if ends is None or len(ends) < _MIN_ITERATIONS:
-            return []
+            return False
         free_blocks = self._free_blocks(iteration, len(ends))
         count = int(np.searchsorted(-free_blocks, 0, side="right"))  # The number of free blocks never rises.
         times = np.concatenate(([now], ends[:count]))
         count = self._scheduler.repeats(times, free_blocks[:count])
         if count < _MIN_ITERATIONS:
-            return []
+            return False
         times = times[: count + 1]
+        log.add_alike(
+            times.tolist(),
+            batch,
+            len(self._jobs) - batch,
+            free_blocks[:count].tolist(),
+            self._kv.num_free_host_blocks,
+            stalled_s,
+        )
         self._advance(iteration, jobs, times)
-        return self._records(batch, times, free_blocks[:count], stalled_s)
+        return True
 
     def _free_blocks(self, iteration: Iteration, count: int) -> np.ndarray:
         """Free blocks on the GPU once each of `count` iterations is decided: [count]; negative if they run out."""
@@ -122,14 +127,3 @@ class Lookahead:
                 request.token_ids.extend([0] * count)
         self._scheduler.update_repeated(iteration, times)
         self._clock.sleep_until(end)
-
-    def _records(
-        self, batch: int, times: np.ndarray, free_blocks: np.ndarray, stalled_s: float
-    ) -> list[IterationRecord]:
-        num_waiting = len(self._jobs) - batch
-        free_host = self._kv.num_free_host_blocks
-        records = []
-        for (start, end), free in zip(itertools.pairwise(times.tolist()), free_blocks.tolist(), strict=True):
-            records.append(IterationRecord(start, end, batch, batch, num_waiting, free, free_host, 0, stalled_s))
-            stalled_s = 0.0
-        return records

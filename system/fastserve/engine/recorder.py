@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
+from fastserve.engine.iteration_log import IterationLog
 from fastserve.engine.job import Job
-from fastserve.engine.records import IterationRecord
 
 CHUNK = 8192
-"""Iteration records that are handed on at a time."""
+"""Iterations that are handed on at a time, at least."""
 
 
 class Recorder(Protocol):
@@ -18,5 +17,5 @@ class Recorder(Protocol):
     def add_job(self, job: Job) -> None:
         """Take the job of a request, in order of arrival. The engine keeps changing it until `job.is_done`."""
 
-    def add_iterations(self, records: Sequence[IterationRecord]) -> None:
-        """Take the records of the next iterations, in order; usually CHUNK."""
+    def add_iterations(self, iterations: IterationLog) -> None:
+        """Take the next iterations, in order; usually CHUNK or a few more."""

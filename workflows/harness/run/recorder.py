@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from fastserve.engine import IterationRecord, Job, RequestMetrics
+from fastserve.engine import IterationLog, Job, RequestMetrics
 from harness.run.outcome import Tally
 from harness.run.results import REQUEST_COLUMNS, iteration_table, request_table
 from harness.run.summary import COUNTED, Summary
@@ -63,12 +63,12 @@ class RunRecorder:
         if len(self._jobs) >= self._next_write:
             self._write_done()
 
-    def add_iterations(self, records: Sequence[IterationRecord]) -> None:
-        """Write the records of the next iterations. Raises OutputError."""
-        if records:
+    def add_iterations(self, iterations: IterationLog) -> None:
+        """Write the rows of the next iterations. Raises OutputError."""
+        if len(iterations):
             with self._writing():
-                self._sink.append("iterations", iteration_table(records))
-                self.num_iterations += len(records)
+                self._sink.append("iterations", iteration_table(iterations))
+                self.num_iterations += len(iterations)
         if len(self._jobs) >= CHUNK:
             self._write_done()
 
@@ -86,7 +86,7 @@ class RunRecorder:
         if not self.tally.num_requests:
             self._sink.append("requests", request_table([], self._columns))
         if not self.num_iterations:
-            self._sink.append("iterations", iteration_table([]))
+            self._sink.append("iterations", iteration_table(IterationLog()))
 
     def summary(self, counted: Mapping[str, int | None] | None = None) -> dict[str, Any]:
         """Make the measured part of summary.json. `counted` replaces the counts of rows that do not have them."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from fastserve.core.errors import OutputError
 from fastserve.core.files import put_in_place
-from fastserve.engine import IterationRecord, RequestMetrics
+from fastserve.engine import IterationLog, IterationRecord, RequestMetrics
 from harness.run.replaced import replacement_note
 from harness.run.summary import is_finite
 
@@ -56,13 +56,12 @@ def request_table(
     return pa.table({name: _column([getattr(row, name) for row in metrics], type_) for name, type_ in columns.items()})
 
 
-def iteration_table(iterations: Sequence[IterationRecord]) -> pa.Table:
+def iteration_table(iterations: IterationLog) -> pa.Table:
     """Make a row per computed iteration."""
-    columns = zip(*iterations, strict=True) if iterations else ([] for _ in IterationRecord._fields)
     return pa.table(
         {
             name: _column(column, pa.float64() if name.endswith("_s") else pa.int64())
-            for name, column in zip(IterationRecord._fields, columns, strict=True)
+            for name, column in zip(IterationRecord._fields, iterations.columns(), strict=True)
         }
     )
 

@@ -208,7 +208,7 @@ class EngineThread:
             self._commands.popleft()()
         elif self.error is None and (engine.has_unfinished or engine.executor.num_transfers_in_flight):
             engine.step(engine.clock.now() + _MAX_WAIT_S)
-            del engine.iterations[:-1]  # A record of all iterations would grow without end.
+            engine.iterations.clear()  # A record of all iterations would grow without end.
         else:
             self._idle = True
             self._wake.wait()
