@@ -20,9 +20,9 @@ import numpy as np
 
 import fastserve
 from baselines.vllm_chunked import VLLMChunked
+from fastserve import Request, SamplingParams
 from fastserve.core.clock import VirtualClock
 from fastserve.core.config import CacheConfig, SchedulerConfig
-from fastserve.core.request import Request, SamplingParams
 from fastserve.engine import Arrival, Engine, engine
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import HostLink
