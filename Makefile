@@ -10,7 +10,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile 
 QUICKLY = $(if $(QUICK),--directory quick --config quick=true)
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup reproduce smoke real-vllm gpu test wheel-test clients digests soak lint format bench clean
+.PHONY: help setup compile reproduce smoke real-vllm gpu test wheel-test clients digests soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -24,6 +24,9 @@ setup: .venv/installed  ## build .venv from requirements.txt, once
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+compile: setup  ## compile the core again after its sources have changed (docs/architecture.md)
+	$(BIN)/python tools/compile_core.py
 
 reproduce: setup  ## run every experiment, draw every figure (figures/), write results/report.html
 	$(SNAKEMAKE)/$(PROFILE) $(QUICKLY)

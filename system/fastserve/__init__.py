@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastserve.core.errors import FastServeError
-from fastserve.core.request import Request, RequestStatus, SamplingParams
+from fastserve.core import compiled
+
+compiled.use()  # Before any module is imported that may be compiled.
+
+from fastserve.core.errors import FastServeError  # noqa: E402
+from fastserve.core.request import Request, RequestStatus, SamplingParams  # noqa: E402
 
 if TYPE_CHECKING:
     from fastserve.llm import LLM

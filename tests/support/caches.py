@@ -1,7 +1,6 @@
 """Putting requests and their caches where a test wants them."""
 
 from fastserve.core.request import NO_CACHE, SWAPPED_OUT, CacheState, Request
-from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ
 from fastserve.scheduler import Scheduler
 
 
@@ -13,16 +12,13 @@ def place(
     It stands where the policy puts it, or at the back of `level`.
     """
     request = Request(name, at, prompt)
-    if level is None:
-        scheduler.add(request)
-    elif isinstance(policy := scheduler.policy, SkipJoinMLFQ):
-        entry_level = policy.entry_level
-        policy.entry_level = lambda request: level
-        scheduler.add(request)
-        policy.entry_level = entry_level
-    else:
-        scheduler.add(request)
+    scheduler.add(request)
+    if level is not None:
+        policy, waiting = scheduler.policy, scheduler.policy.waiting
         scheduler.queue.move(request, level)
+        waiting.end(request)
+        if waiting.longest_wait_s is not None and policy.may_starve(request):
+            waiting.start(request, at)
     kv = scheduler.kv
     if state != NO_CACHE:
         kv.extend(request, prompt)

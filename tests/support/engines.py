@@ -17,6 +17,7 @@ from fastserve.latency import (
     StageLink,
 )
 from fastserve.policies.discovery import make_scheduler
+from fastserve.scheduler import Scheduler
 from fastserve.simulation import SimulatedExecutor
 
 # A prompt token takes 1 ms; any iteration at least 10 ms; a decode step exactly that.
@@ -26,6 +27,14 @@ LINK = HostLink(1e6, 0.0)
 BYTES_PER_TOKEN = 250
 # Sending takes 1 ms and 0.1 ms a token.
 STAGE_LINK = StageLink(0.001, 1e6, 100)
+
+
+class OpenScheduler(Scheduler):
+    """A scheduler whose methods a test may replace: those of a compiled class are fixed."""
+
+
+class OpenExecutor(SimulatedExecutor):
+    """The same of the executor."""
 
 
 def make_engine(
@@ -49,8 +58,8 @@ def make_engine(
     clock = VirtualClock()
     config = SchedulerConfig(max_batch_size, token_budget, len(stages))
     whole = latency if len(stages) == 1 else PipelinedLatency(stages, stage_link)
-    scheduler = make_scheduler(policy, policy_options or {}, config, kv, whole)
-    executor = SimulatedExecutor(stages, LINK, clock, stage_link=stage_link)
+    scheduler = OpenScheduler(make_scheduler(policy, policy_options or {}, config, kv, whole).policy)
+    executor = OpenExecutor(stages, LINK, clock, stage_link=stage_link)
     return engine_class(scheduler, executor, kv, clock, max_model_len=max_model_len)
 
 

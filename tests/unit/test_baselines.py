@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 
 from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
+from fastserve.engine import EngineView
 from fastserve.kvcache import Location
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit
 from fastserve.policies.discovery import list_policies
-from fastserve.scheduler import Scheduler
+from fastserve.scheduler import Iteration, Scheduler
 from support.caches import place, start
 from support.engines import arrival, make_engine
 from support.watch import finish_ms, ms, names, watch
@@ -119,7 +120,12 @@ def test_run_to_completion_pads_and_waits_for_the_longest() -> None:
     kept = watch(engine)
     free: list[int] = []
     on_iteration = kept.on_iteration
-    kept.on_iteration = lambda engine, *rest: (free.append(engine.kv.num_free_gpu_blocks), on_iteration(engine, *rest))
+
+    def count_and_keep(engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
+        free.append(engine.kv.num_free_gpu_blocks)
+        on_iteration(engine, iteration, start_s, end_s)
+
+    kept.on_iteration = count_and_keep
     jobs = engine.run([arrival("a", 0, 10, 2), arrival("b", 0, 20, 4), arrival("c", 0.055, 5, 1)])
     # a's prompt is padded to 20: 10 + 2 * 20 = 50 ms. Then 10 ms a token. a has its second at 60, and stays as padding
     # (0 tokens) until b has its fourth at 80. c came at 55, and the place that a left at 60 is not for it: 80-95.

@@ -187,7 +187,12 @@ def test_a_scheduler_is_never_shown_the_output_length() -> None:
     engine = make_engine("fastserve", max_model_len=100)
     seen: list[Request] = []
     add = engine.scheduler.add
-    engine.scheduler.add = lambda request: (seen.append(request), add(request))
+
+    def look_and_add(request: Request) -> None:
+        seen.append(request)
+        add(request)
+
+    engine.scheduler.add = look_and_add
     jobs: list[Job] = engine.run([arrival("a", 0, 10, 7)])
     assert jobs[0].metrics.output_tokens == 7
     assert seen[0].max_output_tokens == 90  # The model's bound, not the 7 to come.

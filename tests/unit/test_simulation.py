@@ -7,7 +7,7 @@ import pytest
 from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine import Arrival
+from fastserve.engine import Arrival, FinishedTransfer, Observer
 from fastserve.latency import load_profile
 from fastserve.simulation import simulated_engine
 
@@ -17,15 +17,13 @@ PROFILE = load_profile("a100-80g/opt-13b-tp1")
 def transfer_times(options: EngineOptions) -> list[tuple[int, float]]:
     """Bytes and seconds of every transfer, where two long requests share a cache that holds one."""
     engine = simulated_engine(PROFILE, "fastserve-fcfs", {"swap": "reactive"}, options)
-    finished = engine.executor.finished_transfers
     times: list[tuple[int, float]] = []
 
-    def finished_and_kept() -> object:
-        ended = finished()
-        times.extend((one.transfer.num_bytes, one.end_s - one.start_s) for one in ended)
-        return ended
+    class Timed(Observer):
+        def on_transfer(self, finished: FinishedTransfer) -> None:
+            times.append((finished.transfer.num_bytes, finished.end_s - finished.start_s))
 
-    engine.executor.finished_transfers = finished_and_kept
+    engine.observer = Timed()
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     engine.run([Arrival(Request(name, 0.0, 100), params) for name in "ab"])
     return times

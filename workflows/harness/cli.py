@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastserve.core.command import Taken, Version, new_app, with_options
+from fastserve.core.compiled import docstring
 from fastserve.core.console import run_app
 from fastserve.core.errors import ConfigError
 from fastserve.core.options import option_names
@@ -106,7 +107,7 @@ def capacity(
 def policies() -> None:
     """List the scheduling policies and their options."""
     for name, policy in list_policies().items():
-        description = (policy.__doc__ or "").strip().splitlines() or ["(its class has no docstring)"]
+        description = docstring(policy).strip().splitlines() or ["(its class has no docstring)"]
         print(f"{name:18} {description[0]}")
         try:
             defaults = policy.Options()

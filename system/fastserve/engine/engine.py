@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from fastserve.core.clock import Clock
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.errors import failure_reason
 from fastserve.core.logprobs import Scores
 from fastserve.core.request import Request, RequestStatus, SamplingParams
@@ -25,6 +26,7 @@ from fastserve.scheduler.iteration import IterationResult
 NO_LOGPROBS = "logprobs and prompt_logprobs need a model, and a simulation has none; leave them out"
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Engine:
     """Runs requests under one scheduler on one executor, and records what happened.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import Request, SamplingParams
 from fastserve.kvcache import Transfer
 from fastserve.scheduler.iteration import Iteration, IterationResult
@@ -23,6 +24,7 @@ class FinishedTransfer:
         self.end_s: float = end_s
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Executor(ABC):
     """Computes iterations in the order submitted, and moves caches at the same time.
 

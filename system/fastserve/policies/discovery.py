@@ -44,6 +44,8 @@ def find_policy(name: str) -> type[Policy]:
         policy = load_class(name)
         if not (isinstance(policy, type) and issubclass(policy, Policy)):
             raise ConfigError(f"policy {name!r} is not a subclass of fastserve.scheduler.Policy")
+        if policy.on_add is Policy.on_add:
+            raise ConfigError(f"policy {name!r}: its class has no method on_add; define it (docs/add-a-policy.md)")
         if not dataclasses.is_dataclass(policy.Options):
             raise ConfigError(f"policy {name!r}: its Options must be a dataclass, not {policy.Options!r}")
         return policy

@@ -6,11 +6,13 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.scheduler.need import NeedOrder
 from fastserve.scheduler.queue import MultiLevelQueue
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class EstimatedNextScheduledTime(NeedOrder):
     """Requests of a multi-level feedback queue by the time to their promotion or execution, whichever is first.
 

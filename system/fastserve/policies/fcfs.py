@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import Request
 from fastserve.kvcache import KVCacheManager
@@ -15,6 +16,7 @@ WATERMARK = 0.01
 """Share of the GPU's blocks that must stay free after an admission, so that the next token does not evict it again."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ArrivalOrder(Policy):
     """Base of policies with one queue in order of arrival; a preempted request keeps its place in it."""
 
@@ -39,6 +41,7 @@ class ArrivalOrder(Policy):
         return len(times) - 1
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class FCFS(ArrivalOrder):
     """Prompts and decode tokens share iterations; a request leaves the batch only when it ends or memory forces it."""
 

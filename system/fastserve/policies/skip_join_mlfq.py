@@ -6,58 +6,19 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fastserve.core.checks import require_int, require_positive
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.config import SchedulerConfig
-from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel
 from fastserve.policies.enst import EstimatedNextScheduledTime
-from fastserve.scheduler import NeedOrder, Policy, PreemptiveOptions, register
+from fastserve.policies.skip_join_options import SkipJoinMLFQOptions as SkipJoinMLFQOptions
+from fastserve.scheduler import NeedOrder, Policy, register
 from fastserve.scheduler.queue import MultiLevelQueue
 from fastserve.scheduler.waiting import NEVER
-
-
-@dataclass(frozen=True)
-class SkipJoinMLFQOptions(PreemptiveOptions):
-    """What the paper sets, and what it leaves open."""
-
-    quantum_base_s: float | None = None
-    """Quantum of the highest queue in seconds; none takes the shortest iteration (one decode step of one request)."""
-    quantum_ratio: float = 2.0
-    """Quantum of each queue over that of the queue above it."""
-    num_levels: int = 16
-    """Queues. The paper states no number; 16 reach 32,768 base quanta, so the last one never binds."""
-    alpha_s: float | None = 0.3
-    """A request that has waited this many seconds goes to the highest queue; none never promotes."""
-    starvation_check_every: int = 1
-    """Decisions from one check for requests that have waited `alpha_s` to the next. The paper states no period."""
-    insertion: Literal["back", "front"] = "back"
-    """Where in its new queue a demoted request goes. The paper does not say; the back is fair among equals."""
-    promotion_resets_quantum: bool = True
-    """Whether a promoted request starts a new quantum, or keeps what it has used since it last changed queues."""
-    enst_ties: Literal["front", "back"] = "front"
-    """Which request of a queue, where T_execute is the same for all, counts as scheduled next. The paper does not say;
-    the batch is taken from the front."""
-    max_passed_over: int = 16
-    """Prompts beyond the token budget that a decision passes over before it tries no more of them; bounds its cost."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.quantum_base_s is not None:
-            require_positive("quantum_base_s", self.quantum_base_s)
-        if self.alpha_s is not None:
-            require_positive("alpha_s", self.alpha_s)
-        require_int("num_levels", self.num_levels, 1)
-        require_int("starvation_check_every", self.starvation_check_every, 1)
-        require_int("max_passed_over", self.max_passed_over, 0)
-        require_positive("quantum_ratio", self.quantum_ratio)
-        if self.quantum_ratio <= 1:
-            raise ConfigError(f"quantum_ratio must be above 1, got {self.quantum_ratio!r}")
 
 
 @dataclass(slots=True)
@@ -72,6 +33,7 @@ _EXACT = 1 - 1e-9
 """Times add up with rounding errors; a quantum of exactly four iterations must not last five."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SkipJoinMLFQ(Policy):
     """Approximates least attained service when output lengths are unknown and prompt lengths are known.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import Request
 from fastserve.scheduler.queue import ServiceOrder
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class NeedOrder(ABC):
     """The order in which requests will need their caches. Times are seconds."""
 
@@ -25,6 +27,7 @@ class NeedOrder(ABC):
         """A key that agrees with both walks: smaller is needed sooner."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class InServiceOrder(NeedOrder):
     """Requests need their caches in the order of service."""
 

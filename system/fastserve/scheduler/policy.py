@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import Request
 from fastserve.kvcache import KVCacheManager, Transfer
@@ -22,6 +23,7 @@ from fastserve.scheduler.queue import MultiLevelQueue, ServiceOrder
 from fastserve.scheduler.waiting import WaitList
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Policy(ABC):
     """Decides in which order requests run. Sees prompts and progress, never the output length to come.
 

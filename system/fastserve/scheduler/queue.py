@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 
 
@@ -28,6 +29,7 @@ class Wanted:
         return state == RESIDENT or (self.without_cache if state == NO_CACHE else self.swapped_out)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ServiceOrder(ABC):
     """What filling a batch and moving caches need of a policy's queue.
 
@@ -181,6 +183,7 @@ class Level:
         self.size = 0
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class MultiLevelQueue(ServiceOrder):
     """Requests by level (any integer, smaller is more urgent), within a level by position.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.config import SchedulerConfig
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import SWAPPED_OUT, Request, RequestStatus
@@ -18,6 +19,7 @@ from fastserve.scheduler.policy import Policy
 from fastserve.scheduler.queue import Wanted
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Scheduler:
     """Decides what each iteration runs, by a policy.
 
@@ -40,6 +42,8 @@ class Scheduler:
         # A policy pays only for the hooks that it has.
         self._prepares = self._limits_waits or type(policy).prepare is not Policy.prepare
         self._fills = type(policy).fill is not Policy.fill
+        # By name: a class attribute of a subclass in plain Python is not where compiled code looks.
+        self._max_passed_over: int = getattr(policy, "max_passed_over")  # noqa: B009
         self._is_clear = False
         """Whether the last decision ran every request it could and moved nothing."""
 
@@ -141,7 +145,7 @@ class Scheduler:
                     wanted.without_cache = wanted.swapped_out = False
                 elif outcome is BEYOND_BUDGET:
                     num_passed_over += 1
-                    if num_passed_over > policy.max_passed_over:
+                    if num_passed_over > self._max_passed_over:
                         wanted.without_cache = False
             if len(requests) >= places:
                 break
@@ -169,7 +173,7 @@ class Scheduler:
                 wanted.without_cache = False
             elif outcome is BEYOND_BUDGET:
                 num_passed_over += 1
-                if num_passed_over > policy.max_passed_over:
+                if num_passed_over > self._max_passed_over:
                     wanted.without_cache = False
 
     def _force(self, batch: Batch) -> None:

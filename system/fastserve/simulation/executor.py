@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastserve.core.clock import Clock
+from fastserve.core.compiled import mypyc_attr
 from fastserve.engine.executor import Executor, FinishedTransfer
 from fastserve.kvcache import Direction
 from fastserve.latency import HostLink, LatencyModel, StageLink, decode_times
 from fastserve.scheduler.iteration import Iteration, IterationResult
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SimulatedExecutor(Executor):
     """Simulates the stages of the pipeline, the links between them and both directions of the host link in parallel.
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from fastserve.core.checks import require_int, require_positive
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.config import SchedulerConfig
-from fastserve.core.errors import ConfigError
 from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.latency import LatencyModel
 from fastserve.policies.gittins.index import GittinsIndex
 from fastserve.policies.gittins.lengths import LengthHistory, Stages, kind_of_prompt, prompt_of_kind
+from fastserve.policies.gittins.options import GittinsOptions as GittinsOptions
 from fastserve.policies.gittins.queue import FIRST_OF_ALL, IndexQueue
-from fastserve.scheduler import Policy, PreemptiveOptions, register
+from fastserve.scheduler import Policy, register
 
 STAGES = Stages()
 _EXPONENTS = {"slowdown": 3.0, "jct": 1.0}
@@ -28,37 +28,6 @@ _FEWEST = 3
 """Decisions alike that are worth a jump."""
 _NEWEST_TRANSFER = 0.05
 """Share of the newest transfer in the running mean of what moving a token takes."""
-
-
-@dataclass(frozen=True)
-class GittinsOptions(PreemptiveOptions):
-    """What to minimize, and how the past counts."""
-
-    objective: Literal["slowdown", "jct"] = "slowdown"
-    """Cost of a request: its completion time over its output length (slowdown), or its completion time (jct)."""
-    exponent: float | None = None
-    """p in mean(cost ** p). 1 is the plain mean; a larger p favours requests that wait longest. None takes 3 for
-    slowdown and 1 for jct."""
-    alpha_s: float | None = 0.3
-    """Requests that have waited this many seconds come first, as long as all of them fit one batch; none: never."""
-    memory_requests: float = 1000.0
-    """Finished requests after which an old one counts 1/e: enough to know a distribution and to follow its changes."""
-    switching_cost: float = 1.0
-    """Share of the measured time of a swap that counts against a swapped-out request; 0 makes swapping free."""
-    max_passed_over: int = 16
-    """Prompts beyond the token budget that a decision passes over before it tries no more of them; bounds its cost."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha_s is not None:
-            require_positive("alpha_s", self.alpha_s)
-        require_positive("memory_requests", self.memory_requests)
-        require_int("max_passed_over", self.max_passed_over, 0)
-        # Beyond, the longest answers would weigh less than the smallest number there is.
-        if self.exponent is not None and not 1 <= self.exponent <= 10:
-            raise ConfigError(f"exponent must be from 1 to 10, got {self.exponent!r}")
-        if not 0 <= self.switching_cost < math.inf:
-            raise ConfigError(f"switching_cost must be a finite number of at least 0, got {self.switching_cost!r}")
 
 
 class _Costs(NamedTuple):
@@ -90,6 +59,7 @@ def _tokens_to_next_stage(request: Request) -> int:
     return state.stage_ends - request.num_output_tokens
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Gittins(Policy):
     """Serves first the request that promises the most relief for the machine time it takes, as far as is known.
 
@@ -106,13 +76,15 @@ class Gittins(Policy):
     Options = GittinsOptions
     needs_latency = True
     learns = True
-    options: GittinsOptions
-    queue: IndexQueue
 
     def __init__(
         self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: GittinsOptions
     ) -> None:
+        self._options = options  # `make_queue` reads them.
         super().__init__(config, kv, latency, options, longest_wait_s=options.alpha_s)
+        queue = self.queue
+        assert isinstance(queue, IndexQueue)
+        self._queue = queue
         self.max_passed_over = options.max_passed_over
         self.history = LengthHistory(STAGES, options.memory_requests)
         self._refreshed_at: list[int] = []
@@ -133,7 +105,7 @@ class Gittins(Policy):
     @property
     def exponent(self) -> float:
         """The power of the slowdown or completion time that a request costs."""
-        return self.options.exponent or _EXPONENTS[self.options.objective]
+        return self._options.exponent or _EXPONENTS[self._options.objective]
 
     def make_queue(self) -> IndexQueue:
         """By index."""
@@ -160,7 +132,7 @@ class Gittins(Policy):
         kind = kind_of_prompt(num_prompt_tokens)
         while kind >= len(self._refreshed_at):
             self.history.add_kind()
-            self.queue.add_kind()
+            self._queue.add_kind()
             self._refreshed_at.append(-1)
         if self._refreshed_at[kind] < 0:
             self._refresh(kind)
@@ -177,7 +149,7 @@ class Gittins(Policy):
         return _Costs(np.array(contexts), of_token, of_setup)
 
     def _is_stale(self, kind: int) -> bool:
-        seen, memory = self._refreshed_at[kind], self.options.memory_requests
+        seen, memory = self._refreshed_at[kind], self._options.memory_requests
         return self.history.num_finished - seen > min(seen, memory) / _REFRESHES_PER_MEMORY
 
     def _refresh(self, kind: int) -> None:
@@ -192,8 +164,8 @@ class Gittins(Policy):
         costs = self._costs[kind]
         # While a cache moves out and in, its place in the batch stands empty at worst.
         moving_s = 2 * token_transfer_s * costs.contexts
-        costs.of_setup[:, SWAPPED_OUT] = self.options.switching_cost * moving_s / self.config.max_batch_size
-        self.queue.set_index(kind, self._index.compute(hazards, costs.of_token, costs.of_setup))
+        costs.of_setup[:, SWAPPED_OUT] = self._options.switching_cost * moving_s / self.config.max_batch_size
+        self._queue.set_index(kind, self._index.compute(hazards, costs.of_token, costs.of_setup))
 
     # -- the life of a request ---------------------------------------------------------------------------------
 
@@ -205,7 +177,7 @@ class Gittins(Policy):
         elif kind in self._known_before:
             self._weigh(kind, *self._known_before.pop(kind))
         request.policy_state = _PolicyState(kind)
-        self.queue.join(request, 1)
+        self._queue.join(request, 1)
 
     def on_start(self, request: Request, now: float) -> None:
         """It starves no longer."""
@@ -221,7 +193,7 @@ class Gittins(Policy):
             self.history.passed(state.kind, state.stage)
             state.stage += 1
             state.stage_ends = STAGES.ends[state.stage]
-        self.queue.move(request, 1 + state.stage)
+        self._queue.move(request, 1 + state.stage)
 
     def on_remove(self, request: Request) -> None:
         """Learn from a finished request. An aborted request counts as far as it came."""
@@ -231,7 +203,7 @@ class Gittins(Policy):
             kind = state.kind
             self.history.finished(kind, state.stage)
             if self._is_stale(kind):
-                if self.queue.num_of_kind(kind):
+                if self._queue.num_of_kind(kind):
                     self._refresh(kind)
                 else:
                     self._refreshed_at[kind] = self.history.num_finished
@@ -245,7 +217,7 @@ class Gittins(Policy):
 
     def prepare(self, now: float) -> None:
         """Set the time of the indices, and put starved requests first if they fit one batch."""
-        self.queue.now = now
+        self._queue.now = now
         if self._starved:
             self._put_starved_first(self._fit_one_batch(self._starved))
 
@@ -254,7 +226,7 @@ class Gittins(Policy):
         if len(requests) > self.config.max_batch_size:
             return False
         kv = self.kv
-        room = kv.config.num_gpu_blocks - self.options.most_reserved(kv.config.num_gpu_blocks)
+        room = kv.config.num_gpu_blocks - self._options.most_reserved(kv.config.num_gpu_blocks)
         return sum([kv.blocks_for(request.num_tokens) for request in requests.values()]) <= room
 
     def _put_starved_first(self, first: bool) -> None:
@@ -265,7 +237,7 @@ class Gittins(Policy):
         for request in self._starved.values():
             level = FIRST_OF_ALL if first else 1 + request.policy_state.stage
             if request.level != level:
-                self.queue.move(request, level)
+                self._queue.move(request, level)
 
     # -- identical decisions -----------------------------------------------------------------------------------
 
@@ -274,7 +246,7 @@ class Gittins(Policy):
         if not is_clear:
             return now
         running = self.running
-        if len(running) == len(self.queue):
+        if len(running) == len(self._queue):
             return math.inf
         until = self._index_decides_until()
         if until <= now + (_FEWEST - 1) * self._step_s or len(running) != self.config.max_batch_size:
@@ -293,7 +265,7 @@ class Gittins(Policy):
             return 1
         count = len(times) - 1
         running = self.running
-        if len(running) == len(self.queue):
+        if len(running) == len(self._queue):
             return count
         requests = list(running.values())
         if len(running) != self.config.max_batch_size or min([r.level for r in requests]) == FIRST_OF_ALL:
@@ -310,7 +282,7 @@ class Gittins(Policy):
 
         Each produces a token from one time to the next, and enters its next stage after `left` tokens.
         """
-        outlook = self.queue.outlook(requests)
+        outlook = self._queue.outlook(requests)
         stages = [request.policy_state.stage for request in requests]
         count, first = len(times), 0
         while first < count:
@@ -351,12 +323,12 @@ class Gittins(Policy):
 
     def _stages_move_caches(self, count: int) -> bool:
         """Whether caches may move, in `count` iterations of the same batch, because requests enter their next stage."""
-        if self.options.swap != "proactive":
+        if self._options.swap != "proactive":
             return False
         kv = self.kv
         growth = len(self.running) * (1 + count // kv.block_size)
-        most_reserved = self.options.most_reserved(kv.config.num_gpu_blocks)
-        return self.queue.num_swapped_out > 0 or kv.num_free_gpu_blocks < growth + most_reserved
+        most_reserved = self._options.most_reserved(kv.config.num_gpu_blocks)
+        return self._queue.num_swapped_out > 0 or kv.num_free_gpu_blocks < growth + most_reserved
 
 
 register(Gittins)

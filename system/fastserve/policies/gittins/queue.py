@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
 from fastserve.scheduler.queue import ServiceOrder, Wanted
 
@@ -127,6 +128,7 @@ class Outlook:
         return True
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class IndexQueue(ServiceOrder):
     """Requests by index at the time `now` (s), the highest first; equals in order of arrival.
 

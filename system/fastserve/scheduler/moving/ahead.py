@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager
 from fastserve.kvcache.manager import HOST
@@ -18,6 +19,7 @@ from fastserve.scheduler.options import MemoryOptions
 from fastserve.scheduler.queue import ServiceOrder
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class MoveAhead(CacheMover):
     """Decides what moves beside an iteration; the batch runs without swapped-out requests.
 

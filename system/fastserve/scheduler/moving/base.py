@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fastserve.core.compiled import mypyc_attr
 from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
@@ -15,6 +16,7 @@ from fastserve.scheduler.iteration import Drop
 from fastserve.scheduler.queue import ServiceOrder
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class CacheMover(ABC):
     """Decides which caches move, beside or before the batch of a decision.
 
