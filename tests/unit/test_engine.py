@@ -166,4 +166,4 @@ def test_an_interrupted_run_gives_its_recorder_every_request() -> None:
 
 def test_a_recorder_needs_requests_in_order_of_arrival() -> None:
     with pytest.raises(ValueError, match=r"arrives at 1\.0 s follows one that arrives at 2\.5 s"):
-        make_engine("fastserve-fcfs").run([arrival("a", 2.5, 8, 2), arrival("b", 1, 8, 1)], recorder=_Kept())
+        make_engine("fastserve-fcfs").run([arrival("a", 2.5, 8, 2), arrival("b", 1.0, 8, 1)], recorder=_Kept())
