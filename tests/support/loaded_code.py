@@ -8,8 +8,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "workflows/scripts"
 _OURS = [ROOT / folder for folder in ("system", "baselines", "workflows")]
 _WATCH = """
-import runpy, sys
+import os, runpy, sys
 from pathlib import Path
+
+os.environ["FASTSERVE_PURE"] = "1"  # Compiled modules do not name their sources, and cannot be imported anew.
 
 run_path = runpy.run_path
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from fastserve.core.compiled import core
 from fastserve.core.errors import ConfigError, FastServeError, OutputError, TraceError
 from harness.cli import app
 from harness.run.config import RunConfig
@@ -82,7 +83,8 @@ def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
     tokens = sum(row["output_tokens"] for row in requests)
     assert summary["output_tokens_per_s"] == pytest.approx(tokens / summary["duration_s"])
     meta = json.loads((out / "meta.json").read_text())
-    assert {"commit", "versions", "hardware", "configuration", "trace"} <= set(meta)
+    assert {"commit", "versions", "core", "hardware", "configuration", "trace"} <= set(meta)
+    assert meta["core"] == core()
     assert meta["configuration"]["policy_options"]["alpha_s"] == 1.0
     assert meta["configuration"]["engine"]["num_gpu_blocks"] == 66_144 // 16
     assert len(meta["trace"]["digest"]) == 64

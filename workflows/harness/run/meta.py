@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fastserve
+from fastserve.core.compiled import core
 from fastserve.core.request import RequestStatus
 from harness.run.outcome import Outcome
 from harness.workload.workload import Workload
@@ -28,8 +29,8 @@ def run_meta(
 ) -> dict[str, Any]:
     """Make the content of a run's meta.json.
 
-    It has commit, versions, hardware, the resolved configuration, the digest of the workload, the first reasons why
-    requests did not finish, and the error that ended the run early, if any.
+    It has commit, versions, core, hardware, the resolved configuration, the digest of the workload, the first reasons
+    why requests did not finish, and the error that ended the run early, if any.
     """
     return {
         **environment_meta(),
@@ -42,11 +43,12 @@ def run_meta(
 
 
 def environment_meta() -> dict[str, Any]:
-    """Commit, date, versions and hardware: the provenance of any measurement on this machine."""
+    """Commit, date, versions, core and hardware: the provenance of any measurement on this machine."""
     return {
         "commit": _commit(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
+        "core": core(),
         "hardware": _hardware(),
     }
 
