@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastserve.engine import Arrival, Engine, Job
+from fastserve.engine import Arrival, Engine, IterationLog, Job
 from fastserve.latency import load_profile
 from fastserve.policies.settings import resolve_settings
 from fastserve.simulation import simulated_engine
@@ -128,4 +128,4 @@ def test_tables_without_rows_have_their_columns(tmp_path: Path) -> None:
         recorder.finish()
         folder.write(recorder.summary(), {"configuration": {}})
     assert pq.read_table(tmp_path / "requests.parquet").equals(request_table([]))
-    assert pq.read_table(tmp_path / "iterations.parquet").equals(iteration_table([]))
+    assert pq.read_table(tmp_path / "iterations.parquet").equals(iteration_table(IterationLog()))
