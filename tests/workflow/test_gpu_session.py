@@ -295,7 +295,19 @@ def test_the_pipeline_reads_what_is_recorded_and_says_so_if_nothing_is(dry_run, 
     _, out, _ = dry_run
 
     def snakemake():
-        command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-d", tmp_path, "-c", "2", "recorded"]
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "-s",
+            ROOT / "Snakefile",
+            "-d",
+            tmp_path,
+            "-c",
+            "2",
+            "--force-use-threads",
+            "recorded",
+        ]
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
         return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
 

@@ -6,6 +6,7 @@ worker imports what it needs once, and the runs of a batch are shared out among 
 
 from __future__ import annotations
 
+import atexit
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         self._lock = Lock()
         self._progress: Progress | None = None
+        atexit.register(self.close)  # Of a job's own Snakemake, which calls no hooks.
 
     def show_progress(self, steps: int) -> None:
         """Count runs and scripts on stderr from now on, up to `steps`."""
