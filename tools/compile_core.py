@@ -25,6 +25,7 @@ MODULES = (
     "engine.arrivals",
     "engine.engine",
     "engine.executor",
+    "engine.iteration_log",
     "engine.job",
     "engine.lookahead",
     "engine.records",
