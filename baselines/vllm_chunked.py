@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from baselines.vllm import WaitingAndRunning
 from fastserve.core.checks import require_int
 from fastserve.core.config import SchedulerConfig
+from fastserve.core.request import Request
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel
 from fastserve.scheduler import Batch, PolicyOptions, register
@@ -47,7 +48,18 @@ class VLLMChunked(WaitingAndRunning):
         """Running requests, then waiting ones, as far as the tokens go."""
         left = self.tokens_per_iteration
         # Decoding requests go first: each needs one token, and a chunk takes what there is.
-        for request in sorted(self.running.values(), key=lambda request: not request.is_decoding):
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running.values():
+            (decoding if request.is_decoding else prompts).append(request)
+        for request in decoding:
+            if not left:
+                break
+            if not (request.in_flight or batch.is_full) and batch.take_if_ready(request):
+                left -= 1
+            else:
+                left -= batch.offer_chunk(request, left)
+        for request in prompts:
             if left:
                 left -= batch.offer_chunk(request, left)
         # No admission in an iteration that takes caches away: the requests that lost them come first.

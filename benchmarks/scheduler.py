@@ -26,7 +26,7 @@ from fastserve.core.config import EngineOptions
 from fastserve.core.request import Request, SamplingParams
 from fastserve.engine import Engine
 from fastserve.latency import load_profile
-from fastserve.scheduler import Iteration
+from fastserve.scheduler import Iteration, Scheduler
 from fastserve.simulation import simulated_engine
 from harness.workload.workload import Workload, make_workload
 
@@ -55,7 +55,7 @@ CASES = {
 
 
 class Stopwatch:
-    """Seconds spent in the functions it wraps; as a timer of pytest-benchmark, all that it measures of a step."""
+    """Seconds spent in decisions; as a timer of pytest-benchmark, all that it measures of a step."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -64,17 +64,16 @@ class Stopwatch:
         """Seconds so far."""
         return self.seconds
 
-    def wrap(self, scheduler: Any) -> None:
-        """Time every decision of a scheduler."""
-        schedule = scheduler.schedule
 
-        def timed(now: float) -> Iteration:
-            began = time.perf_counter()
-            iteration: Iteration = schedule(now)
-            self.seconds += time.perf_counter() - began
-            return iteration
+class TimedScheduler(Scheduler):
+    """A scheduler whose decisions the stopwatch times."""
 
-        scheduler.schedule = timed
+    def schedule(self, now: float) -> Iteration:
+        """Decide as the scheduler does."""
+        began = time.perf_counter()
+        iteration = super().schedule(now)
+        stopwatch.seconds += time.perf_counter() - began
+        return iteration
 
 
 stopwatch = Stopwatch()
@@ -93,6 +92,7 @@ def steady_engine(case: str, num_requests: int) -> Engine:
     """An engine with so many requests in it, past its start, its decisions timed."""
     policy, options, requests_per_decision = CASES[case]
     engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1"), policy, {}, options)
+    engine.scheduler = TimedScheduler(engine.scheduler.policy)
     engine.jumps = False
     lengths = workload(num_requests)
     rows = zip(lengths.prompt_tokens.tolist(), lengths.output_tokens.tolist(), strict=True)
@@ -101,7 +101,6 @@ def steady_engine(case: str, num_requests: int) -> Engine:
     for _ in range(num_requests // requests_per_decision):
         engine.step()
     assert engine.clock.now() > 1.0, "not past the first promotions"
-    stopwatch.wrap(engine.scheduler)
     return engine
 
 

@@ -95,6 +95,7 @@ def test_srpt_alone_is_told_the_future() -> None:
         *("num_computed_tokens", "status", "in_flight", "level", "position", "line", "cache_state", "cache_capacity"),
         *("num_tokens_at_swap_in", "wait_ends_s", "last_ran_s", "policy_state"),
         *("location", "gpu_blocks", "host_blocks", "has_place", "is_chosen", "is_put_back", "previous", "next"),
+        *("wait_before", "wait_behind"),
     }
     assert not hasattr(Request("a", 0, 1), "__dict__")
 
