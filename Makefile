@@ -10,12 +10,13 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile 
 QUICKLY = $(if $(QUICK),--directory quick --config quick=true)
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup compile reproduce smoke real-vllm gpu test wheel-test clients digests soak lint format bench clean
+.PHONY: help setup compile reproduce smoke real-vllm gpu test test-pure wheel-test clients digests soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-setup: .venv/installed  ## build .venv from requirements.txt, once
+setup: .venv/installed  ## build .venv from requirements.txt, once, and the compiled core if it can; says which core it is
+	@$(BIN)/python tools/compile_core.py
 
 .venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -25,8 +26,7 @@ setup: .venv/installed  ## build .venv from requirements.txt, once
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-compile: setup  ## compile the core again after its sources have changed (docs/architecture.md)
-	$(BIN)/python tools/compile_core.py
+compile: setup  ## compile the core again after its sources have changed (docs/architecture.md); setup does it too
 
 reproduce: setup  ## run every experiment, draw every figure (figures/), write results/report.html
 	$(SNAKEMAKE)/$(PROFILE) $(QUICKLY)
@@ -43,6 +43,9 @@ gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchma
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-pure: setup  ## the tests of decisions, invariants and units again, without the compiled core
+	FASTSERVE_PURE=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/decisions tests/invariants tests/unit
 
 wheel-test: setup  ## install the wheel into an empty environment and run its commands from another folder
 	$(BIN)/python -m pytest tests/workflow/test_installed.py --empty-environment
