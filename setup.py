@@ -1,9 +1,13 @@
-"""What pyproject.toml cannot say: a wheel and a source archive carry the commit they were built from."""
+"""What pyproject.toml cannot say: a wheel has the compiled core if it can, and names the commit it was built from."""
 
+import importlib.util
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
@@ -24,10 +28,27 @@ class BuildWithCommit(build_py):
     """Builds the packages; an editable install has none of its own."""
 
     def run(self) -> None:
-        """Build, then write the commit."""
+        """Build, then write the commit. What an earlier build has compiled does not stay."""
+        shutil.rmtree(Path(self.build_lib) / "fastserve/_compiled", ignore_errors=True)
         super().run()
         if not self.editable_mode:
             write_commit(Path(self.build_lib) / "harness")
+
+
+class WheelWithCore(bdist_wheel):
+    """Compiles the core for a wheel; if that fails, or FASTSERVE_PURE=1 forbids it, the wheel is pure Python."""
+
+    def run(self) -> None:
+        """Compile, then build. A wheel with the core is for this Python and platform."""
+        spec = importlib.util.spec_from_file_location("compile_core", Path(__file__).parent / "tools/compile_core.py")
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        said = tool.compile_core()
+        print(said, file=sys.stderr)
+        if said == tool.COMPILED:
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True
+        super().run()
 
 
 class ArchiveWithCommit(sdist):
@@ -39,4 +60,4 @@ class ArchiveWithCommit(sdist):
         write_commit(Path(base_dir) / "workflows/harness")
 
 
-setup(cmdclass={"build_py": BuildWithCommit, "sdist": ArchiveWithCommit})
+setup(cmdclass={"bdist_wheel": WheelWithCore, "build_py": BuildWithCommit, "sdist": ArchiveWithCommit})

@@ -58,6 +58,7 @@ MODULES = (
 
 SYSTEM = Path(__file__).resolve().parents[1] / "system"
 GROUP = "fastserve"
+COMPILED = "core: compiled"
 MYPY_CONFIGURATION = f"""\
 [mypy]
 mypy_path = {SYSTEM}
@@ -82,7 +83,7 @@ def compile_core() -> str:
             _compile(loading)
         except CompileError as error:
             return f"core: pure Python ({error})"
-    return "core: compiled"
+    return COMPILED
 
 
 class CompileError(Exception):

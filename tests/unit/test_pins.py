@@ -39,6 +39,12 @@ def test_every_dependency_of_the_package_is_pinned() -> None:
         assert re.split(r"[<>=~!]", requirement)[0].lower() in requirements, requirement
 
 
+def test_wheels_are_compiled_by_the_mypy_that_is_pinned() -> None:
+    requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert f"mypy=={requirements['mypy']}" in needed
+
+
 COMES_WITH = {"starlette": "fastapi", "pydantic_core": "pydantic", "yarl": "aiohttp"}
 """Packages that a dependency needs itself, and whose names we use."""
 CALLED = {"yaml": "pyyaml"}

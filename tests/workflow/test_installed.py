@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 import fastserve
+from fastserve.core.compiled import FOLDER
 from harness.run.meta import _commit_of_checkout
 
 ROOT = Path(__file__).parents[2]
@@ -48,16 +49,16 @@ def make_repository(folder: Path) -> str:
     """Commit everything in `folder` and give the commit."""
     git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
     call_well(*git, "init", "-q", cwd=folder)
-    call_well(*git, "add", "--all", "--force", cwd=folder)
+    call_well(*git, "add", "--all", cwd=folder)
     call_well(*git, "commit", "-q", "-m", "everything", cwd=folder)
     return call_well("git", "rev-parse", "HEAD", cwd=folder).strip()
 
 
-def build(hook: str, source: Path, folder: Path) -> Path:
+def build(hook: str, source: Path, folder: Path, **environment: str) -> Path:
     """Build a distribution with the backend that pyproject.toml names, without installing anything."""
     folder.mkdir()
     code = f"from setuptools.build_meta import {hook}; print({hook}({str(folder)!r}))"
-    name = call_well(sys.executable, "-c", code, cwd=source).splitlines()[-1]
+    name = call_well(sys.executable, "-c", code, cwd=source, **environment).splitlines()[-1]
     return folder / name
 
 
@@ -68,7 +69,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("system", "baselines", "workflows"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", ".gitignore"):
+    (folder / "tools").mkdir()
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        ".gitignore",
+        "tools/compile_core.py",
+    ):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -79,8 +89,15 @@ def commit(source: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, commit: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("build_wheel", source, tmp_path_factory.mktemp("built") / "wheel")
+def has_core(request: pytest.FixtureRequest) -> bool:
+    """Whether the wheel is to have the compiled core; `make test` does not compile one for it."""
+    return shutil.which("cc") is not None and (request.config.getoption("--empty-environment") or FOLDER.is_dir())
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, commit: str, has_core: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "wheel"
+    return build("build_wheel", source, folder, FASTSERVE_PURE="0" if has_core else "1")
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +190,29 @@ def test_a_wheel_holds_every_file_of_the_packages(source: Path, wheel: Path) -> 
     assert held == expected | {"harness/COMMIT"}
 
 
+def without_core(wheel: zipfile.ZipFile) -> set[str]:
+    """Names of the files that every wheel has."""
+    return {name for name in wheel.namelist() if "/_compiled/" not in name}
+
+
+CORE = "from fastserve.policies.fcfs import FCFS; from fastserve.core.compiled import core; print(core())"
+
+
+def test_the_wheel_has_the_compiled_core_where_a_compiler_is(
+    wheel: Path, has_core: bool, commands: Commands, elsewhere: Path
+) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert (without_core(zipfile.ZipFile(wheel)) != names) is has_core
+    used = call_well(commands.python, "-c", CORE, cwd=elsewhere, **commands.environment).strip()
+    assert used == ("compiled" if has_core else "pure")
+    tables = []
+    for pure in "01":
+        command = (commands.bin / "fastbench", "run", "--profile", PROFILE, "--rate", 2, "--num-requests", 50)
+        call_well(*command, "--out", pure, cwd=elsewhere, **commands.environment, FASTSERVE_PURE=pure)
+        tables.append([(elsewhere / pure / f"{name}.parquet").read_bytes() for name in ("requests", "iterations")])
+    assert tables[0] == tables[1]
+
+
 def test_the_lists_are_those_of_the_checkout(fastbench) -> None:
     assert PROFILE in fastbench("profiles")
     assert "fastserve-fcfs" in fastbench("policies")
@@ -243,14 +283,15 @@ def test_a_checkout_has_its_own_commit_and_says_where_it_was_changed(source: Pat
         untracked.unlink()
 
 
-def test_a_wheel_built_from_a_source_archive_has_the_same_files(
+def test_a_pure_wheel_built_from_a_source_archive_has_the_same_files(
     source: Path, wheel: Path, commit: str, tmp_path: Path
 ) -> None:
     archive = build("build_sdist", source, tmp_path / "archive")
     with tarfile.open(archive) as file:
         file.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    again = build("build_wheel", unpacked, tmp_path / "wheel")
+    again = build("build_wheel", unpacked, tmp_path / "wheel", FASTSERVE_PURE="1")
+    assert again.name.endswith("-py3-none-any.whl")
     first, second = zipfile.ZipFile(wheel), zipfile.ZipFile(again)
-    assert set(first.namelist()) == set(second.namelist())
+    assert without_core(first) == set(second.namelist())
     assert second.read("harness/COMMIT").decode().strip() == commit
