@@ -10,7 +10,7 @@ SNAKEMAKE = $(BIN)/snakemake $(if $(CORES),--cores $(CORES)) --workflow-profile 
 QUICKLY = $(if $(QUICK),--directory quick --config quick=true)
 SMK := Snakefile workflows/rules
 
-.PHONY: help setup compile reproduce smoke real-vllm gpu test test-pure wheel-test clients digests soak lint format bench clean
+.PHONY: help setup compile reproduce smoke real-vllm gpu test test-compiled wheel-test clients digests soak lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -41,11 +41,11 @@ real-vllm: setup  ## install vLLM into .venv-vllm and measure it beside our serv
 gpu:  ## what needs a GPU, on a machine with one: kernel tests, profile, benchmarks, recorded runs (docs/cluster.md)
 	@PYTHONPATH=system:workflows:. $(PYTHON) tools/gpu_session.py $(GPU_OPTIONS)
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: setup  ## run the tests, in pure Python, where a method of an object can be replaced
+	FASTSERVE_PURE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-pure: setup  ## the tests of decisions, invariants and units again, without the compiled core
-	FASTSERVE_PURE=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/decisions tests/invariants tests/unit
+test-compiled: setup  ## the tests of decisions and units again, with the compiled core
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/decisions tests/unit
 
 wheel-test: setup  ## install the wheel into an empty environment and run its commands from another folder
 	$(BIN)/python -m pytest tests/workflow/test_installed.py --empty-environment
