@@ -276,7 +276,7 @@ def test_a_timeline_that_cannot_be_written_is_named_before_the_run(tmp_path: Pat
             ConfigError,
             "--warmup applies to --backend http only",
         ),
-        ({"history": "alpaca"}, ConfigError, "--history alpaca needs --history-requests"),
+        ({"history": "alpaca"}, ConfigError, "--history 'alpaca' needs --history-requests"),
         ({"history_requests": 5}, ConfigError, "--history-requests 5 needs --history"),
         (
             {"history": "alpaca", "history_requests": -5},

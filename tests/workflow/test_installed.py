@@ -32,7 +32,7 @@ PACKAGES = {"system/fastserve": "fastserve", "baselines": "baselines", "workflow
 
 def clean_environment() -> dict[str, str]:
     """Environment variables without the checkout's path, and without those of a git hook that runs the tests."""
-    dropped = ("PYTHONPATH", "FASTSERVE_COMMIT")
+    dropped = ("PYTHONPATH", "FASTSERVE_COMMIT", "FASTSERVE_PURE")
     return {name: value for name, value in os.environ.items() if not name.startswith("GIT_") and name not in dropped}
 
 

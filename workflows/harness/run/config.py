@@ -141,7 +141,9 @@ def check_history(config: RunConfig) -> None:
             )
         return
     if not config.history_requests:
-        raise ConfigError(f"--history {config.history} needs --history-requests: how many of its requests, at least 1")
+        raise ConfigError(
+            f"--history {config.history!r} needs --history-requests: how many of its requests, at least 1"
+        )
     if not find_policy(config.policy).learns:
         learning = ", ".join(name for name, policy in list_policies().items() if policy.learns) or "none"
         raise ConfigError(
