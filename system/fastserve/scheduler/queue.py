@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from fastserve.core.compiled import mypyc_attr
-from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, CacheState, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
 
 
 class Wanted:
@@ -24,7 +24,7 @@ class Wanted:
         self.without_cache = without_cache
         self.swapped_out = swapped_out
 
-    def includes(self, state: CacheState) -> bool:
+    def includes(self, state: int) -> bool:
         """Whether requests in this line are wanted."""
         return state == RESIDENT or (self.without_cache if state == NO_CACHE else self.swapped_out)
 
@@ -228,21 +228,8 @@ class MultiLevelQueue(ServiceOrder):
     def move(self, request: Request, level: int, *, front: bool = False) -> None:
         """Move a request to the back of a level (or its front), be it its own."""
         self.version += 1
-        old, new = self._levels[request.level], self._levels.get(level)
-        if front or new is None or old.size == 1:
-            self._leave(request)
-            self._enter(request, level, front)
-            return
-        state = request.line
-        old.lines[state].remove(request)
-        old.size -= 1
-        new.size += 1
-        request.level = level
-        if level > self.deepest:
-            self.deepest = level
-        self._last += 1
-        request.position = self._last
-        new.lines[state].append(request)
+        self._leave(request)
+        self._enter(request, level, front)
 
     def refile(self, request: Request) -> None:  # noqa: D102
         state = request.cache_state
@@ -339,24 +326,14 @@ class MultiLevelQueue(ServiceOrder):
     def victims(self) -> Iterator[Request]:  # noqa: D102
         for number in reversed(self._in_order):
             resident = self._levels[number].lines[RESIDENT]
-            if resident.put_back:
+            if resident.size:
                 yield from resident.backward()
-                continue
-            request = resident.last
-            while request is not None:
-                yield request
-                request = request.previous
 
     def swapped_out(self) -> Iterator[Request]:  # noqa: D102
         for number in self._in_order:
-            line = self._levels[number].lines[SWAPPED_OUT]
-            if line.put_back:
-                yield from line.forward()
-                continue
-            request = line.first
-            while request is not None:
-                yield request
-                request = request.next
+            away = self._levels[number].lines[SWAPPED_OUT]
+            if away.size:
+                yield from away.forward()
 
     # -- levels that come and go -------------------------------------------------------------------------------
 

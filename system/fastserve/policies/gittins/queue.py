@@ -263,8 +263,7 @@ class IndexQueue(ServiceOrder):
             self._forget_the_past()
         log_index = self._known.get(request)
         if log_index is None:
-            line = self._entries[request][0] + 3 * request.level + request.line
-            log_index = self._known[request] = self._log_index(request, line)
+            log_index = self._known[request] = self._log_index(request, self._line_of(request))
         return log_index
 
     def fits(self, request: Request, places: int) -> bool:
@@ -348,12 +347,10 @@ class IndexQueue(ServiceOrder):
                 num_taken += 1
             else:
                 return
-            if wanted is not None:
-                state = number % 3
-                if state != RESIDENT and not (wanted.without_cache if state == NO_CACHE else wanted.swapped_out):
-                    if follows:
-                        heapq.heappop(following)
-                    continue
+            if wanted is not None and not wanted.includes(number % 3):
+                if follows:
+                    heapq.heappop(following)
+                continue
             line = lines[number]
             yield line.requests[index]
             index += sign
