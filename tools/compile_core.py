@@ -101,24 +101,18 @@ def _loading() -> ModuleType:
 
 
 def _is_current(loading: ModuleType) -> bool:
-    try:
-        manifest = json.loads((loading.FOLDER / loading.MANIFEST).read_bytes())
-    except OSError:
+    manifest = loading.manifest()
+    if manifest is None:
         return False
-    same = manifest["suffix"] == _suffix() and list(manifest["sources"]) == _names()
-    return same and not loading.changed_sources(manifest["sources"])
+    return list(manifest["sources"]) == _names() and not loading.changed_sources(manifest["sources"])
 
 
 def _names() -> list[str]:
     return [f"fastserve.{module}" for module in MODULES]
 
 
-def _suffix() -> str:
-    return str(sysconfig.get_config_var("EXT_SUFFIX"))
-
-
 def _compile(loading: ModuleType) -> None:
-    """Compile into a temporary folder, then put the folder in its place."""
+    """Compile in a temporary folder, gather the modules beside their place, and put them there all at once."""
     compiler = str(sysconfig.get_config_var("CC") or "cc").split()[0]
     if os.name != "nt" and not shutil.which(os.environ.get("CC", compiler).split()[0]):
         raise CompileError(f"no C compiler: {compiler} is not installed")
@@ -133,16 +127,15 @@ def _compile(loading: ModuleType) -> None:
         if done.returncode:
             print(done.stdout, done.stderr, sep="", file=sys.stderr)
             raise CompileError("mypyc or the C compiler failed; its messages are above")
-        files = {}
-        staging = work / loading.FOLDER.name
+        staging = loading.FOLDER.with_name(f"{loading.FOLDER.name}.new")
+        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        for module in (f"{GROUP}__mypyc", *_names()):
-            built = work / "lib" / f"{module.replace('.', '/')}{_suffix()}"
-            files[module] = f"{module}{_suffix()}"
-            built.rename(staging / files[module])
-        manifest = {"suffix": _suffix(), "sources": sources, "files": files}
+        files = {module: f"{module}{loading.SUFFIX}" for module in (f"{GROUP}__mypyc", *_names())}
+        for module, file in files.items():
+            shutil.move(work / "lib" / f"{module.replace('.', '/')}{loading.SUFFIX}", staging / file)
+        manifest = {"suffix": loading.SUFFIX, "sources": sources, "files": files}
         (staging / loading.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.copytree(staging, loading.FOLDER)
+        staging.rename(loading.FOLDER)
 
 
 def _build(work: Path) -> None:

@@ -33,13 +33,15 @@ else:
         return unchanged
 
 
-__all__ = ["compiled_modules", "core", "docstring", "is_forced_pure", "mypyc_attr", "source_digest", "use"]
+__all__ = ["changed_sources", "core", "docstring", "is_forced_pure", "manifest", "mypyc_attr", "source_digest", "use"]
 
 PURE_VARIABLE = "FASTSERVE_PURE"
 """Environment variable: 1 builds and uses pure Python."""
 PACKAGE = Path(__file__).parents[1]
 FOLDER = PACKAGE / "_compiled"
 """What tools/compile_core.py writes, unknown to git."""
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+"""What names of modules compiled for this Python end in."""
 MANIFEST = "manifest.json"
 """In that folder: `suffix`, of the Python that the modules are for, `sources`, digests by module, and `files`."""
 
@@ -56,21 +58,30 @@ def is_forced_pure() -> bool:
 
 def source_digest(module: str) -> str:
     """SHA-256 of the source of a module of this package; OSError if there is none."""
-    path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(_source(module).read_bytes()).hexdigest()
+
+
+def _source(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
+def manifest() -> dict[str, Any] | None:
+    """The manifest of the compiled modules; None if there are none for this Python."""
+    try:
+        found: dict[str, Any] = json.loads((FOLDER / MANIFEST).read_bytes())
+    except OSError:
+        return None
+    return found if found["suffix"] == SUFFIX else None
 
 
 def use() -> None:
     """Import compiled modules from here on, if there are any for this Python. Warn if their sources have changed."""
     if is_forced_pure() or core() == "compiled":
         return
-    try:
-        manifest = json.loads((FOLDER / MANIFEST).read_bytes())
-    except OSError:
+    found = manifest()
+    if found is None:
         return
-    if manifest["suffix"] != importlib.machinery.EXTENSION_SUFFIXES[0]:
-        return
-    changed = changed_sources(manifest["sources"])
+    changed = changed_sources(found["sources"])
     if changed:
         print(
             f"warning: {changed[0]} has changed since it was compiled, so everything runs as pure Python; compile it "
@@ -78,7 +89,7 @@ def use() -> None:
             file=sys.stderr,
         )
         return
-    sys.meta_path.insert(0, _Finder({name: FOLDER / file for name, file in manifest["files"].items()}))
+    sys.meta_path.insert(0, _Finder({name: FOLDER / file for name, file in found["files"].items()}))
 
 
 def changed_sources(digests: dict[str, str]) -> list[str]:
@@ -93,15 +104,9 @@ def changed_sources(digests: dict[str, str]) -> list[str]:
     return [module for module in digests if is_changed(module)]
 
 
-def compiled_modules() -> list[str]:
-    """Modules of this package that this process has imported compiled."""
-    compiled = [finder for finder in sys.meta_path if isinstance(finder, _Finder)]
-    return sorted(name for finder in compiled for name in finder.files if name in sys.modules and "." in name)
-
-
 def docstring(cls: type) -> str:
     """The docstring of a class, which compiled classes do not have: it is read from the source."""
-    path = PACKAGE.joinpath(*cls.__module__.split(".")[1:]).with_suffix(".py")
+    path = _source(cls.__module__)
     if cls.__doc__ or not path.is_file() or not cls.__module__.startswith("fastserve."):
         return cls.__doc__ or ""
     nodes = ast.parse(path.read_bytes()).body
