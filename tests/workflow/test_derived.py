@@ -16,7 +16,7 @@ def serve(tmp_path, **changes):
     defaults = {"profile": PROFILE, "policy": "fastserve-fcfs", "trace": "sharegpt", "num_requests": 30, "rate": 2.0}
     config = RunConfig(**defaults | changes)
     summary = run(config, tmp_path)
-    return summary, derived_metrics(tmp_path, load_profile(config.profile).latency)
+    return summary, derived_metrics(pq.read_table(tmp_path / "requests.parquet"), load_profile(config.profile).latency)
 
 
 def test_one_request_alone_is_not_slowed_down(tmp_path):
@@ -53,7 +53,7 @@ def test_attainment_counts_failed_requests_as_missed(tmp_path):
 
 def test_without_a_latency_model_there_is_no_slowdown(tmp_path):
     run(RunConfig(profile=PROFILE, num_requests=5, rate=1.0), tmp_path)
-    metrics = derived_metrics(tmp_path, None)
+    metrics = derived_metrics(pq.read_table(tmp_path / "requests.parquet"), None)
     assert metrics["mean_slowdown"] is None
     assert metrics["slowdown_decile_1"] is None
     assert metrics["mean_execution_s"] > 0
@@ -80,7 +80,7 @@ def test_settled_are_those_who_arrived_after_enough_had_finished(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "requests.parquet")
     latency = load_profile(PROFILE).latency
-    metrics = derived_metrics(tmp_path, latency)
+    metrics = derived_metrics(pq.read_table(tmp_path / "requests.parquet"), latency)
     (alone,) = times_alone(latency, np.array([10]), np.array([10]))
     assert metrics["settled_requests"] == 3
     assert metrics["mean_jct_settled_s"] == pytest.approx(30)
@@ -88,7 +88,7 @@ def test_settled_are_those_who_arrived_after_enough_had_finished(tmp_path):
     assert metrics["p95_normalized_latency_settled_s"] == pytest.approx(3.9)
     assert metrics["max_slowdown_settled"] == pytest.approx(40 / alone)
     assert metrics["p99_slowdown_settled"] == pytest.approx(39.8 / alone)
-    without = derived_metrics(tmp_path, None)
+    without = derived_metrics(pq.read_table(tmp_path / "requests.parquet"), None)
     assert without["mean_jct_settled_s"] == pytest.approx(30)
     assert without["max_slowdown_settled"] is None
 
@@ -102,6 +102,6 @@ def test_in_a_short_run_nobody_is_settled(tmp_path):
 def test_a_run_in_which_nothing_finished_has_no_times(tmp_path):
     with pytest.raises(NothingFinishedError):
         serve(tmp_path, num_requests=3, settings={"max_model_len": 2})
-    metrics = derived_metrics(tmp_path, load_profile(PROFILE).latency)
+    metrics = derived_metrics(pq.read_table(tmp_path / "requests.parquet"), load_profile(PROFILE).latency)
     assert metrics["mean_slowdown"] is None
     assert metrics["slo_attainment_1"] == 0

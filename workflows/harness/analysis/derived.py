@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from fastserve.latency import LatencyModel, decode_times
 
@@ -18,8 +17,8 @@ SETTLED = 500
 """Finished requests after which a policy that learns from them counts as having learned."""
 
 
-def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float | None]:
-    """Compute parts of the completion time (s), slowdowns and SLO attainment of the run in this folder.
+def derived_metrics(rows: pa.Table, latency: LatencyModel | None) -> dict[str, float | None]:
+    """Compute parts of the completion time (s), slowdowns and SLO attainment from a run's requests.parquet.
 
     Slowdown is the completion time over the time that the request would take alone; it needs the latency model and is
     None without it. Deciles are of the output length, the shortest first. Attainment is a share of all requests; a
@@ -29,8 +28,7 @@ def derived_metrics(run: Path, latency: LatencyModel | None) -> dict[str, float 
     every policy, show it after learning: they cover the `settled_requests` that arrived after `SETTLED` requests had
     finished, and that finished themselves.
     """
-    table = pq.read_table(run / "requests.parquet").to_pydict()
-    columns = {name: np.array(values) for name, values in table.items()}
+    columns = {name: np.array(values) for name, values in rows.to_pydict().items()}
     finished = columns["status"] == "finished"
     total = len(finished)
     requests = {name: values[finished] for name, values in columns.items()}

@@ -76,9 +76,9 @@ def carry_out(config: RunConfig) -> RunResult:
         except Exception as error:
             error.add_note(f"in the run {title}; to repeat it alone: {command_of(config)}")
             raise
-        metrics |= derived_metrics(out, load_profile(config.profile).latency if config.profile else None)
         tables = {name: pq.read_table(out / f"{name}.parquet") for name in TABLES[: 1 if is_simulated else 2]}
         meta = read_json(out / "meta.json")
+    metrics |= derived_metrics(tables["requests"], load_profile(config.profile).latency if config.profile else None)
     seconds = time.monotonic() - start
     return RunResult(
         run_name(config), metrics, meta, tables, seconds, command_of(config), title, _warnings(said.getvalue())
