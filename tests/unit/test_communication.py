@@ -188,7 +188,7 @@ def test_what_older_versions_can_say_is_written_so_that_they_can_read_it() -> No
         ("later_stages", [{"prefill": {}}], r"later_stages\[0\]\.prefill\.constant is missing"),
         ("later_stages", [{"prefill": {"constant": 0, "per_token": 0, "per_token_squared": 0}, "decode": []}],
          r"later_stages\[0\].decode must be a list with at least 1 entry, got \[\]"),
-        ("format_version", 5, "format_version must be an integer of at most 4, got 5"),
+        ("format_version", 6, "format_version must be an integer of at most 5, got 6"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_refused(part: str, wrong: Any, message: str, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def refused(folder: Path, data: Any) -> str:
     [
         ("coefficients.decode.0.constant", -0.5, "gives -0.4999 s for 1 decode over 1 token; every time up to the"),
         ("coefficients.decode.0.constant", float("nan"), "decode[0].constant must be a finite number, got nan"),
-        ("coefficients.decode.1.per_request", -1e-3, "for 4096 decodes over 4096 tokens; every time up to"),
+        ("coefficients.decode.1.per_request", -1e-3, "for 95 decodes over 95 tokens; every time up to"),
         ("coefficients.decode.1.per_context_token", -1e-3, "tokens; every time up to the"),
         ("coefficients.decode.0.per_context_token", float("inf"), "must be a finite number, got inf"),
         ("coefficients.decode.0.per_request", "0.1", "decode[0].per_request must be a finite number, got '0.1'"),

@@ -2,16 +2,25 @@
 
 from fastserve.latency.base import LatencyModel, decode_times
 from fastserve.latency.communication import AllReduce, HostLink, StageLink, all_reduces, fit_link
+from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
+from fastserve.latency.kernel_latency import KernelLatency
+from fastserve.latency.kernel_tables import Curve, KernelTables
+from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.pipelined import PipelinedLatency
 from fastserve.latency.profile import Profile, list_profiles, load_profile
 
 __all__ = [
     "AllReduce",
+    "Curve",
     "DecodeFit",
+    "EngineTime",
     "FittedLatency",
     "HostLink",
+    "KernelLatency",
+    "KernelTables",
     "LatencyModel",
+    "MeasuredRange",
     "PipelinedLatency",
     "PrefillCurve",
     "PrefillFit",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fastserve.core.errors import ConfigError
-from fastserve.latency.fitted import FittedLatency
+from fastserve.latency.base import LatencyModel
 
 _SHORTEST_S, _LONGEST_S = 1e-6, 10.0
 """What an iteration of one token can take on any machine. Outside, the unit is not seconds."""
 _SLOWEST_BYTES_PER_S = 1e6
-_LARGEST_BATCH = 4096
+LARGEST_BATCH = 4096
 
 
 def check_bandwidth(where: str, bytes_per_s: float) -> None:
@@ -20,12 +20,13 @@ def check_bandwidth(where: str, bytes_per_s: float) -> None:
         raise ConfigError(f"{where} must be in bytes/s, got {bytes_per_s:g}, which no link is as slow as")
 
 
-def check_times(where: str, stage: FittedLatency, capacity_tokens: int) -> None:
+def check_times(where: str, stage: LatencyModel, batches: Iterable[int], capacity_tokens: int) -> None:
     """Raise ConfigError if an iteration that fits the cache would take no time or less, or one token implausibly long.
 
-    A decode fit is linear in batch and context, so its corners are enough; prompts are sampled at powers of two.
+    `batches` are the numbers of decodes where the stage's times have corners; they are linear between. Prompts are
+    sampled at powers of two.
     """
-    for prompts, contexts in _shapes(stage, capacity_tokens):
+    for prompts, contexts in _shapes(batches, capacity_tokens):
         seconds = stage.iteration_time(prompts, contexts)
         if not 0 < seconds < math.inf:
             raise ConfigError(
@@ -41,21 +42,17 @@ def check_times(where: str, stage: FittedLatency, capacity_tokens: int) -> None:
             )
 
 
-def _shapes(stage: FittedLatency, capacity_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+def _shapes(batches: Iterable[int], capacity_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
     lengths = [2**power for power in range(capacity_tokens.bit_length())] + [capacity_tokens]
     for length in lengths:
         yield [length], []
-        yield [1] * min(length, _LARGEST_BATCH), []
-    least = 1
-    for fit in stage.decode:
-        most = min(fit.max_batch_size or _LARGEST_BATCH, capacity_tokens, _LARGEST_BATCH)
-        for batch in {min(least, most), most}:
-            for context in (batch, capacity_tokens):
-                contexts = [1] * (batch - 1) + [context - batch + 1]
-                yield [], contexts
-                yield [1], contexts
-                yield [lengths[-1]], contexts
-        least = most + 1
+        yield [1] * min(length, LARGEST_BATCH), []
+    for batch in sorted({min(batch, capacity_tokens, LARGEST_BATCH) for batch in batches}):
+        for context in (batch, capacity_tokens):
+            contexts = [1] * (batch - 1) + [context - batch + 1]
+            yield [], contexts
+            yield [1], contexts
+            yield [lengths[-1]], contexts
 
 
 def _described(prompts: list[int], contexts: list[int]) -> str:

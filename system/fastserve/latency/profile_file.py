@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from fastserve.core.config import dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.core.options import option_names
 from fastserve.latency.communication import AllReduce, HostLink, StageLink
+from fastserve.latency.engine_time import NO_ENGINE_TIME, EngineTime
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
+from fastserve.latency.kernel_tables import Curve, KernelTables
+from fastserve.latency.measured_range import MeasuredRange
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`
-and no `rendezvous`; their files are still read. A profile is written in the lowest version, from 2 on, that can say it.
+and no `rendezvous`, version 4 no `kernels`, `engine_time`, `range`, `kind` and `known_error`; their files are still
+read. A profile is written in the lowest version, from 2 on, that can say it.
 """
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -68,6 +72,10 @@ def _prefill_kind(prefill: Any) -> str:
     return "(curve)" if isinstance(prefill, dict) and "curve" in prefill else "(line)"
 
 
+def _stage_kind(stage: Any) -> str:
+    return "(tables)" if isinstance(stage, dict) and "dense" in stage else "(fit)"
+
+
 class _Stage(_Keys):
     unit: Annotated[str, Field(pattern=r"^(s|seconds)$")] = "seconds"
     prefill: Annotated[
@@ -99,14 +107,48 @@ class ProfileFile(_Keys):
     dtype: Annotated[str, AfterValidator(_check_dtype)]
     tensor_parallel_size: Count
     pipeline_parallel_size: Count
-    coefficients: _Stage
+    coefficients: _Stage | None = None
+    kernels: KernelTables | None = None
     kv_cache: _KVCache
     host_link: HostLink
     stage_link: StageLink | None = None
-    later_stages: tuple[_Stage, ...] = ()
+    later_stages: tuple[
+        Annotated[
+            Annotated[_Stage, Tag("(fit)")] | Annotated[KernelTables, Tag("(tables)")], Discriminator(_stage_kind)
+        ],
+        ...,
+    ] = ()
     all_reduce: AllReduce | None = None
     context_tokens: Annotated[int, Field(ge=2, le=10**12)] | None = None
+    engine_time: EngineTime = NO_ENGINE_TIME
+    range: MeasuredRange | None = None
+    kind: Literal["measured kernels", "fitted", "roofline"] | None = None
+    known_error: Text | None = None
     provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_stage(self) -> ProfileFile:
+        if (self.coefficients is None) == (self.kernels is None):
+            found = "neither" if self.coefficients is None else "both"
+            raise ValueError(f"has {found} of coefficients and kernels; give one of them, the times of a stage")
+        if any(isinstance(stage, KernelTables) != (self.kernels is not None) for stage in self.later_stages):
+            raise ValueError(
+                "has later_stages of another kind than its first stage; give fits or kernel tables for all"
+            )
+        return self
+
+    @property
+    def first_stage(self) -> FittedLatency | KernelTables:
+        """Times of the first stage."""
+        if self.coefficients is not None:
+            return self.coefficients.fit()
+        assert self.kernels is not None
+        return self.kernels
+
+    @property
+    def stages_after(self) -> list[FittedLatency | KernelTables]:
+        """Times of the second stage to the last."""
+        return [stage if isinstance(stage, KernelTables) else stage.fit() for stage in self.later_stages]
 
 
 _OBJECTS: dict[str, type] = {
@@ -116,6 +158,12 @@ _OBJECTS: dict[str, type] = {
     "(line)": PrefillFit,
     "(curve)": _Curve,
     "decode": DecodeFit,
+    "kernels": KernelTables,
+    "(tables)": KernelTables,
+    "dense": Curve,
+    "per_sequence": Curve,
+    "engine_time": EngineTime,
+    "range": MeasuredRange,
     "kv_cache": _KVCache,
     "host_link": HostLink,
     "stage_link": StageLink,

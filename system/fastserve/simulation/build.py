@@ -62,6 +62,7 @@ def simulated_engine(
         host_link,
         clock,
         stage_link=profile.stage_link,
+        transfer_overhead_s=profile.engine_time.per_transfer_s,
         number_tokens=real_time,
         token_ids=token_ids,
     )

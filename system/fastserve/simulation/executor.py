@@ -39,6 +39,7 @@ class SimulatedExecutor(Executor):
         clock: Clock,
         *,
         stage_link: StageLink | None = None,
+        transfer_overhead_s: float = 0.0,
         number_tokens: bool = False,
         token_ids: Sequence[int] = (),
     ) -> None:
@@ -49,6 +50,7 @@ class SimulatedExecutor(Executor):
             host_link: between GPU and host memory.
             clock: a VirtualClock, or a WallClock that is slept on.
             stage_link: between consecutive stages; None: sends take no time.
+            transfer_overhead_s: of the host, added to an iteration for each transfer that starts with it.
             number_tokens: make each token its index in the output, so that a client notices a lost or repeated one.
                 Otherwise every token is 0.
             token_ids: with `number_tokens`, use that index to pick a token from these, cyclically.
@@ -59,6 +61,7 @@ class SimulatedExecutor(Executor):
         self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
         self._host_link = host_link
         self._stage_link = stage_link
+        self._transfer_overhead_s = transfer_overhead_s
         self._clock = clock
         self._number_tokens = number_tokens
         self._token_ids = token_ids
@@ -92,7 +95,10 @@ class SimulatedExecutor(Executor):
         if iteration.requests:
             prefill_lens, context_lens, prefix_lens = _shape(iteration)
             seconds = [kind.iteration_time(prefill_lens, context_lens, prefix_lens) for kind in self._kinds]
-            end = self._stages_free_at[0] = now + seconds[0]
+            end = now + seconds[0]
+            if self._transfer_overhead_s:
+                end += self._transfer_overhead_s * (len(iteration.swap_out) + len(iteration.swap_in))
+            self._stages_free_at[0] = end
             if self.max_in_flight > 1:
                 end = self._through_later_stages(end, seconds, sum(prefill_lens) + len(context_lens))
             tokens: tuple[int, ...] = (0,) * len(iteration.requests)
