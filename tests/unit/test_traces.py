@@ -465,6 +465,7 @@ def test_list_traces_covers_what_load_trace_takes():
             "zipf",
             "bimodal",
             "fixed",
+            "measured",
         ),
         *("sharegpt", "alpaca", "azure", "burstgpt", "mooncake", "bailian", "csv"),
     ]

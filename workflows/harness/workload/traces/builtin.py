@@ -13,6 +13,7 @@ from fastserve.core.errors import ConfigError
 from harness.workload.options import parse_options
 from harness.workload.traces.histogram import HistogramLengths, ScaledLengths, read_table
 from harness.workload.traces.lengths import LengthFilter, LengthSource
+from harness.workload.traces.measured import KIND, open_measured
 from harness.workload.traces.synthetic import LONGEST, BimodalLengths, FixedLengths, GeometricLengths, ZipfLengths
 
 _LEAST_CV, _MOST_CV = 0.001, 100.0
@@ -153,4 +154,9 @@ BUILTIN = {
         _bimodal,
     ),
     "fixed": Builtin("fixed[:prompt=128,output=64]", "every request alike", _fixed),
+    KIND: Builtin(
+        f"{KIND}:rtx4090|rtxpro6000",
+        "requests that vLLM served on that GPU; --arrivals trace sends them when they were sent",
+        open_measured,
+    ),
 }
