@@ -17,9 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastserve.core.presets import preset
-from fastserve.latency.calibration import CHECKED_SHAPES, calibrate, relative_errors
+from fastserve.latency.calibration import CHECKED_SHAPES, FITTED_RANGE, calibrate, relative_errors
 from fastserve.latency.communication import HostLink, StageLink
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Profile, list_profiles, load_profile
 from fastserve.latency.roofline import A100_40G, A100_80G, Calibration, Gpu, predict, transfer
 
@@ -56,6 +57,10 @@ BETWEEN_NODES = (24e-6, 8e9)
 
 SOURCE = "Least-squares fits published with DistServe (OSDI'24; LLMServe/DistServe, Apache-2.0)"
 HOST_LINK = "PCIe 4.0 x16 for each GPU, about 25 GB/s achieved a direction; latency assumed 10 us"
+OPT_RANGE = MeasuredRange(prompt_tokens=2048, context_tokens=2048)
+"""Where the published fits were measured, as far as it is known."""
+OPT_RANGE_REASON = "not published; OPT's context of 2,048 tokens bounds prompts and contexts"
+ROOFLINE_RANGE_REASON = "the iterations it is calibrated on (fastserve/latency/calibration.py)"
 MIXED = "not measured: the larger constant plus the sum of both fits' other terms is assumed"
 
 
@@ -178,6 +183,8 @@ def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: Fitt
             capacity_source += f"; {num_gpus} GPUs' less 2 bytes a weight, over {bytes_per_token} bytes a token"
     else:
         capacity_source = "published with DistServe (OSDI'24)"
+    is_fit = "calibration" not in provenance
+    provenance |= {"range": OPT_RANGE_REASON if is_fit else ROOFLINE_RANGE_REASON}
     provenance |= {"kv_capacity": capacity_source, "host_link": HOST_LINK, "mixed_iterations": MIXED}
     stage_link = None
     if pp > 1:
@@ -203,6 +210,8 @@ def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: Fitt
         host_link=HostLink(gpu.host_link_bytes_per_s * num_gpus, PCIE_LATENCY_S),
         provenance=provenance,
         stage_link=stage_link,
+        measured_range=OPT_RANGE if is_fit else FITTED_RANGE,
+        kind="fitted" if is_fit else "roofline",
     )
 
 

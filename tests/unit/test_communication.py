@@ -45,6 +45,8 @@ def profile_of(stage: FittedLatency, tp: int, pp: int, **more: Any) -> Profile:
         pipeline_parallel_size=pp,
         stage=stage,
         stage_link=more.pop("stage_link", STAGE_LINK) if pp > 1 else None,
+        measured_range=None,
+        kind=None,
         **more,
     )
 

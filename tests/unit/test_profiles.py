@@ -7,7 +7,7 @@ import pytest
 
 from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
-from fastserve.latency import PipelinedLatency, list_profiles, load_profile
+from fastserve.latency import MeasuredRange, PipelinedLatency, list_profiles, load_profile
 from tools import make_profiles
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_the_script_makes_the_profiles_that_are_shipped() -> None:
         shipped = load_profile(name)
         for shape in (((128,), ()), ((1024,), ()), ((), (1,)), ((), (500,) * 64), ((), (500,) * 128)):
             assert shipped.stage.iteration_time(*shape) == pytest.approx(profile.stage.iteration_time(*shape), rel=1e-9)
-        for key in ("model", "hardware", "engine", "kv_capacity_tokens", "host_link", "stage_link"):
+        for key in ("model", "hardware", "engine", "kv_capacity_tokens", "host_link", "stage_link", "measured_range", "kind"):
             assert getattr(shipped, key) == getattr(profile, key)
         assert set(shipped.provenance) == set(profile.provenance)
 
@@ -56,6 +56,28 @@ def test_a_derived_profile_says_where_it_comes_from(name: str) -> None:
     num_gpus = profile.tensor_parallel_size * profile.pipeline_parallel_size
     assert profile.host_link.bandwidth_bytes_per_s == num_gpus * 25e9
     assert profile.kv_capacity_tokens % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "measured"),
+    [
+        ("a100-80g/opt-13b-tp1", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
+        ("a100-40g/opt-66b-tp4-vllm", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
+        ("a100-40g/opt-66b-tp2-pp2", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
+        ("a100-40g/opt-66b-tp2-pp2-vllm", "roofline", MeasuredRange(2048, 2048, 64, 1024)),
+        ("a100-80g/llama-3-8b-tp1", "roofline", MeasuredRange(2048, 2048, 64, 1024)),
+    ],
+)
+def test_a_profile_says_what_it_was_measured_for(name: str, kind: str, measured: MeasuredRange) -> None:
+    profile = load_profile(name)
+    assert (profile.kind, profile.measured_range) == (kind, measured)
+    assert profile.provenance["range"]
+
+
+def test_the_range_of_measured_iterations() -> None:
+    shapes = [((100, 300), ()), ((64,), (500, 20, 7)), ((), (9,) * 5)]
+    assert MeasuredRange.spanned(shapes) == MeasuredRange(400, 300, 5, 500)
+    assert MeasuredRange.spanned([((10,), ())]) == MeasuredRange(10, 10, None, None)
 
 
 def test_capacity_on_40_gb() -> None:

@@ -12,7 +12,7 @@ from fastserve.core.config import EngineOptions, ModelSource
 from fastserve.core.errors import ConfigError, OutputError
 from fastserve.core.options import option_names
 from fastserve.core.parallel import ParallelConfig
-from fastserve.latency import AllReduce, DecodeFit, FittedLatency, PrefillCurve, PrefillFit, load_profile
+from fastserve.latency import AllReduce, DecodeFit, FittedLatency, MeasuredRange, PrefillCurve, PrefillFit, load_profile
 from fastserve.profiling.config import ProfileConfig
 from fastserve.profiling.measure import _without_all_reduces, measure_profile
 from harness.run.config import RunConfig
@@ -39,6 +39,10 @@ def test_a_measured_profile_drives_a_simulation(shape: str, tmp_path: Path) -> N
     assert residuals["decode"]["points"] > 3
     assert all(point["measured_s"] > 0 for point in residuals["measurements"])
     assert {point["direction"] for point in provenance["host_link"]} == {"out", "in"}
+
+    shapes = [(point["prefill_lens"], point["context_lens"]) for point in residuals["measurements"]]
+    assert profile.measured_range == MeasuredRange.spanned(shapes)
+    assert profile.kind == "fitted"
 
     # What the engine adds is in every iteration's time, beyond the fit.
     own = provenance["engine_time"]

@@ -10,6 +10,7 @@ import numpy as np
 from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
 from fastserve.latency.fitting import Shape
+from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Profile
 from fastserve.latency.roofline import A100_80G, Calibration, Gpu, predict
 
@@ -18,6 +19,8 @@ FITTED_SHAPES: tuple[Shape, ...] = (
     *(((), (context,) * batch) for batch in (1, 4, 16, 64) for context in (128, 512, 1024)),
 )
 """Iterations on which predictions are fitted to the measured fits; no batch reaches the roofline's `LARGE_BATCH`."""
+FITTED_RANGE = MeasuredRange.spanned(FITTED_SHAPES)
+"""Where predictions are held against measured fits; beyond it they are guesses."""
 
 CHECKED_SHAPES: tuple[Shape, ...] = (
     *(((length,), ()) for length in (128, 512, 1024)),

@@ -22,6 +22,7 @@ from fastserve.core.config import ModelConfig, dtype_bytes
 from fastserve.latency import (
     AllReduce,
     FittedLatency,
+    MeasuredRange,
     PipelinedLatency,
     Profile,
     StageLink,
@@ -120,6 +121,8 @@ def _measure_worker(
             "residuals": residuals(latency, measurements),
         },
         context_tokens=model.max_model_len,
+        measured_range=MeasuredRange.spanned(shapes),
+        kind="fitted",
     )
 
 
@@ -168,6 +171,8 @@ def _measure_ranks(config: ProfileConfig, model: ModelConfig, name: str, begin: 
         stage_link=stage_link,
         all_reduce=all_reduce,
         context_tokens=model.max_model_len,
+        measured_range=MeasuredRange.spanned(shapes),
+        kind="fitted",
         kv_capacity_tokens=blocks * engine.block_size,
         kv_bytes_per_token=model.kv_bytes_per_token(dtype),
         host_link=link,
