@@ -29,7 +29,8 @@ class ModelConfig:
     """Architecture of a decoder-only model: everything needed to size its cache and to build it with dummy weights."""
 
     name: str
-    architecture: Literal["opt", "llama"]
+    architecture: Literal["opt", "llama", "qwen3"]
+    """`qwen3` is `llama` with norms of queries and keys; the engine does not run it, profiles know it."""
     vocab_size: int
     hidden_size: int
     num_layers: int

@@ -35,7 +35,7 @@ def _llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: 
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
         intermediate_size=ffn,
-        tie_word_embeddings=fields.pop("tie_word_embeddings", False),
+        tie_word_embeddings=False,
         **fields,
     )
 
@@ -45,6 +45,16 @@ _LLAMA_3: dict[str, Any] = {
     "max_model_len": 8192,
     "rope_theta": 500_000.0,
     "eos_token_ids": (128_001,),
+}
+
+_LLAMA_3_1: dict[str, Any] = _LLAMA_3 | {
+    "max_model_len": 131_072,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -65,10 +75,28 @@ PRESETS: dict[str, ModelConfig] = {
         _llama("llama-2-70b", 80, 8192, 64, 8, 28_672),
         _llama("llama-3-8b", 32, 4096, 32, 8, 14_336, **_LLAMA_3),
         _llama("llama-3-70b", 80, 8192, 64, 8, 28_672, **_LLAMA_3),
+        _llama("llama-3.1-8b", 32, 4096, 32, 8, 14_336, **_LLAMA_3_1),
+        _llama("llama-3.1-70b", 80, 8192, 64, 8, 28_672, **_LLAMA_3_1),
+        ModelConfig(
+            name="qwen3-32b",
+            architecture="qwen3",
+            vocab_size=151_936,
+            hidden_size=5120,
+            num_layers=64,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=128,
+            intermediate_size=25_600,
+            max_model_len=40_960,
+            tie_word_embeddings=False,
+            norm_eps=1e-6,
+            rope_theta=1_000_000.0,
+            eos_token_ids=(151_645, 151_643),
+        ),
     )
 }
-"""OPT after Zhang et al. 2022, table 1; Llama 2 and 3 after Meta's published configurations. `*-tiny` are for tests,
-`llama-160m` is OPT-125m's shape with grouped-query attention."""
+"""OPT after Zhang et al. 2022, table 1; Llama 2, 3 and 3.1 and Qwen3 after the configurations their makers published.
+`*-tiny` are for tests, `llama-160m` is OPT-125m's shape with grouped-query attention. The engine does not run Qwen3."""
 
 
 def preset(name: str) -> ModelConfig:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from fastserve.core.config import ModelConfig
+from fastserve.core.errors import ConfigError
+from fastserve.core.model_directory import load_config
 from fastserve.core.parallel import Place
 from fastserve.runtime.models.batch import ForwardBatch, SequenceInput
 from fastserve.runtime.models.decoder import DecoderModel
 from fastserve.runtime.models.llama import LlamaModel
-from fastserve.runtime.models.loader import dummy_weights, load_config, load_weights
+from fastserve.runtime.models.loader import dummy_weights, load_weights
 from fastserve.runtime.models.opt import OPTModel
 from fastserve.runtime.models.part import Part
 from fastserve.runtime.parallel.groups import ALONE, Group
@@ -28,6 +30,7 @@ __all__ = [
     "dummy_model",
     "empty_model",
     "load_config",
+    "require_implemented",
     "shared_models",
 ]
 
@@ -94,5 +97,15 @@ def dummy_model(config: ModelConfig, seed: int) -> DecoderModel:
 
 
 def empty_model(part: Part) -> DecoderModel:
-    """A model, or a part of one, with uninitialized weights."""
+    """A model, or a part of one, with uninitialized weights. ConfigError for an architecture that does not run."""
+    require_implemented(part.config)
     return _FAMILIES[part.config.architecture](part)
+
+
+def require_implemented(config: ModelConfig) -> None:
+    """Raise ConfigError for a model that profiles know and the engine does not run."""
+    if config.architecture not in _FAMILIES:
+        raise ConfigError(
+            f"model {config.name}: the engine does not run architecture {config.architecture}, only "
+            f"{' and '.join(_FAMILIES)}; simulate the model with a profile of it (`fastbench profiles`)"
+        )
