@@ -12,7 +12,7 @@ import typer
 
 from fastserve.core.command import Taken, Version, new_app, with_options
 from fastserve.core.console import Progress, run_app
-from fastserve.core.errors import OutputError
+from fastserve.core.errors import ConfigError, OutputError
 from fastserve.core.files import check_writable
 from fastserve.core.tokenizer import BUILTIN
 from fastserve.policies.settings import parse_settings, resolve_settings
@@ -39,14 +39,34 @@ def profile(
         ),
     ],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Measure nothing: make the profile of the kernel tables in this folder, in LLMServingSim's layout, or "
+            "of aiconfigurator:PATH/systems/data/GPU/ENGINE/VERSION.",
+        ),
+    ] = None,
+    gpu_memory_gb: Annotated[
+        float | None,
+        typer.Option("--gpu-memory-gb", help="With --kernels: memory of a GPU in 1e9 bytes.", show_default="as known"),
+    ] = None,
 ) -> None:
-    """Measure this machine's iteration times, fit them, and write a profile for simulations and policies."""
-    from fastserve.profiling.measure import measure_profile
-    from fastserve.profiling.report import describe
+    """Measure this machine's iteration times, fit them, and write a profile for simulations and policies.
 
+    With --kernels: make it of kernel times that others measured.
+    """
     if out.suffix != ".json" or not out.parent.is_dir():
         raise OutputError(f"--out must be a .json file in an existing folder, got {out}")
     check_writable(out)
+    if kernels is not None:
+        _profile_of_kernels(config, out, kernels, gpu_memory_gb)
+        return
+    if gpu_memory_gb is not None:
+        raise ConfigError("--gpu-memory-gb is for --kernels; a measured profile has this machine's memory")
+    from fastserve.profiling.measure import measure_profile
+    from fastserve.profiling.report import describe
+
     with ExitStack() as progress:
 
         def begin(steps: int) -> Callable[[], None]:
@@ -55,6 +75,19 @@ def profile(
         measured = measure_profile(config, str(out), begin)
     measured.save(out)
     for line in describe(measured):
+        print(line)
+    print(f"wrote {out}")
+
+
+def _profile_of_kernels(config: ProfileConfig, out: Path, kernels: str, gpu_memory_gb: float | None) -> None:
+    """Without torch, so that it works where there is none."""
+    from fastserve.core.model_directory import find_config
+    from fastserve.profiling.kernels.importing import describe, import_profile
+
+    config.require_none_of_measuring()
+    imported = import_profile(kernels, find_config(config.source.model), config.parallel, str(out), gpu_memory_gb)
+    imported.save(out)
+    for line in describe(imported):
         print(line)
     print(f"wrote {out}")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from fastserve.core.checks import Integer, require_int
 from fastserve.core.config import EngineOptions, ModelSource, Processes
-from fastserve.core.options import check_options, option, option_of
+from fastserve.core.errors import ConfigError
+from fastserve.core.options import check_options, described, flag_of, option, option_of
 from fastserve.core.parallel import ParallelConfig
 
 TIMED_BLOCKS = 64
@@ -28,6 +29,18 @@ class ProfileConfig:
     quick: bool = option(False, "Measure fewer points.", flag="--quick")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ranks: str | None = option_of(Processes, "ranks")
+
+    def require_none_of_measuring(self) -> None:
+        """Raise ConfigError for an option that has no meaning where kernel tables give the times."""
+        plain = ProfileConfig(ModelSource(model=self.source.model), parallel=self.parallel)
+        for given, default in ((self.source, plain.source), (self.engine, plain.engine), (self, plain)):
+            for each in fields(given):
+                known = described(each)
+                if known is not None and getattr(given, each.name) != getattr(default, each.name):
+                    raise ConfigError(
+                        f"{flag_of(each.name, known)} has no meaning with --kernels, which measures nothing; "
+                        "leave it out"
+                    )
 
     def __post_init__(self) -> None:
         check_options(self)
