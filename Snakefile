@@ -3,6 +3,7 @@
 #   snakemake -c all              everything of workflows/config: the target `report`
 #   snakemake -c all fig11        one figure of the paper; so fig12 ... fig18, synthetic, beyond, own, fidelity, headline
 #   snakemake -c all own-policy   an experiment by the name of its file
+#   snakemake -c all gpu-truth    the simulator held against vLLM as others measured it on two GPUs (docs/gpu-truth.md)
 #   snakemake -c all recorded     what was measured on GPUs (results/recorded), simulated again, compared and drawn
 #   snakemake -c all real-vllm    installs vLLM into .venv-vllm and measures it beside our server; no part of the report
 #   snakemake -c all smoke        a small one of each kind
@@ -104,3 +105,4 @@ include: "workflows/rules/external.smk"
 include: "workflows/rules/tables.smk"
 include: "workflows/rules/figures.smk"
 include: "workflows/rules/recorded.smk"
+include: "workflows/rules/measured.smk"

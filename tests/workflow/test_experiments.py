@@ -91,7 +91,10 @@ def test_every_figure_of_the_paper_and_every_group_has_experiments():
 
 def test_simulated_experiments_have_at_least_five_seeds():
     for name, experiment in shipped().items():
-        assert experiment.backend != "sim" or len(experiment.seeds) >= 5, name
+        if experiment.figure == "measured":  # Requests and arrivals of one recorded run: a seed changes nothing.
+            assert len(experiment.seeds) == 1, name
+        else:
+            assert experiment.backend != "sim" or len(experiment.seeds) >= 5, name
 
 
 def test_claims_name_what_there_is():

@@ -92,14 +92,20 @@ NOTHING_RECORDED = "nothing is recorded: make gpu, on a machine with a GPU, writ
 
 def results_of(name):
     """What an experiment ends in."""
-    figures = [f"figures/{name}.png", f"figures/{name}.pdf"]
+    stems = [name, f"{name}-policies"] if EXPERIMENTS[name].figure == "measured" else [name]
+    figures = [f"figures/{stem}.{kind}" for stem in stems for kind in ("png", "pdf")]
     return figures + [f"results/{name}/{table}.csv" for table in tables_of(name)]
 
 
 def tables_of(name):
     """Names of an experiment's tables."""
     experiment = EXPERIMENTS[name]
-    made = {"points": True, "capacity": experiment.slo is not None, "targets": bool(experiment.targets)}
+    made = {
+        "points": True,
+        "capacity": experiment.slo is not None,
+        "targets": bool(experiment.targets),
+        "errors": experiment.figure == "measured",
+    }
     return [table for table, is_made in made.items() if is_made]
 
 

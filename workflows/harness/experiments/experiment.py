@@ -175,8 +175,11 @@ class Experiment(Keys):
     title: Text
     note: str = ""
     """A sentence for the caption of the figure."""
-    figure: Literal["load", "slo", "capacity", "sweep", "breakdown", "deciles", "bars", "fidelity", "ratios"]
-    """How it is drawn: harness/report/plots has a file for each."""
+    figure: Literal[
+        "load", "slo", "capacity", "sweep", "breakdown", "deciles", "bars", "fidelity", "ratios", "measured"
+    ]
+    """How it is drawn: harness/report/plots has a file for each. measured: runs that others measured on GPUs, which the
+    traces of the panels name, and simulations of them (harness/studies/measured)."""
     backend: Literal["sim", "engine", "both", "http"]
     """sim: virtual time from a latency profile. engine: a real model on this machine, alone on it. both: engine and
     simulation of the same requests (harness/studies/fidelity). http: servers on this machine, driven over HTTP in turns
@@ -189,7 +192,8 @@ class Experiment(Keys):
     metrics: Omittable[Several[Metric]] = None
     """Columns that a `sweep` shows one below the other, and `bars` and `ratios` side by side."""
     over: Omittable[Slug] = None
-    """Series that a figure of `ratios` holds all others against."""
+    """Series that a figure of `ratios` holds all others against; of a figure `measured`, the series that repeats what
+    was measured."""
     targets: Annotated[tuple[Target, ...], Field(strict=False)] = ()
     """[] where another experiment's targets are not to be taken."""
     slo: Positive | None = None
@@ -232,9 +236,11 @@ class Experiment(Keys):
             if not rows:
                 raise ValueError(f"panel {panel.name!r}: there are no points; give `points`, here or for all panels")
             check_differ([row.at for row in rows], f"values of x in panel {panel.name!r}")
-        if self.figure == "ratios" and (self.over not in names or len(names) < 2):
+        if self.figure in ("ratios", "measured") and (self.over not in names or len(names) < 2):
             known = ", ".join(names)
-            raise ValueError(f"over: ratios need a series over which to show others, not {self.over!r}: {known}")
+            raise ValueError(
+                f"over: figures {self.figure!r} need a series over which to show others, not {self.over!r}: {known}"
+            )
         for target in self.targets:
             try:
                 self._check_target(target)

@@ -34,9 +34,14 @@ def read_experiments(path: Path, prefix: str = "", seeds: Sequence[int] | None =
 
 
 def quick_look(experiments: Mapping[str, Experiment]) -> dict[str, Experiment]:
-    """The simulated figures of the paper with `QUICK_SEEDS`, as title and note of each say wherever it is shown."""
+    """The simulated figures of the paper with `QUICK_SEEDS`, as title and note of each say wherever it is shown.
+
+    Replays of measured runs are whole: they have one seed and take seconds.
+    """
     marked = {}
     for name, experiment in experiments.items():
+        if experiment.figure == "measured":
+            marked[name] = experiment
         if name.startswith("fig") and experiment.backend == "sim":
             seeds = f"{len(QUICK_SEEDS)} of {len(experiment.seeds)} seeds"
             changes = {

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from fastserve.latency import load_profile
+from fastserve.latency import EngineTime, load_profile
 from harness.experiments.experiment import Experiment
 from harness.experiments.points import points_of
+from harness.studies.measured.replay import replays_of
 
 
 def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
@@ -52,6 +53,41 @@ def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) ->
             "Simulated: the same requests, with the iteration times measured beside the runs.",
         ]
     )
+
+
+def truth_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
+    """Describe measured runs and their simulations: engine, limits, source; profile, and the engine's own time."""
+    replays = list(replays_of(experiment))
+    runs = [measured for _, measured in replays]
+    text = [f"Measured by others on {run.gpu}: {run.engine}, {run.model}, {run.limits}." for run in runs]
+    text.append(f"Source: {'; '.join(dict.fromkeys(run.source for run in runs))}.")
+    for profile in (load_profile(point.config.profile or "") for point, _ in replays):
+        text.append(f"{profile.name}: the engine's own time is {_own_time(profile.engine_time)}.")
+    text.append(
+        "Batch and cache of both are reconstructed from the times of requests, which do not show preemptions: a "
+        "preempted request counts all the same. How often the real engine preempted is not recorded."
+    )
+    return f"{' '.join(text)} {provenance_caption(experiment, metas)}"
+
+
+def would_have_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the simulations of other policies on the machines of measured runs."""
+    links = []
+    for profile in (load_profile(point.config.profile or "") for point, _ in replays_of(experiment)):
+        link = profile.host_link
+        links.append(f"{link.bandwidth_bytes_per_s / 1e9:g} GB/s ({profile.name})")
+    return (
+        "SIMULATED, but for the hatched bars: the same requests, batch limit, token budget and cache as in the "
+        f"measured run. Policies that swap move caches over a host link of {', '.join(links)}, which no measured run "
+        f"has used. The simulator's error is known for vLLM alone. {provenance_caption(experiment, metas)}"
+    )
+
+
+def _own_time(time: EngineTime) -> str:
+    """An engine's own time in words."""
+    parts = {"an iteration": time.per_iteration_s, "a request": time.per_request_s, "a token": time.per_token_s}
+    said = [f"{1e3 * seconds:.3g} ms {of}" for of, seconds in parts.items() if seconds]
+    return f"{time.source}, {' and '.join(said)}" if said else "not modelled"
 
 
 def findings(claims: pd.DataFrame) -> dict[str, str]:

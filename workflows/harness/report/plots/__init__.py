@@ -36,10 +36,12 @@ __all__ = [
     "RECORDED_VIEWS",
     "draw",
     "draw_headline",
+    "draw_page",
     "draw_recorded",
     "figure_of",
     "flags_of",
     "headline_of",
+    "page_of",
     "recorded_of",
 ]
 
@@ -135,3 +137,19 @@ def recorded_of(view: str, table: pd.DataFrame, title: str, caption: str = "") -
         raise ConfigError(f"unknown figure {view!r} of recorded runs; known: {', '.join(RECORDED_VIEWS)}")
     with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
         return RECORDED_VIEWS[view](table, title).finish(flags_of_recorded(table), caption)
+
+
+def draw_page(make_page: Callable[[], Page], caption: str, stem: Path) -> list[Path]:
+    """Draw the page that `make_page` makes to `stem`.png and `stem`.pdf and return the two paths.
+
+    Raises OutputError if the files cannot be written.
+    """
+    figure = page_of(make_page, caption)
+    with matplotlib.rc_context(RC):
+        return save(figure, stem)
+
+
+def page_of(make_page: Callable[[], Page], caption: str = "") -> Figure:
+    """Make the figure that `draw_page` writes."""
+    with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
+        return make_page().finish([], caption)

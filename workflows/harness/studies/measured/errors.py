@@ -14,7 +14,12 @@ GOALS: Mapping[str, float] = {"mean": 0.03, "p50": 0.05, "p90": 0.05, "p99": 0.0
 JUDGED = ("ttft_s", "tpot_s", "jct_s")
 """Quantities that the goals are for."""
 COLUMNS = ("run", "gpu", "metric", "measured", "simulated", "error", "goal", "met", "llmservingsim_error")
-NAMES: Mapping[str, str] = {"ttft_s": "TTFT", "tpot_s": "TPOT", "jct_s": "completion time"}
+NAMES: Mapping[str, str] = {
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "jct_s": "completion time",
+    "normalized_latency_s": "normalized latency",
+}
 _PEER_KEYS = ["run", "metric"]
 
 
@@ -50,7 +55,8 @@ def describe_errors(errors: pd.DataFrame) -> list[str]:
         line = f"{gpu}: {len(rows) - len(missed)} of {len(rows)} statistics within the goal"
         if len(missed):
             beyond = zip(missed["metric"], missed["error"], strict=True)
-            line += f"; beyond it: {', '.join(f'{metric_name(metric)} {error:+.1%}' for metric, error in beyond)}"
+            named = [f"{metric_name(metric)} {signed_percent(error)}" for metric, error in beyond]
+            line += f"; beyond it: {', '.join(named)}"
         lines.append(line)
     return lines
 
@@ -63,10 +69,10 @@ def errors_page(errors: pd.DataFrame) -> str:
     ]
     row: Any
     for row in errors.itertuples():
-        peer = "not published" if pd.isna(row.llmservingsim_error) else f"{row.llmservingsim_error:+.1%}"
+        peer = "not published" if pd.isna(row.llmservingsim_error) else signed_percent(row.llmservingsim_error)
         lines.append(
             f"| {row.gpu} | {metric_name(row.metric)} | {milliseconds(row.measured)} | {milliseconds(row.simulated)} "
-            f"| {row.error:+.1%} | {row.goal:.0%} | {row.met} | {peer} |"
+            f"| {signed_percent(row.error)} | {row.goal:.0%} | {row.met} | {peer} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -80,3 +86,9 @@ def metric_name(metric: str) -> str:
 def milliseconds(seconds: float) -> str:
     """Write a time in ms: with a decimal below 1 s."""
     return f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.1f}"
+
+
+def signed_percent(share: float) -> str:
+    """Write a relative error in percent with its sign; none for 0.0 %."""
+    rounded = round(100 * share, 1)
+    return f"{rounded:+.1f}%" if rounded else "0.0%"
