@@ -167,7 +167,7 @@ def engine_on(worker: Worker, arguments: argparse.Namespace, policy: str, max_ba
         dtype=arguments.dtype,
         block_size=worker.block_size,
         max_batch_size=max_batch_size,
-        profile="a100-80g/opt-13b-tp1",
+        profile="a100-80g/opt-13b-tp1-swifttransformer",
         worker=worker,
     )
 

@@ -27,7 +27,7 @@ NUM_OF_CAPACITY = 2_000
 def _config(policy: str, rate: float, num_requests: int, arrivals: str) -> RunConfig:
     return RunConfig(
         policy=policy,
-        profile="a100-80g/opt-13b-tp1",
+        profile="a100-80g/opt-13b-tp1-swifttransformer",
         trace="azure-conv",
         arrivals=arrivals,
         rate=rate,

@@ -91,7 +91,7 @@ def workload(num_requests: int) -> Workload:
 def steady_engine(case: str, num_requests: int) -> Engine:
     """An engine with so many requests in it, past its start, its decisions timed."""
     policy, options, requests_per_decision = CASES[case]
-    engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1"), policy, {}, options)
+    engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1-swifttransformer"), policy, {}, options)
     engine.scheduler = TimedScheduler(engine.scheduler.policy)
     engine.jumps = False
     lengths = workload(num_requests)

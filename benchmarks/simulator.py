@@ -44,7 +44,7 @@ def iterations_per_second(
 ) -> tuple[float, float]:
     """One simulation, timed without the making of its requests. Also the TB that went to the host."""
     workload = make_workload("sharegpt", *arrivals, 400, seed=0)
-    engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1"), policy, settings, options)
+    engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1-swifttransformer"), policy, settings, options)
     columns = (workload.arrival_s.tolist(), workload.prompt_tokens.tolist(), workload.output_tokens.tolist())
     rows = zip(*columns, strict=True)
     requests = [

@@ -139,7 +139,7 @@ def main() -> None:
             load_format="dummy",
             policy_options={"swap": "proactive" if swap == "ample" else swap},
             # One profile for all, so that they take turns for the same reasons.
-            profile="a100-80g/opt-13b-tp1",
+            profile="a100-80g/opt-13b-tp1-swifttransformer",
             num_gpu_blocks=blocks,
             num_host_blocks=AMPLE,
             block_size=BLOCK_SIZE,

@@ -1,8 +1,13 @@
 """Write the profiles shipped under system/fastserve/latency/profiles, and show the errors of predicted profiles.
 
     python tools/make_profiles.py --fits a100_80g_fits.json   measured profiles from their source, and derived ones
+    python tools/make_profiles.py --kernels-dir DIR --aiconfigurator SYSTEMS
+                                                              those of kernel tables too: tools/_kernel_profiles.py
     python tools/make_profiles.py                             derived profiles from the shipped measured ones
     python tools/make_profiles.py --check                     print the tables of docs/calibration.md, write nothing
+
+DIR holds LLMServingSim's folders of tables, SYSTEMS is `aiconfigurator/systems` of aiconfigurator 0.8.0 (`pip download
+--no-deps aiconfigurator==0.8.0`, unpacked).
 
 A derived profile starts from the measured fit of its engine, model and tensor-parallel size, if there is one: scaled to
 the GPU's memory bandwidth, and divided by the number of pipeline stages. Without a fit, the roofline predicts it.
@@ -12,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from _kernel_profiles import A100_SENDS, GPUS_PER_NODE, NAMES, kernel_profiles, parts_table
 
 from fastserve.core.presets import preset
 from fastserve.latency.calibration import CHECKED_SHAPES, FITTED_RANGE, calibrate, relative_errors
@@ -50,10 +57,6 @@ USABLE_REASON = {
 bytes (OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
 BLOCK = 16
 PCIE_LATENCY_S = 10e-6
-GPUS_PER_NODE = 8
-WITHIN_NODE = (8e-6, 230e9)
-BETWEEN_NODES = (24e-6, 8e9)
-"""Latency in seconds and bytes per second of a send between two A100s, from the profiles published with Vidur."""
 
 SOURCE = "Least-squares fits published with DistServe (OSDI'24; LLMServe/DistServe, Apache-2.0)"
 HOST_LINK = "PCIe 4.0 x16 for each GPU, about 25 GB/s achieved a direction; latency assumed 10 us"
@@ -89,7 +92,7 @@ def measured_profiles(data: dict) -> Iterator[Profile]:
 
 def load_measured() -> dict[tuple[str, str, int], Profile]:
     """Load the shipped measured profiles, by engine, model and tensor-parallel size."""
-    profiles = (load_profile(name) for name in list_profiles() if name.startswith("a100-80g/"))
+    profiles = (load_profile(name) for name in list_profiles() if name.endswith(ENGINES))
     return {(p.engine, p.model, p.tensor_parallel_size): p for p in profiles if "measured" in p.provenance}
 
 
@@ -107,6 +110,8 @@ def derived_profiles(measured: dict[tuple[str, str, int], Profile]) -> Iterator[
                     stage = predict(preset(model), gpu, calibration, tp, pp)
                     worst = max(abs(error) for (name, *_), row in errors.items() if name == engine for error in row)
                     provenance = _of_roofline(engine, calibration, worst)
+                    if engine == "swifttransformer" and folder == "a100-80g":
+                        continue  # Measured kernels have the name.
                 else:
                     whole = transfer(fit.stage, preset(model), calibration, tp, A100_80G, gpu)
                     stage = _divided(whole, pp)
@@ -188,14 +193,15 @@ def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: Fitt
     provenance |= {"kv_capacity": capacity_source, "host_link": HOST_LINK, "mixed_iterations": MIXED}
     stage_link = None
     if pp > 1:
-        latency, bandwidth = WITHIN_NODE if num_gpus <= GPUS_PER_NODE else BETWEEN_NODES
+        latency, bandwidth = A100_SENDS[num_gpus <= GPUS_PER_NODE]
         stage_link = StageLink(latency, bandwidth, 2 * config.hidden_size)
         where = "within a node" if num_gpus <= GPUS_PER_NODE else "between nodes"
         provenance["stage_link"] = (
             f"{where}, as profiled with Vidur; every GPU of a stage sends the whole activations, hidden size times "
             "2 bytes a token, to its peer, all at once and none slower for it"
         )
-    suffix = "" if engine == "swifttransformer" else f"-{engine}"
+    # On 80 GB the plain names are those of measured kernels.
+    suffix = "" if engine == "swifttransformer" and folder != "a100-80g" else f"-{engine}"
     return Profile(
         name=f"{folder}/{model}-tp{tp}{f'-pp{pp}' if pp > 1 else ''}{suffix}",
         model=model,
@@ -298,8 +304,8 @@ def layer_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
     return lines
 
 
-def profile_table(profiles: list[Profile]) -> list[str]:
-    """Markdown: times of the derived profiles, for a pipeline with one iteration in flight, and their caches."""
+def profile_table(profiles: Iterable[Profile]) -> list[str]:
+    """Markdown: times of profiles, for a pipeline with one iteration in flight, and their caches."""
     lines = ["| profile | decode 16 x 500 | prompt 512 | KV cache tokens |", "|---|---|---|---|"]
     for profile in profiles:
         decode = profile.latency.iteration_time((), (500,) * 16)
@@ -317,7 +323,22 @@ def tables() -> dict[str, list[str]]:
         "Errors": error_table(measured),
         "Calibration": calibration_table(measured),
         "Layers": layer_table(measured),
-        "Profiles": profile_table(list(derived_profiles(measured))),
+        "Profiles": profile_table(derived_profiles(measured)),
+        "Kernel profiles": profile_table(load_profile(name) for name in NAMES),
+        "OPT-13B by kernels": parts_table(
+            load_profile("a100-80g/opt-13b-tp1"),
+            [measured[engine, "opt-13b", 1] for engine in ENGINES],
+        ),
+    }
+
+
+def fits_by_kernels(measured: dict[tuple[str, str, int], Profile]) -> dict[str, Profile]:
+    """Fits of SwiftTransformer by the name of the kernel profile of the same configuration."""
+    derived = (profile for profile in derived_profiles(measured) if profile.kind == "fitted")
+    return {
+        profile.name.removesuffix("-swifttransformer"): profile
+        for profile in (*measured.values(), *derived)
+        if profile.engine == "swifttransformer"
     }
 
 
@@ -325,6 +346,10 @@ def main() -> None:
     """Write the profiles, or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fits", type=Path, help="a100_80g_fits.json: write the measured profiles from it as well")
+    parser.add_argument("--kernels-dir", type=Path, help="folder with LLMServingSim's tables: write their profiles")
+    parser.add_argument(
+        "--aiconfigurator", type=Path, metavar="SYSTEMS", help="aiconfigurator's systems: write its tables' profiles"
+    )
     parser.add_argument(
         "--check", action="store_true", help="print the tables of docs/calibration.md and write nothing"
     )
@@ -336,7 +361,10 @@ def main() -> None:
     if arguments.fits:
         for profile in measured_profiles(json.loads(arguments.fits.read_text(encoding="utf-8"))):
             _write(profile)
-    for profile in derived_profiles(load_measured()):
+    measured = load_measured()
+    for profile in derived_profiles(measured):
+        _write(profile)
+    for profile in kernel_profiles(arguments.kernels_dir, arguments.aiconfigurator, fits_by_kernels(measured)):
         _write(profile)
 
 

@@ -19,7 +19,7 @@ from harness.run.config import RunConfig  # noqa: E402
 from harness.run.runner import run  # noqa: E402
 from support.processes import FASTBENCH, start  # noqa: E402
 
-PROFILE, TRACE = "a100-80g/opt-13b-tp1", "fixed:prompt=16,output=40"
+PROFILE, TRACE = "a100-80g/opt-13b-tp1-swifttransformer", "fixed:prompt=16,output=40"
 SIZES = {"max_batch_size": "4", "num_gpu_blocks": "100", "num_host_blocks": "20"}
 COMMAND = [
     "run", "--backend", "engine", "--model", "opt-tiny", "--load-format", "dummy",

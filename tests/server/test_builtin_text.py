@@ -22,7 +22,7 @@ from fastserve.server.options import ModelOptions  # noqa: E402
 from support.servers import Command, RunningServer, command, running  # noqa: E402
 
 TOKENIZER = BuiltinTokenizer()
-SIMULATED = ["--backend", "sim", "--profile", "a100-80g/opt-13b-tp1"]
+SIMULATED = ["--backend", "sim", "--profile", "a100-80g/opt-13b-tp1-swifttransformer"]
 PRESET = ["--model", "opt-tiny", "--load-format", "dummy", "--policy", "fastserve-fcfs", "--torch-threads", "1"]
 PRESET += ["--set", "num_gpu_blocks=128"]
 USER: Any = {"role": "user", "content": "Count for me, please."}
@@ -102,14 +102,18 @@ def test_a_chat_without_a_limit_ends_with_the_models_context(
 
 def test_a_simulation_may_be_given_another_context() -> None:
     options = EngineOptions(max_model_len=5000)
-    model = load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1", engine=options))
+    model = load_served_model(
+        ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1-swifttransformer", engine=options)
+    )
     assert model.engine.longest_request == 5000
     model.close()
 
 
 def test_without_a_tokenizer_tokens_are_numbers() -> None:
     def build() -> Any:
-        return load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1", tokenizer="none"))
+        return load_served_model(
+            ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1-swifttransformer", tokenizer="none")
+        )
 
     with running(build) as server:
         answer = server.post({"prompt": [1], "max_tokens": 5, "return_token_ids": True}).json
@@ -134,7 +138,7 @@ def test_a_tokenizer_whose_tokens_cannot_be_counted_is_refused(tmp_path: Path) -
     nothing = Tokenizer(models.WordLevel({"<unk>": 0, "a b": 1}, unk_token="<unk>"))
     nothing.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=nothing, unk_token="<unk>").save_pretrained(tmp_path)
-    options = ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1", tokenizer=str(tmp_path))
+    options = ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1-swifttransformer", tokenizer=str(tmp_path))
     with pytest.raises(ConfigError, match=r"no tokens whose text is one token again.*another --tokenizer, or builtin"):
         load_served_model(options)
 
@@ -144,7 +148,7 @@ def test_a_simulated_server_imports_no_torch() -> None:
         "import sys; from fastserve.server.model import load_served_model\n"
         "from fastserve.server.options import ModelOptions\n"
         "from fastserve.server.serve import serve\n"
-        "model = load_served_model(ModelOptions(backend='sim', profile='a100-80g/opt-13b-tp1'))\n"
+        "model = load_served_model(ModelOptions(backend='sim', profile='a100-80g/opt-13b-tp1-swifttransformer'))\n"
         "tokens = model.codec.encode_chat([{'role': 'user', 'content': 'a'}])\n"
         "model.codec.decoder(tokens, ['b']).add(0); model.close(); sys.exit('torch' in sys.modules)"
     )
@@ -156,7 +160,7 @@ def test_fastbench_sends_it_text_prompts(tmp_path: Path) -> None:
     from harness.run.runner import run
 
     def build() -> Any:
-        return load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1"))
+        return load_served_model(ModelOptions(backend="sim", profile="a100-80g/opt-13b-tp1-swifttransformer"))
 
     with running(build) as server:
         config = RunConfig(

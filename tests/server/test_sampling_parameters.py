@@ -41,7 +41,7 @@ def server(directory: Path) -> Iterator[RunningServer]:
         ModelOptions(
             ModelSource(str(directory)),
             engine=options,
-            profile="a100-80g/opt-13b-tp1",
+            profile="a100-80g/opt-13b-tp1-swifttransformer",
             processes=Processes(torch_threads=1),
         ),
     )

@@ -162,29 +162,41 @@ SIM = ["--backend", "sim", "--port", "0"]
         (SIM, "--backend sim needs --profile; `fastbench profiles` lists those shipped"),
         (["--backend", "cloud"], "unknown backend 'cloud'; known: engine, sim"),
         ([*SIM, "--profile", "none"], "no profile 'none': give the path of a .json file"),
-        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--policy", "best"], "unknown policy 'best'"),
-        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--device", "cuda"], "--device applies to --backend engine only"),
+        ([*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--policy", "best"], "unknown policy 'best'"),
         (
-            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--model", "opt-tiny"],
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--device", "cuda"],
+            "--device applies to --backend engine only",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--model", "opt-tiny"],
             "--model applies to --backend engine only",
         ),
-        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--tokenizer", "./none"], "tokenizer './none' is not a directory"),
-        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed=1"], "unknown option 'speed'; valid for policy"),
-        ([*SIM, "--profile", "a100-80g/opt-13b-tp1", "--set", "speed"], "--set takes key=value, got 'speed'"),
         (
-            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "no.such.host.invalid"],
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--tokenizer", "./none"],
+            "tokenizer './none' is not a directory",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--set", "speed=1"],
+            "unknown option 'speed'; valid for policy",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--set", "speed"],
+            "--set takes key=value, got 'speed'",
+        ),
+        (
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--host", "no.such.host.invalid"],
             "--host no.such.host.invalid is neither an address nor a name that can be resolved",
         ),
         (
-            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--host", "192.0.2.1"],
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--host", "192.0.2.1"],
             "--host 192.0.2.1 is not an address of this machine; give one that is",
         ),
         (
-            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--log-level", "loud"],
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--log-level", "loud"],
             "log_level must be one of error, warning, info, debug, got 'loud'",
         ),
         (
-            [*SIM, "--profile", "a100-80g/opt-13b-tp1", "--ssl-certfile", "./none.pem"],
+            [*SIM, "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--ssl-certfile", "./none.pem"],
             "--ssl-certfile none.pem: No such file",
         ),
         (["--model", "opt-126m", "--port", "0"], "unknown model preset 'opt-126m'"),

@@ -27,7 +27,7 @@ def served(
             policy=policy,
             policy_options={name: value for name, value in IMPATIENT.items() if name in known} | options,
             engine=EngineOptions(max_batch_size=4, num_gpu_blocks=num_gpu_blocks, num_host_blocks=100),
-            profile="a100-80g/opt-13b-tp1",
+            profile="a100-80g/opt-13b-tp1-swifttransformer",
             processes=Processes(torch_threads=1),
             served_names=("small",),
         ),

@@ -40,7 +40,7 @@ SUMS = AllReduce(0.001, 1e6, 100, (5, 4))
 
 def profile_of(stage: FittedLatency, tp: int, pp: int, **more: Any) -> Profile:
     return replace(
-        load_profile("a100-80g/opt-13b-tp1"),
+        load_profile("a100-80g/opt-13b-tp1-swifttransformer"),
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
         stage=stage,

@@ -125,7 +125,7 @@ def test_a_timeline_and_results_leave_devices_and_links_in_place(null: Path, tmp
     out = tmp_path / "out"
     out.mkdir()
     (out / "summary.json").symlink_to("elsewhere.json")
-    run(RunConfig(profile="a100-80g/opt-13b-tp1", rate=1.0, num_requests=3), out, null)
+    run(RunConfig(profile="a100-80g/opt-13b-tp1-swifttransformer", rate=1.0, num_requests=3), out, null)
     assert stat.S_ISCHR(null.stat().st_mode)
     assert (out / "summary.json").is_symlink()
     assert (out / "elsewhere.json").read_text().startswith("{")

@@ -37,7 +37,7 @@ from fastserve.latency.fitting import (
 
 
 def test_opt_13b_takes_what_the_published_coefficients_say() -> None:
-    latency = load_profile("a100-80g/opt-13b-tp1").latency
+    latency = load_profile("a100-80g/opt-13b-tp1-swifttransformer").latency
     # By hand, in ms: 18.1025 + 0.101912 * 300 + 7.12226e-6 * (100^2 + 200^2) = 49.032
     assert latency.iteration_time([100, 200], []) == pytest.approx(49.0323e-3, rel=1e-4)
     # 19.9347 + 6.26936e-4 * 1600 + 0.038507 * 16 = 21.554
@@ -62,7 +62,7 @@ def test_every_shipped_profile_loads_and_makes_sense(name: str) -> None:
 
 
 def test_a_profile_survives_being_written_and_read(tmp_path: Path) -> None:
-    profile = load_profile("a100-80g/opt-66b-tp4")
+    profile = load_profile("a100-80g/opt-66b-tp4-swifttransformer")
     path = tmp_path / "copy.json"
     profile.save(path)
     again = load_profile(str(path))
@@ -71,7 +71,7 @@ def test_a_profile_survives_being_written_and_read(tmp_path: Path) -> None:
 
 
 def test_unknown_and_malformed_profiles_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no profile 'a100/opt'.*a100-80g/opt-13b-tp1"):
+    with pytest.raises(ConfigError, match=r"no profile 'a100/opt'.*a100-80g/opt-13b-tp1-swifttransformer"):
         load_profile("a100/opt")
     path = tmp_path / "bad.json"
     for text, reason in (
@@ -82,7 +82,7 @@ def test_unknown_and_malformed_profiles_are_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=reason):
             load_profile(str(path))
-    data = json.loads(json.dumps(load_profile("a100-80g/opt-13b-tp1").to_json()))
+    data = json.loads(json.dumps(load_profile("a100-80g/opt-13b-tp1-swifttransformer").to_json()))
     data["host_link"]["bandwidth_bytes_per_s"] = 0
     path.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=r"bandwidth_bytes_per_s must be a finite number above 0, got 0"):
@@ -191,7 +191,7 @@ def test_an_engines_own_time_is_a_line_over_the_batch_that_no_outlier_moves() ->
 
 
 def test_a_profile_with_a_curve_is_written_and_read(tmp_path: Path) -> None:
-    plain = replace(load_profile("a100-80g/opt-13b-tp1"), measured_range=None, kind=None)
+    plain = replace(load_profile("a100-80g/opt-13b-tp1-swifttransformer"), measured_range=None, kind=None)
     curved = replace(plain, stage=replace(plain.stage, prefill=CURVE))
     curved.save(tmp_path / "curve.json")
     assert load_profile(str(tmp_path / "curve.json")).stage == curved.stage
@@ -234,12 +234,12 @@ def test_an_iteration_alone_passes_every_stage_and_every_link() -> None:
 
 
 def test_one_stage_is_its_own_pipeline() -> None:
-    profile = load_profile("a100-80g/opt-13b-tp1")
+    profile = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
     assert profile.latency is profile.stage
 
 
 def test_a_profile_of_several_stages_is_of_one_stage_and_a_link(tmp_path: Path) -> None:
-    one = load_profile("a100-80g/opt-13b-tp1")
+    one = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
     link = StageLink(24e-6, 8e9, 10_240)
     two = replace(one, pipeline_parallel_size=2, stage_link=link)
     assert two.latency == PipelinedLatency((one.stage,) * 2, link)
@@ -251,7 +251,7 @@ def test_a_profile_of_several_stages_is_of_one_stage_and_a_link(tmp_path: Path) 
 
 
 def test_a_file_of_the_first_version_is_still_read(tmp_path: Path) -> None:
-    profile = load_profile("a100-80g/opt-13b-tp1")
+    profile = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
     data = profile.to_json() | {"format_version": 1}
     del data["stage_link"]
     path = tmp_path / "old.json"

@@ -184,7 +184,7 @@ def test_in_real_time_each_token_says_its_place_in_the_output(token_ids: tuple[i
     told, params = Told(), SamplingParams(max_tokens=12, ignore_eos=True)
     options = EngineOptions(max_batch_size=2, host_link_gb_per_s=1000.0)
     engine = simulated_engine(
-        load_profile("a100-80g/opt-13b-tp1"), "fastserve-fcfs", options=options, clock=WallClock(),
+        load_profile("a100-80g/opt-13b-tp1-swifttransformer"), "fastserve-fcfs", options=options, clock=WallClock(),
         token_ids=token_ids,
     )  # fmt: skip
     expected = [*token_ids * 4] or list(range(12))

@@ -59,7 +59,12 @@ def write(path: Path, *, name: str = "mine", imports: str = "", level: str = "0"
 
 
 def config(policy: object, **changes: object) -> RunConfig:
-    options = {"profile": "a100-80g/opt-13b-tp1", "trace": "fixed", "rate": 2.0, "num_requests": 5} | changes
+    options = {
+        "profile": "a100-80g/opt-13b-tp1-swifttransformer",
+        "trace": "fixed",
+        "rate": 2.0,
+        "num_requests": 5,
+    } | changes
     return RunConfig(policy=str(policy), **options)  # type: ignore[arg-type]
 
 
@@ -256,7 +261,9 @@ def test_a_stale_entry_point_is_named_and_skipped(packages: Path) -> None:
         "warning: skipped policy 'stale' of package 'stale': no_such_module cannot be imported: ModuleNotFoundError: "
         "No module named 'no_such_module'; mend or uninstall the package"
     )
-    asked = fastbench(packages, "run", "--policy", "stale", "--profile", "a100-80g/opt-13b-tp1", "--rate", "1")
+    asked = fastbench(
+        packages, "run", "--policy", "stale", "--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--rate", "1"
+    )
     assert asked.returncode == 2
     assert asked.stderr.splitlines()[-1].startswith("error: policy 'stale' was skipped: no_such_module cannot be")
 

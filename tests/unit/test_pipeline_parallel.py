@@ -263,7 +263,7 @@ def test_the_executor_says_what_is_free_and_what_has_ended() -> None:
 
 
 def test_a_profile_with_two_stages_is_simulated_with_two() -> None:
-    base = load_profile("a100-80g/opt-13b-tp1")
+    base = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
     profile = dataclasses.replace(
         base, stage=scaled(base.stage, 0.5), pipeline_parallel_size=2, stage_link=StageLink(1e-5, 25e9, 10_240)
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastserve.core.errors import ConfigError
 from fastserve.latency import list_profiles, load_profile
 
-DATA = load_profile("a100-80g/opt-66b-tp2-pp2").to_json()
+DATA = load_profile("a100-80g/opt-66b-tp2-pp2-swifttransformer").to_json()
 CURVE = {"curve": [[16, 0.02], [1024, 0.1]], "per_token_squared": 1e-9}
 
 

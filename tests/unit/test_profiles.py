@@ -1,32 +1,44 @@
 """The shipped profiles: which there are, that the script makes them, and that the documentation shows its tables."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
-from fastserve.latency import MeasuredRange, PipelinedLatency, list_profiles, load_profile
+from fastserve.latency import KernelLatency, MeasuredRange, PipelinedLatency, Profile, list_profiles, load_profile
+from harness.cli import app
 from tools import make_profiles
 
 ROOT = Path(__file__).parents[2]
 DERIVED = {
     f"{folder}/{case}{suffix}"
-    for folder, cases in {
-        "a100-40g": ("opt-13b-tp1", "opt-66b-tp4", "opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1"),
-        "a100-80g": ("opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1"),
-    }.items()
+    for folder, cases, suffixes in (
+        (
+            "a100-40g",
+            ("opt-13b-tp1", "opt-66b-tp4", "opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1"),
+            ("", "-vllm"),
+        ),
+        ("a100-80g", ("opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1"), ("-vllm",)),
+        ("a100-80g", ("opt-66b-tp2-pp2",), ("-swifttransformer",)),
+    )
     for case in cases
-    for suffix in ("", "-vllm")
+    for suffix in suffixes
 }
+KERNELS = sorted(make_profiles.NAMES)
+SHAPES = (((128,), ()), ((1024,), ()), ((), (1,)), ((), (500,) * 64), ((), (500,) * 128), ((300,), (500,) * 30))
 
 
 def test_which_profiles_are_shipped() -> None:
     names = set(list_profiles())
-    assert names >= DERIVED
-    # Measured: 7 of SwiftTransformer and 7 of vLLM, less the one that is a bad fit.
-    assert len(names - DERIVED) == 13
+    assert names >= DERIVED | set(KERNELS)
+    # Measured by others: 7 of SwiftTransformer and 7 of vLLM, less the one that is a bad fit.
+    fits = names - DERIVED - set(KERNELS)
+    assert len(fits) == 13
+    assert all(name.endswith(("-swifttransformer", "-vllm")) for name in fits)
     assert "a100-80g/opt-66b-tp2-vllm" not in names
 
 
@@ -34,12 +46,83 @@ def test_the_script_makes_the_profiles_that_are_shipped() -> None:
     made = {profile.name: profile for profile in make_profiles.derived_profiles(make_profiles.load_measured())}
     assert set(made) == DERIVED
     for name, profile in made.items():
-        shipped = load_profile(name)
-        for shape in (((128,), ()), ((1024,), ()), ((), (1,)), ((), (500,) * 64), ((), (500,) * 128)):
-            assert shipped.stage.iteration_time(*shape) == pytest.approx(profile.stage.iteration_time(*shape), rel=1e-9)
-        for key in ("model", "hardware", "engine", "kv_capacity_tokens", "host_link", "stage_link", "measured_range", "kind"):
-            assert getattr(shipped, key) == getattr(profile, key)
-        assert set(shipped.provenance) == set(profile.provenance)
+        assert_same(load_profile(name), profile)
+
+
+def assert_same(shipped: Profile, made: Profile) -> None:
+    for shape in SHAPES:
+        assert shipped.latency.iteration_time(*shape) == pytest.approx(made.latency.iteration_time(*shape), rel=1e-9)
+    keys = ("model", "hardware", "engine", "kv_capacity_tokens", "host_link", "stage_link", "measured_range", "kind")
+    for key in (*keys, "known_error", "engine_time"):
+        assert getattr(shipped, key) == getattr(made, key)
+    assert set(shipped.provenance) == set(made.provenance)
+
+
+def test_fastbench_shows_what_is_known_of_each_profile() -> None:
+    lines = CliRunner().invoke(app, ["profiles"]).output.splitlines()
+    assert lines[0].split() == ["profile", "kind", "cache", "iteration", "prompt", "decodes", "context"]
+    shown = {lines[i].split()[0]: lines[i : i + 3] for i in range(1, len(lines), 3)}
+    assert list(shown) == list_profiles()
+    rows = {name: " ".join(row.split()[1:]) for name, (row, *_) in shown.items()}
+    assert rows["l40s/llama-3.1-8b-tp1"].startswith("measured kernels 193,888 8,192 16,384 2,048 ")
+    assert rows["a100-80g/opt-13b-tp1-vllm"] == "fitted 66,144 - 2,048 - 2,048"
+    assert rows["a100-40g/opt-66b-tp2-pp2-vllm"].startswith("roofline 5,328 ")
+    assert "LLMServingSim, commit 5daddb2" in shown["rtx4090/llama-3.1-8b-tp1"][1]
+    assert "against a100-80g/opt-13b-tp1-swifttransformer: decode" in shown["a100-80g/opt-13b-tp1"][2]
+    assert "the source publishes coefficients only" in shown["a100-80g/opt-13b-tp1-vllm"][2]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_profile_of_kernels_says_where_it_comes_from(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.kind == "measured kernels"
+    assert isinstance(profile.stage, KernelLatency)
+    assert profile.measured_range == profile.stage.tables.range
+    assert {"source", "method", "error", "kv_capacity", "host_link", "mixed_iterations"} <= set(profile.provenance)
+    licensed = "LLMServingSim, commit 5daddb2 (casys-kaist, MIT)", "aiconfigurator 0.8.0 (NVIDIA, Apache-2.0)"
+    assert profile.provenance["source"].startswith(licensed)
+    assert profile.model == name.partition("/")[2].partition("-tp")[0]
+    assert (profile.max_model_len or 0) == preset(profile.model).max_model_len
+    assert profile.kv_capacity_tokens % 16 == 0
+    assert not any("/tmp" in str(value) or "/work" in str(value) for value in profile.provenance.values())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_times_of_kernels_rise_with_the_work_and_fall_with_the_gpu(name: str) -> None:
+    """Measured times have noise of some percent, and cuBLAS may take a better kernel for more tokens."""
+    latency = load_profile(name).latency
+    prompts = [latency.iteration_time((length,), ()) for length in (1, 64, 256, 1024, 2048)]
+    decodes = [latency.iteration_time((), (512,) * batch) for batch in (1, 8, 64, 256)]
+    contexts = [latency.iteration_time((), (context,) * 16) for context in (16, 256, 1024, 4096)]
+    for times in (prompts, decodes, contexts):
+        assert all(later > 0.95 * earlier for earlier, later in itertools.pairwise(times))
+        assert times[-1] > times[0]
+    # A GPU cannot read the weights of a shard faster than its memory's bandwidth.
+    bandwidth = {"a100-80g": 2.04e12, "h100": 3.35e12, "h200": 4.8e12, "l40s": 0.864e12, "rtx4090": 1.008e12,
+                 "rtxpro6000": 1.597e12}[name.partition("/")[0]]  # fmt: skip
+    profile, config = load_profile(name), preset(load_profile(name).model)
+    read = 2 * (config.num_parameters() - config.vocab_size * config.hidden_size) / profile.tensor_parallel_size
+    assert decodes[0] > 0.9 * read / bandwidth  # Some of a small matrix stays in the L2 cache between measurements.
+
+
+def test_opt_13b_by_kernels_is_near_the_measured_fit() -> None:
+    kernels, fit = load_profile("a100-80g/opt-13b-tp1"), load_profile("a100-80g/opt-13b-tp1-swifttransformer")
+    for batch in (1, 4, 16, 32):
+        shape = ((), (512,) * batch)
+        assert kernels.latency.iteration_time(*shape) == pytest.approx(fit.latency.iteration_time(*shape), rel=0.1)
+    for length in (512, 1024, 2048):
+        ratio = kernels.latency.iteration_time((length,), ()) / fit.latency.iteration_time((length,), ())
+        assert 0.75 < ratio < 0.85
+
+
+def test_a_pipeline_of_kernels_has_its_head_in_the_last_stage() -> None:
+    profile = load_profile("a100-80g/opt-66b-tp2-pp2")
+    assert isinstance(profile.stage, KernelLatency)
+    (last,) = profile.later_stages
+    assert isinstance(last, KernelLatency)
+    assert profile.stage.tables.per_sequence is None
+    assert last.tables.per_sequence is not None
+    assert profile.stage_link == load_profile("a100-80g/opt-66b-tp2-pp2-swifttransformer").stage_link
 
 
 def test_the_documentation_shows_the_scripts_tables() -> None:
@@ -61,11 +144,11 @@ def test_a_derived_profile_says_where_it_comes_from(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "measured"),
     [
-        ("a100-80g/opt-13b-tp1", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
+        ("a100-80g/opt-13b-tp1-swifttransformer", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
         ("a100-40g/opt-66b-tp4-vllm", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
         ("a100-40g/opt-66b-tp2-pp2", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
         ("a100-40g/opt-66b-tp2-pp2-vllm", "roofline", MeasuredRange(2048, 2048, 64, 1024)),
-        ("a100-80g/llama-3-8b-tp1", "roofline", MeasuredRange(2048, 2048, 64, 1024)),
+        ("a100-80g/llama-3-8b-tp1-vllm", "roofline", MeasuredRange(2048, 2048, 64, 1024)),
     ],
 )
 def test_a_profile_says_what_it_was_measured_for(name: str, kind: str, measured: MeasuredRange) -> None:
@@ -91,19 +174,23 @@ def test_capacity_on_40_gb() -> None:
 
 
 def test_capacity_on_80_gb_is_the_published_one() -> None:
-    assert load_profile("a100-80g/opt-66b-tp2-pp2").kv_capacity_tokens == 78_512
+    assert load_profile("a100-80g/opt-66b-tp2-pp2-swifttransformer").kv_capacity_tokens == 78_512
     assert load_profile("a100-80g/opt-175b-tp8-pp2-vllm").kv_capacity_tokens == 192_784
 
 
-@pytest.mark.parametrize("name", sorted(name for name in list_profiles() if name.startswith("a100-40g/")))
-def test_less_bandwidth_is_slower_and_by_no_more_than_its_ratio(name: str) -> None:
-    slow, fast = load_profile(name).latency, load_profile(name.replace("40g", "80g")).latency
+@pytest.mark.parametrize("case", ["opt-13b-tp1", "opt-66b-tp4", "opt-66b-tp2-pp2"])
+@pytest.mark.parametrize(("suffix", "fit"), [("", "-swifttransformer"), ("-vllm", "-vllm")])
+def test_less_bandwidth_is_slower_and_by_no_more_than_its_ratio(case: str, suffix: str, fit: str) -> None:
+    slow, fast = load_profile(f"a100-40g/{case}{suffix}").latency, load_profile(f"a100-80g/{case}{fit}").latency
     for shape in (((8,), ()), ((1024,), ()), ((), (500,)), ((), (500,) * 64)):
         assert 1 < slow.iteration_time(*shape) / fast.iteration_time(*shape) < 2.04 / 1.555
 
 
 def test_a_stage_of_a_measured_model_takes_its_share() -> None:
-    whole, half = load_profile("a100-80g/opt-66b-tp2"), load_profile("a100-80g/opt-66b-tp2-pp2")
+    whole, half = (
+        load_profile("a100-80g/opt-66b-tp2-swifttransformer"),
+        load_profile("a100-80g/opt-66b-tp2-pp2-swifttransformer"),
+    )
     for shape in (((512,), ()), ((), (500,) * 16), ((), (500,) * 100)):
         assert half.stage.iteration_time(*shape) == pytest.approx(whole.stage.iteration_time(*shape) / 2)
     assert isinstance(half.latency, PipelinedLatency)
@@ -119,7 +206,7 @@ def test_stages_send_over_the_link_between_them() -> None:
 
 
 def test_the_context_is_that_of_the_profiles_model(tmp_path: Path) -> None:
-    opt, llama = load_profile("a100-80g/opt-66b-tp4"), load_profile("a100-80g/llama-3-8b-tp1")
+    opt, llama = load_profile("a100-80g/opt-66b-tp4-swifttransformer"), load_profile("a100-80g/llama-3-8b-tp1")
     assert (opt.max_model_len, llama.max_model_len) == (2048, 8192)
     assert replace(opt, model="of-someone").max_model_len is None
     measured = replace(opt, model="of-someone", context_tokens=512)

@@ -94,7 +94,9 @@ def test_what_cannot_be_split_is_refused() -> None:
 def test_calibration_recovers_a_machine_that_is_as_the_roofline_says() -> None:
     def profile(calibration: Calibration, engine: str, tp: int) -> Profile:
         stage = predict(preset("opt-13b"), A100_80G, calibration, tp)
-        return replace(load_profile("a100-80g/opt-13b-tp1"), engine=engine, tensor_parallel_size=tp, stage=stage)
+        return replace(
+            load_profile("a100-80g/opt-13b-tp1-swifttransformer"), engine=engine, tensor_parallel_size=tp, stage=stage
+        )
 
     known = {"swifttransformer": SWIFT, "vllm": VLLM}
     found = calibrate(profile(known[engine], engine, tp) for engine in known for tp in (1, 2, 4))
@@ -113,7 +115,7 @@ def test_opt_66b_is_predicted_from_opt_13b_within_what_the_documentation_says(en
 
 
 def test_a_calibration_says_what_it_cannot_use() -> None:
-    profile = load_profile("a100-80g/opt-13b-tp1")
+    profile = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
     with pytest.raises(ConfigError, match=r"engine fastserve.*cannot calibrate"):
         calibrate([replace(profile, engine="fastserve")])
     two_stages = replace(profile, pipeline_parallel_size=2, stage_link=StageLink(0.0, 1e9, 10_240))
@@ -139,7 +141,7 @@ def test_a_transfer_slows_what_is_memory_traffic() -> None:
 
 def test_a_fit_does_not_transfer_to_another_arithmetic() -> None:
     faster = replace(A100_80G, name="another", flops_per_s=990e12)
-    fit = load_profile("a100-80g/opt-13b-tp1").stage
+    fit = load_profile("a100-80g/opt-13b-tp1-swifttransformer").stage
     with pytest.raises(ConfigError, match="same FLOP/s only, not to another"):
         transfer(fit, preset("opt-13b"), SWIFT, 1, A100_80G, faster)
 

@@ -113,7 +113,7 @@ def test_a_simulation_rejects_log_probabilities() -> None:
     from fastserve.latency import load_profile
     from fastserve.simulation import simulated_engine
 
-    engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1"))
+    engine = simulated_engine(load_profile("a100-80g/opt-13b-tp1-swifttransformer"))
     job = engine.add_request(Request("a", 0.0, 4), SamplingParams(logprobs=1))
     assert job.request.status is RequestStatus.REJECTED
     assert job.error.startswith("request a: logprobs and prompt_logprobs need a model")

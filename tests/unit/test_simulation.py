@@ -11,7 +11,7 @@ from fastserve.engine import Arrival, FinishedTransfer, Observer
 from fastserve.latency import load_profile
 from fastserve.simulation import simulated_engine
 
-PROFILE = load_profile("a100-80g/opt-13b-tp1")
+PROFILE = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
 
 
 def transfer_times(options: EngineOptions) -> list[tuple[int, float]]:

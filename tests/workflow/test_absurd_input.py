@@ -16,7 +16,7 @@ from fastserve.core.console import describe
 from fastserve.core.errors import FastServeError
 from harness.cli import app as fastbench_app
 
-PROFILE = "a100-80g/opt-13b-tp1"
+PROFILE = "a100-80g/opt-13b-tp1-swifttransformer"
 SMALL = ["--profile", PROFILE, "--trace", "fixed:prompt=8,output=4", "--num-requests", "3"]
 BASES = {
     "run": [*SMALL, "--rate", "2"],

@@ -82,7 +82,7 @@ if {name == "compare_recorded"}:
     from harness.run.config import RunConfig
     from harness.run.runner import run
     with tempfile.TemporaryDirectory() as folder:
-        run(RunConfig(profile="a100-80g/opt-13b-tp1", rate=1.0, num_requests=2), Path(folder) / "run")
+        run(RunConfig(profile="a100-80g/opt-13b-tp1-swifttransformer", rate=1.0, num_requests=2), Path(folder) / "run")
 print(*(file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))), sep="\\n")
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/system:{ROOT}/workflows:{ROOT}"}

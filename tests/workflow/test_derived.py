@@ -9,7 +9,7 @@ from harness.analysis.derived import NUM_DECILES, SETTLED, derived_metrics, time
 from harness.run.config import RunConfig
 from harness.run.runner import run
 
-PROFILE = "a100-80g/opt-13b-tp1"
+PROFILE = "a100-80g/opt-13b-tp1-swifttransformer"
 
 
 def serve(tmp_path, **changes):

@@ -52,6 +52,7 @@ class Instead(NamedTuple):
 
 
 INSTEAD = (
+    Instead(r"fastserve profile .*--kernels", "options", "it needs tables of others; tests/unit/test_layer_tables.py"),
     Instead(r"fastserve serve", "options", "it serves until it is told to stop; tests/server and the fixture start it"),
     Instead(r"fast.* --device cuda", "options", "it needs a GPU"),
     Instead(r"fast.*--ranks", "options", "it needs several machines"),

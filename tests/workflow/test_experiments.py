@@ -46,7 +46,13 @@ def tiny(**changes):
         "backend": "sim",
         "seeds": [0, 1],
         "slo": 0.3,
-        "run": {"trace": "sharegpt", "arrivals": "poisson", "profile": "a100-80g/opt-13b-tp1", "num_requests": 20},
+        "run": {
+            "trace": "sharegpt",
+            "arrivals": "poisson",
+            "profile": "a100-80g/opt-13b-tp1",
+            "profile_suffix": "-swifttransformer",
+            "num_requests": 20,
+        },
         "points": [{"rate": 1}, {"rate": 2, "num_requests": 30}],
         "series": [
             {"name": "vllm", "label": "vLLM", "policy": "vllm", "run": {"profile_suffix": "-vllm"}},
@@ -110,8 +116,15 @@ def test_a_run_is_its_four_parts_and_the_later_ones_win():
         tiny(
             run={"trace": "sharegpt", "arrivals": "poisson", "settings": {"max_batch_size": 8}, "num_requests": 5},
             panels=[
-                {"name": "a", "run": {"profile": "a100-80g/opt-13b-tp1", "settings": {"token_budget": 512}}},
-                {"name": "b", "run": {"profile": "a100-80g/opt-66b-tp4"}, "points": [{"rate": 3, "x": "fast"}]},
+                {
+                    "name": "a",
+                    "run": {"profile": "a100-80g/opt-13b-tp1", "settings": {"token_budget": 512}},
+                },
+                {
+                    "name": "b",
+                    "run": {"profile": "a100-80g/opt-66b-tp4"},
+                    "points": [{"rate": 3, "x": "fast"}],
+                },
             ],
         )
     )

@@ -25,7 +25,7 @@ from harness.workload.traces import RecordedLengths, reading
 from harness.workload.traces.formats import LengthFormat
 from harness.workload.traces.reading import read_lengths
 
-PROFILE = "a100-80g/opt-13b-tp1"
+PROFILE = "a100-80g/opt-13b-tp1-swifttransformer"
 TRACE = "fixed:prompt=64,output=16"
 SLO, SEEDS, NUM_REQUESTS = 0.05, (0, 1, 2), 60
 METRIC = "mean_normalized_latency_s"

@@ -30,7 +30,7 @@ from harness.workload.traces import load_trace
 from support.timelines import threads_of
 
 ROOT = Path(__file__).parents[2]
-PROFILE = "a100-80g/opt-13b-tp1"
+PROFILE = "a100-80g/opt-13b-tp1-swifttransformer"
 SIM = ["run", "--backend", "sim", "--profile", PROFILE, "--trace", "alpaca", "--num-requests", "30"]
 QUANTITIES = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
 SUMMARY_KEYS = {

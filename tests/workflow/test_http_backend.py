@@ -750,7 +750,7 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         ({"url": "http://127.0.0.1:port"}, "--url must be the address of a server"),
         ({"url": "http://127.0.0.1:8000/?key=x"}, "--url must be the address of a server"),
         ({"settings": {"max_batch_size": 8}}, "--set applies to --backend sim or engine only"),
-        ({"profile": "a100-80g/opt-13b-tp1"}, "--profile applies to --backend sim or engine only"),
+        ({"profile": "a100-80g/opt-13b-tp1-swifttransformer"}, "--profile applies to --backend sim or engine only"),
         ({"device": "cuda"}, "--device applies to --backend engine only"),
         ({"prompts": "words"}, "--prompts must be ids or text, not 'words'"),
         ({"prompts": "text"}, "--prompts text needs --tokenizer"),

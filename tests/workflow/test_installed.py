@@ -26,7 +26,7 @@ from fastserve.core.compiled import FOLDER
 from harness.run.meta import _commit_of_checkout
 
 ROOT = Path(__file__).parents[2]
-PROFILE = "a100-80g/opt-13b-tp1"
+PROFILE = "a100-80g/opt-13b-tp1-swifttransformer"
 PACKAGES = {"system/fastserve": "fastserve", "baselines": "baselines", "workflows/harness": "harness"}
 
 

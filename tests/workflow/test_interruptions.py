@@ -19,7 +19,7 @@ from support.polling import eventually, eventually_equal
 from support.processes import ENVIRONMENT, FASTBENCH, descendants, start, wait_until_ended
 
 SIGNALS = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-LONG = ["--profile", "a100-80g/opt-13b-tp1", "--trace", "zipf", "--num-requests", 200_000]
+LONG = ["--profile", "a100-80g/opt-13b-tp1-swifttransformer", "--trace", "zipf", "--num-requests", 200_000]
 
 
 @SIGNALS
@@ -172,7 +172,7 @@ def test_a_real_engine_that_has_finished_nothing_writes_nothing(tmp_path: Path) 
 
 
 def test_a_simulation_that_is_stopped_writes_nothing(tmp_path: Path) -> None:
-    config = RunConfig(profile="a100-80g/opt-13b-tp1", rate=20.0, num_requests=12)
+    config = RunConfig(profile="a100-80g/opt-13b-tp1-swifttransformer", rate=20.0, num_requests=12)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path, observer=_StopAfter(3))
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def test_what_it_has_learned_before_helps_where_prompts_tell_the_answer(tmp_path
         config = RunConfig(
             policy=policy,
             backend="sim",
-            profile="a100-80g/opt-13b-tp1",
+            profile="a100-80g/opt-13b-tp1-swifttransformer",
             trace="azure-conv",
             rate=2.58,
             num_requests=200,

@@ -18,7 +18,7 @@ from support.loaded_code import scripts_watched, watch_scripts
 pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).resolve().parents[2]
-SERIES = {"vllm": "a100-80g/opt-13b-tp1-vllm", "fastserve": "a100-80g/opt-13b-tp1"}
+SERIES = {"vllm": "a100-80g/opt-13b-tp1-vllm", "fastserve": "a100-80g/opt-13b-tp1-swifttransformer"}
 
 
 def write_experiment(folder, **changes):

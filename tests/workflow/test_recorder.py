@@ -39,7 +39,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _engine(policy: str) -> Engine:
     options, settings = resolve_settings(policy, {"num_gpu_blocks": "400"})
-    return simulated_engine(load_profile("a100-80g/opt-13b-tp1"), policy, settings, options)
+    return simulated_engine(load_profile("a100-80g/opt-13b-tp1-swifttransformer"), policy, settings, options)
 
 
 def _workload(rate: float) -> Workload:

@@ -20,7 +20,7 @@ from harness.run.outcome import SHOWN, Outcome, Tally
 from harness.run.runner import run
 from support.openai_server import OpenAIServer, complete, refuse
 
-SIM: dict[str, Any] = {"profile": "a100-80g/opt-13b-tp1"}
+SIM: dict[str, Any] = {"profile": "a100-80g/opt-13b-tp1-swifttransformer"}
 ENGINE: dict[str, Any] = {
     "backend": "engine", "model": "opt-tiny", "load_format": "dummy",
     "settings": {"num_gpu_blocks": 32, "num_host_blocks": 32},

@@ -13,7 +13,7 @@ from harness.pipeline.batch import read_batches
 from harness.pipeline.workers import Job, JobFailed, Workers
 from harness.run.config import RunConfig, command_of
 
-CONFIG = RunConfig(profile="a100-80g/opt-13b-tp1", rate=2.0, num_requests=5, settings={"alpha_s": 1.5})
+CONFIG = RunConfig(profile="a100-80g/opt-13b-tp1-swifttransformer", rate=2.0, num_requests=5, settings={"alpha_s": 1.5})
 
 
 def write_script(folder, text):
@@ -59,6 +59,6 @@ def test_a_command_has_every_option_that_differs_from_its_default():
         replace(CONFIG, trace="fixed:prompt=8,output=2", seed=4, settings={"swap": "none", "a": True})
     ) == (
         "fastbench run --trace fixed:prompt=8,output=2 --rate 2.0 --num-requests 5 --seed 4 "
-        "--profile a100-80g/opt-13b-tp1 --set swap=none --set a=true"
+        "--profile a100-80g/opt-13b-tp1-swifttransformer --set swap=none --set a=true"
     )
     assert Path(command_of(CONFIG).split()[-1]).name == "alpha_s=1.5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from fastserve.core.compiled import docstring
 from fastserve.core.console import run_app
 from fastserve.core.errors import ConfigError
 from fastserve.core.options import option_names
-from fastserve.latency import list_profiles, load_profile
+from fastserve.latency import MeasuredRange, list_profiles, load_profile
 from fastserve.policies.discovery import list_policies
 from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
@@ -127,10 +128,22 @@ def traces() -> None:
 
 @app.command()
 def profiles() -> None:
-    """List the shipped latency profiles."""
-    for name in list_profiles():
-        profile = load_profile(name)
-        print(f"{name:28} {profile.hardware}, {profile.engine}, KV cache {profile.kv_capacity_tokens} tokens")
+    """List the shipped latency profiles: kind, cache and the range they were measured in, in tokens; source and error.
+
+    A range is the largest iteration and prompt, the most decodes and the longest context; - where it is not known.
+    """
+    heads = ("cache", "iteration", "prompt", "decodes", "context")
+    found = [load_profile(name) for name in list_profiles()]
+    width = max(len(profile.name) for profile in found)
+    print("  ".join([f"{'profile':{width}}  {'kind':16}", *(f"{head:>9}" for head in heads)]))
+    for profile in found:
+        bounds = asdict(profile.measured_range or MeasuredRange())
+        counts = (profile.kv_capacity_tokens, *(bounds[field.name] for field in fields(MeasuredRange)))
+        cells = (f"{'-' if count is None else format(count, ','):>9}" for count in counts)
+        print("  ".join([f"{profile.name:{width}}  {profile.kind or '-':16}", *cells]))
+        print(f"{'':4}{profile.hardware}, {profile.engine}; {profile.provenance.get('source', 'source not known')}")
+        said = profile.known_error or profile.provenance.get("error") or profile.provenance.get("residuals_note")
+        print(f"{'':4}error: {said or 'not known'}")
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -196,7 +196,8 @@ class _Products:
                 row.fail(f"m {m}, n {row.text('n')}, k {row.text('k')} are in the table twice; remove one of the rows")
             seconds[m] = row.seconds("latency", _UNIT_S)
             if not self.device:
-                self.device, self.framework = row.text("device"), f"{row.text('framework')} {row.text('version')}"
+                framework = row.text("framework").replace("VLLM", "vLLM")
+                self.device, self.framework = row.text("device"), f"{framework} {row.text('version')}"
         if not self._table:
             raise ConfigError(f"{path}: no rows with gemm_dtype {_DTYPE}. {_REMEDY}")
         self._n = sorted({n for n, _ in self._table})
