@@ -13,7 +13,7 @@ from fastserve.core.config import SchedulerConfig
 from fastserve.core.request import SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager
 from fastserve.latency import LatencyModel
-from fastserve.policies.fcfs import ArrivalOrder
+from fastserve.policies.fcfs import WATERMARK, ArrivalOrder
 from fastserve.scheduler import Batch, PolicyOptions, register
 from fastserve.scheduler.batch import DEFAULT_TERMS, TAKEN
 
@@ -38,9 +38,15 @@ class WaitingAndRunning(ArrivalOrder):
     keeps_places = True
 
     def __init__(
-        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: PolicyOptions
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        latency: LatencyModel,
+        options: PolicyOptions,
+        *,
+        watermark: float = WATERMARK,
     ) -> None:
-        super().__init__(config, kv, latency, options)
+        super().__init__(config, kv, latency, options, watermark=watermark)
         self._queued: OrderedDict[str, Request] = OrderedDict()
 
     def on_add(self, request: Request) -> None:

@@ -31,6 +31,8 @@ MODULES = (
     "engine.records",
     "kvcache.block_pool",
     "kvcache.manager",
+    "kvcache.oldest_first_pool",
+    "kvcache.prefix_cache",
     "latency.base",
     "latency.fitted",
     "latency.kernel_latency",

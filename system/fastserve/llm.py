@@ -51,6 +51,7 @@ class LLM:
             half the host's free memory).
         max_model_len: bound on prompt + output, below the model's own.
         host_link_gb_per_s: None. Only a simulation takes the speed of its link to host memory as an option.
+        prefix_caching: find a dropped cache again, as far as its blocks were not reused, instead of recomputing it.
         pipeline_parallel_size: stages, and batches in flight. With more than one rank in all, each rank is a process,
             with a GPU of its own on "cuda".
         ranks: HOST:PORT at which this engine waits for its ranks, which `torchrun ... -m fastserve.worker` starts on
@@ -84,6 +85,7 @@ class LLM:
         token_budget: int = EngineOptions.token_budget,
         max_model_len: int | None = EngineOptions.max_model_len,
         host_link_gb_per_s: float | None = EngineOptions.host_link_gb_per_s,
+        prefix_caching: bool = EngineOptions.prefix_caching,
         tensor_parallel_size: int = ParallelConfig.tensor_parallel_size,
         pipeline_parallel_size: int = ParallelConfig.pipeline_parallel_size,
         stage_layers: Sequence[int] | None = ParallelConfig.stage_layers,
@@ -102,7 +104,13 @@ class LLM:
             )
         source = ModelSource(str(model), load_format, device, dtype, seed)
         options = EngineOptions(
-            max_batch_size, token_budget, block_size, num_gpu_blocks, num_host_blocks, max_model_len
+            max_batch_size,
+            token_budget,
+            block_size,
+            num_gpu_blocks,
+            num_host_blocks,
+            max_model_len,
+            prefix_caching=prefix_caching,
         )
         parallel = ParallelConfig(
             tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
@@ -151,6 +159,7 @@ class LLM:
                 num_host_blocks=runner.num_host_blocks if num_host_blocks is None else num_host_blocks,
                 block_size=block_size,
                 bytes_per_token=self.model_config.kv_bytes_per_token(dtype),
+                prefix_caching=prefix_caching,
             )
             runner.require(self.model_config, cache, device, dtype)
             probe = Probe(runner)

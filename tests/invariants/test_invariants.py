@@ -32,6 +32,8 @@ class Scenario:
     """(step, request)"""
     alpha_s: float | None
     num_stages: int = 1
+    prefix_caching: bool = False
+    v1: bool = False
 
 
 def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
@@ -49,12 +51,14 @@ def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
         aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13)), max_size=4).map(tuple),
         alpha_s=st.sampled_from([None, 0.05, 0.3]),
         num_stages=st.sampled_from([1, 1, 2, 3]),
+        prefix_caching=st.booleans(),
+        v1=st.booleans(),
     )
 
 
 def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
     """Drive the engine as `Engine.run` does, with aborts in between."""
-    wanted = {"swap": scenario.swap, "alpha_s": scenario.alpha_s}
+    wanted = {"swap": scenario.swap, "alpha_s": scenario.alpha_s, "v1": scenario.v1}
     known = option_names(find_policy(scenario.policy).Options)
     options = {name: value for name, value in wanted.items() if name in known}
     if scenario.policy == "vllm" and scenario.swap in ("proactive", "none"):
@@ -68,6 +72,7 @@ def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
         token_budget=scenario.token_budget,
         engine_class=CheckedEngine,
         num_stages=scenario.num_stages,
+        prefix_caching=scenario.prefix_caching,
     )
     at, arrivals = 0.0, []
     for i, (gap, prompt, output) in enumerate(scenario.requests):
@@ -115,6 +120,7 @@ def check_outcome(scenario: Scenario, engine: CheckedEngine, jobs: list[Job]) ->
             parts = metrics.queueing_s + metrics.swapping_s + metrics.execution_s
             assert math.isclose(parts, metrics.finished_s - metrics.arrival_s, abs_tol=1e-9)
             assert metrics.queueing_s > -1e-9
+            assert scenario.prefix_caching or not metrics.cached_tokens
             # Swapped back in as often as swapped out, unless its cache was never wanted again.
             assert metrics.swap_in_bytes <= metrics.swap_out_bytes
     starts = [record.start_s for record in engine.iterations]
@@ -148,3 +154,7 @@ def test_scenarios_reach_every_kind_of_preemption() -> None:
     host_full = run(Scenario("fastserve", "reactive", 26, 0, 4, 64, requests, (), 0.3))[1]
     assert sum(job.recomputed_tokens for job in host_full) > 0
     assert sum(job.swap_out_bytes for job in host_full) == 0
+    assert sum(job.cached_tokens for job in host_full) == 0
+    found = run(replace(base, num_host_blocks=0, prefix_caching=True))[1]
+    assert sum(job.cached_tokens for job in found) > 0
+    assert sum(job.recomputed_tokens for job in found) > 0

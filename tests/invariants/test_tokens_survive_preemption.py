@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 from fastserve import LLM, SamplingParams  # noqa: E402
 from support.devices import NEEDS_GPU, NEEDS_INTERPRETER  # noqa: E402
 from support.tokens import (  # noqa: E402
+    CHUNK,
     EVERY_WAY,
     NUM_REQUESTS,
     NUM_TOKENS,
@@ -53,6 +54,20 @@ def test_i6_with_kernels_and_decodes_as_on_a_gpu(reference: Reference, monkeypat
     monkeypatch.setenv("FASTSERVE_KERNELS", "triton")
     few = {"num_requests": 5, "num_tokens": 12, "num_gpu_blocks": 7}
     check_short_of_cache(reference, "fastserve", "proactive", "cpu", **few)
+
+
+@pytest.mark.parametrize(("policy", "swap"), EVERY_WAY)
+def test_i6_with_a_dropped_cache_found_again(reference: Reference, policy: str, swap: str) -> None:
+    directory, expected = reference
+    options = {"chunk_tokens": CHUNK, "v1": True} if policy == "vllm-chunked" else {"swap": swap}
+    sizes = {"num_host_blocks": 0, "num_gpu_blocks": 11}
+    plain, counts = generate(directory, policy, options, **sizes)
+    tokens, found = generate(directory, policy, options, prefix_caching=True, **sizes)
+    assert tokens == plain == expected
+    assert counts["cached_tokens"] == 0
+    # Where a cache is dropped only when nothing else can run, all blocks are given out before the request resumes.
+    assert (found["cached_tokens"] > 0) == (swap != "none")
+    assert found["recomputed_tokens"] <= counts["recomputed_tokens"]
 
 
 def test_i6_host_memory_full(reference: Reference) -> None:

@@ -68,6 +68,7 @@ def test_counters_are_the_sums_over_the_requests(policy: str) -> None:
             ("swap_out_bytes_total", ""): sum(one.swap_out_bytes for one in metrics),
             ("swap_in_bytes_total", ""): sum(one.swap_in_bytes for one in metrics),
             ("recomputed_tokens_total", ""): sum(one.recomputed_tokens for one in metrics),
+            ("cached_tokens_total", ""): sum(one.cached_tokens for one in metrics),
             ("time_to_first_token_seconds_count", ""): sum(one.output_tokens > 0 for one in metrics),
             ("inter_token_seconds_count", ""): sum(max(0, one.output_tokens - 1) for one in metrics),
             ("request_seconds_count", ""): 8,

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
 from fastserve.engine import Engine, Job
-from fastserve.kvcache import Location
+from fastserve.kvcache import Direction, Location
 from fastserve.scheduler import Iteration
 
 
@@ -25,6 +25,9 @@ class CheckedEngine(Engine):
             return decide(now)
 
         self.scheduler.decide = look_and_decide  # type: ignore[method-assign]
+        self._held: dict[tuple[Direction, int], tuple[Request, int, int]] = {}
+        """What each block holds, on the side that a transfer in this direction leaves: so many tokens of the request's
+        block with this index."""
 
     def _submit(self, iteration: Iteration) -> None:
         in_flight = {id(request) for batch in self._in_flight for request in batch.requests}
@@ -37,6 +40,8 @@ class CheckedEngine(Engine):
             assert request.num_computed_tokens + num_scheduled <= held, (
                 f"I3: no room for the tokens of {request.request_id}"
             )
+            self._check_held(request)
+            self._hold(request, request.num_computed_tokens + num_scheduled)
         assert len({id(request) for request in iteration.requests}) == len(iteration.requests)
         assert len(iteration.requests) <= self.scheduler.config.max_batch_size
         for request in (
@@ -45,6 +50,10 @@ class CheckedEngine(Engine):
             *(transfer.request for transfer in iteration.swap_out),
         ):
             assert id(request) not in in_flight, f"{request.request_id} is in flight and loses its place or its cache"
+        for transfer in (*iteration.swap_out, *iteration.swap_in):
+            other_side = Direction.IN if transfer.direction is Direction.OUT else Direction.OUT
+            for source, destination in zip(transfer.source, transfer.destination, strict=True):
+                self._held[other_side, destination] = self._held[transfer.direction, source]
         # Where caches move on demand, the whole batch may wait.
         if iteration.requests or (in_flight and not iteration.stalled):
             self._check_no_request_idles(iteration)
@@ -52,6 +61,27 @@ class CheckedEngine(Engine):
         assert len(self._in_flight) <= self.executor.max_in_flight
         assert sum(job.request.in_flight for job in self.jobs.values()) == self._num_jobs_in_flight
         self._ran_last = set(self.scheduler.running)
+
+    def _jump(self, iteration: Iteration, until: float) -> bool:
+        jumped = super()._jump(iteration, until)
+        if jumped:
+            for request in iteration.requests:
+                self._hold(request, request.num_computed_tokens)
+        return jumped
+
+    def _hold(self, request: Request, num_tokens: int) -> None:
+        """The request's blocks hold so many of its tokens."""
+        size = self.kv.block_size
+        for index, block in enumerate(request.gpu_blocks[: self.kv.blocks_for(num_tokens)]):
+            self._held[Direction.OUT, block] = request, index, min(size, num_tokens - index * size)
+
+    def _check_held(self, request: Request) -> None:
+        """I3: blocks hold what the request has computed, whatever was done with them since."""
+        num_tokens, size = request.num_computed_tokens, self.kv.block_size
+        for index, block in enumerate(request.gpu_blocks[: self.kv.blocks_for(num_tokens)]):
+            owner, place, count = self._held[Direction.OUT, block]
+            assert (owner, place) == (request, index), f"I3: {request.request_id} reads another's block {block}"
+            assert count >= min(size, num_tokens - index * size), f"I3: {request.request_id} reads what is not there"
 
     def step(self, until: float = float("inf")) -> list[Job]:
         finished = super().step(until)

@@ -51,10 +51,11 @@ def make_engine(
     num_stages: int = 1,
     later_stages: Sequence[LatencyModel] | None = None,
     stage_link: StageLink = STAGE_LINK,
+    prefix_caching: bool = False,
 ) -> Engine:
     """`latency` is that of each of `num_stages`, or of the first if `later_stages` says the others'."""
     stages = (latency, *later_stages) if later_stages else (latency,) * num_stages
-    kv = KVCacheManager(CacheConfig(num_gpu_blocks, num_host_blocks, 4, BYTES_PER_TOKEN))
+    kv = KVCacheManager(CacheConfig(num_gpu_blocks, num_host_blocks, 4, BYTES_PER_TOKEN, prefix_caching))
     clock = VirtualClock()
     config = SchedulerConfig(max_batch_size, token_budget, len(stages))
     whole = latency if len(stages) == 1 else PipelinedLatency(stages, stage_link)

@@ -106,7 +106,7 @@ def generate(
         most_tokens = max(record.num_scheduled_tokens for record in llm.engine.iterations)
     counts = {
         name: sum(getattr(output.metrics, name) for output in outputs)
-        for name in ("preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens")
+        for name in ("preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens", "cached_tokens")
     }
     return [output.token_ids for output in outputs], counts | {"most_tokens": most_tokens}
 

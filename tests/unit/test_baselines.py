@@ -93,7 +93,7 @@ def test_srpt_alone_is_told_the_future() -> None:
     assert {field.name for field in dataclasses.fields(Request)} == {
         *("request_id", "arrival_s", "num_prompt_tokens", "token_ids", "max_output_tokens", "num_tokens"),
         *("num_computed_tokens", "status", "in_flight", "level", "position", "line", "cache_state", "cache_capacity"),
-        *("num_tokens_at_swap_in", "wait_ends_s", "last_ran_s", "policy_state"),
+        *("num_tokens_at_swap_in", "num_lost_tokens", "wait_ends_s", "last_ran_s", "policy_state"),
         *("location", "gpu_blocks", "host_blocks", "has_place", "is_chosen", "is_put_back", "previous", "next"),
         *("wait_before", "wait_behind"),
     }

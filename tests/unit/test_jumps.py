@@ -45,6 +45,7 @@ class Outcome(NamedTuple):
 OPTIONS = (
     *("alpha_s", "quantum_base_s", "reserve", "starvation_check_every", "first_iteration"),
     *("objective", "exponent", "memory_requests"),
+    *("v1", "watermark"),
 )
 
 
@@ -95,6 +96,7 @@ SIZES = {
     "short": {"num_gpu_blocks": 30, "num_host_blocks": 100, "max_batch_size": 4},
     "very short": {"num_gpu_blocks": 21, "num_host_blocks": 24, "max_batch_size": 2},
     "no host": {"num_gpu_blocks": 26, "num_host_blocks": 0, "max_batch_size": 3},
+    "found again": {"num_gpu_blocks": 32, "num_host_blocks": 0, "max_batch_size": 3, "prefix_caching": True},
 }
 
 

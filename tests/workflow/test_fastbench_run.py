@@ -36,6 +36,7 @@ QUANTITIES = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_ga
 SUMMARY_KEYS = {
     "policy", "backend", "rate", "num_requests", "seed", "finished", "failed", "duration_s", "iterations",
     "output_tokens_per_s", "preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens",
+    "cached_prompt_tokens",
     *(f"{statistic}_{name}" for statistic in ("mean", "p50", "p90", "p95", "p99") for name in QUANTITIES),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_the_four_files_are_those_of_the_other_backends(tmp_path: Path) -> None:
         assert times == sorted(times)
         assert (row["first_token_s"], row["finished_s"]) == (row["token_s"][0], row["token_s"][3])
         unseen = ("first_scheduled_s", "queueing_s", "swapping_s", "execution_s", "preemptions", "swap_out_bytes")
-        assert {row[name] for name in (*unseen, "swap_in_bytes", "recomputed_tokens")} == {None}
+        assert {row[name] for name in (*unseen, "swap_in_bytes", "recomputed_tokens", "cached_tokens")} == {None}
     assert summary["mean_ttft_s"] == pytest.approx(np.mean([r["first_token_s"] - r["arrival_s"] for r in rows]))
     assert summary["mean_max_token_gap_s"] == pytest.approx(np.mean([np.diff(r["token_s"]).max() for r in rows]))
     iterations = pq.read_table(tmp_path / "iterations.parquet")

@@ -63,7 +63,7 @@ def test_rows_and_summary_are_those_of_jobs_that_were_kept(policy: str, rate: fl
     assert recorder.tally.num_requests == NUM_REQUESTS
     at_once = Summary()
     at_once.add(rows)
-    sums = {name: sum(getattr(row, name) for row in rows) for name in COUNTED}
+    sums = {name: sum(getattr(row, column) for row in rows) for name, column in COUNTED.items()}
     assert recorder.summary() == at_once.result({"iterations": len(kept.iterations)} | sums)
 
 

@@ -81,6 +81,8 @@ class CacheConfig:
     block_size: int = 16
     bytes_per_token: int = 0
     """Bytes one token's keys and values take over all layers; prices a swap."""
+    prefix_caching: bool = False
+    """Whether a dropped cache can be found again, as far as its blocks were not given out since."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_gpu_blocks", 1), ("num_host_blocks", 0), ("block_size", 1), ("bytes_per_token", 0)):
@@ -168,6 +170,9 @@ class EngineOptions:
         None, "Simulations only: bandwidth between GPU and host memory in each direction, in 1e9 bytes/s.", Positive()
     )
     """Over all GPUs."""
+    prefix_caching: bool = option(
+        False, "Find a dropped cache again, as far as its blocks were not reused, instead of recomputing it."
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -89,6 +89,8 @@ class Request:
     """Blocks of the host pool that it owns, in token order."""
     cache_capacity: int = field(init=False, default=0)
     """Tokens its cache has room for, 0 unless that is wholly on the GPU."""
+    num_lost_tokens: int = field(init=False, default=0)
+    """Computed tokens of its cache when that was last dropped, until it has a cache again; kept with prefix caching."""
     num_tokens_at_swap_in: int = field(init=False, default=-1)
     """Computed tokens when its cache was last swapped in: if there are no more now, it has not run since."""
     wait_ends_s: float = field(init=False, default=math.inf)

@@ -272,7 +272,11 @@ class Engine:
         for request in iteration.preempted:
             jobs[request.request_id].preemptions += 1
         for drop in iteration.dropped:
-            jobs[drop.request.request_id].recomputed_tokens += drop.num_lost_tokens
+            jobs[drop.request.request_id].recomputed_tokens += drop.num_recomputed_tokens
+        for reuse in iteration.reused:
+            job = jobs[reuse.request.request_id]
+            job.cached_tokens += reuse.num_found_tokens
+            job.recomputed_tokens += reuse.num_recomputed_tokens
         for transfer in iteration.swap_out:
             jobs[transfer.request.request_id].swap_out_bytes += transfer.num_bytes
         for transfer in iteration.swap_in:

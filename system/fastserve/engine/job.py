@@ -37,6 +37,7 @@ class Job:
     swap_out_bytes: int = 0
     swap_in_bytes: int = 0
     recomputed_tokens: int = 0
+    cached_tokens: int = 0
     error: str = ""
     """Why the request was rejected or failed; empty otherwise."""
 
@@ -70,6 +71,7 @@ class Job:
             swap_out_bytes=self.swap_out_bytes,
             swap_in_bytes=self.swap_in_bytes,
             recomputed_tokens=self.recomputed_tokens,
+            cached_tokens=self.cached_tokens,
             error=self.error,
         )
 

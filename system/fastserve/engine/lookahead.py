@@ -57,6 +57,7 @@ class Lookahead:
             or iteration.swap_out
             or iteration.swap_in
             or iteration.dropped
+            or iteration.reused
             or not len(log)
             or len(self._scheduler.running) != batch
         ):

@@ -45,6 +45,8 @@ class RequestMetrics:
     swap_out_bytes: int
     swap_in_bytes: int
     recomputed_tokens: int
+    cached_tokens: int
+    """Tokens found in the cache at an admission instead of computed; 0 without prefix caching."""
     error: str
 
     @property

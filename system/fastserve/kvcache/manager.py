@@ -12,6 +12,8 @@ from fastserve.core.config import CacheConfig
 from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Location, Request, RequestStatus
 from fastserve.kvcache.block_pool import BlockPool
 from fastserve.kvcache.errors import CacheError, OutOfBlocksError, WrongLocationError
+from fastserve.kvcache.oldest_first_pool import OldestFirstPool
+from fastserve.kvcache.prefix_cache import PrefixCache
 
 
 class Direction(enum.Enum):
@@ -56,12 +58,21 @@ class KVCacheManager:
 
     Blocks under a transfer belong to the request on both sides until `complete` is called. So no block is given away
     before its copy has ended, and an executor needs no dependencies between blocks.
+
+    With `config.prefix_caching` a request whose cache was dropped takes up its first blocks again, as far as they were
+    not given out meanwhile.
     """
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.block_size = config.block_size
         self._gpu = BlockPool("GPU", config.num_gpu_blocks)
+        self.caches_prefixes = config.prefix_caching
+        self._prefixes = PrefixCache()
+        self._found: OldestFirstPool | None = None
+        """With prefix caching: the GPU pool, from which certain blocks can be taken."""
+        if self.caches_prefixes:
+            self._gpu = self._found = OldestFirstPool("GPU", config.num_gpu_blocks)
         self._host = BlockPool("host", config.num_host_blocks)
         self._owners: dict[str, Request] = {}
         """Requests with a cache, by id."""
@@ -105,6 +116,13 @@ class KVCacheManager:
         """GPU blocks to find before the request, wherever its cache is, can hold `num_tokens` tokens on the GPU."""
         return max(0, self.blocks_for(num_tokens) - len(request.gpu_blocks))
 
+    def num_found_tokens(self, request: Request) -> int:
+        """Tokens, in whole blocks, that a request without a cache need not compute again, if it gets room now.
+
+        At least one token is left to compute.
+        """
+        return len(self._find(request)) * self.block_size if self.caches_prefixes else 0
+
     def resident_requests(self) -> list[Request]:
         """Requests whose cache is wholly on the GPU and not in transfer."""
         return [request for request in self._owners.values() if request.location is GPU]
@@ -112,9 +130,14 @@ class KVCacheManager:
     # -- changes -----------------------------------------------------------------------------------------------
 
     def extend(self, request: Request, num_tokens: int) -> None:
-        """Give the request, new or resident, room on the GPU for `num_tokens` tokens in all."""
+        """Give the request, new or resident, room on the GPU for `num_tokens` tokens in all.
+
+        With prefix caching, a request without a cache has computed tokens after this: `num_found_tokens`.
+        """
         if request.location is NONE:
-            request.gpu_blocks = blocks = self._gpu.allocate(self.blocks_for(num_tokens))
+            count = self.blocks_for(num_tokens)
+            blocks = self._allocate_anew(request, count) if self.caches_prefixes else self._gpu.allocate(count)
+            request.gpu_blocks = blocks
             self._owners[request.request_id] = request
             request.location = GPU
             request.cache_state = RESIDENT
@@ -124,7 +147,7 @@ class KVCacheManager:
             raise WrongLocationError(f"request {request.request_id} cannot grow: its cache is {request.location.value}")
         if num_tokens > request.cache_capacity:
             blocks = request.gpu_blocks
-            blocks += self._gpu.allocate(self.blocks_for(num_tokens) - len(blocks))
+            blocks += self._allocate(self.blocks_for(num_tokens) - len(blocks))
             request.cache_capacity = len(blocks) * self.block_size
 
     def begin_swap_out(self, request: Request) -> Transfer:
@@ -153,7 +176,7 @@ class KVCacheManager:
             raise WrongLocationError(
                 f"request {request.request_id} cannot be swapped in: its cache is {request.location.value}"
             )
-        request.gpu_blocks = self._gpu.allocate(self.blocks_for(request.num_tokens))
+        request.gpu_blocks = self._allocate(self.blocks_for(request.num_tokens))
         request.location = SWAPPING_IN
         self.num_arriving_blocks += len(request.gpu_blocks)
         used, destination = len(request.host_blocks), request.gpu_blocks
@@ -183,8 +206,11 @@ class KVCacheManager:
     def drop(self, request: Request) -> int:
         """Forget a resident request's cache, to be recomputed later. Returns the number of computed tokens lost."""
         self._require_resident(request)
-        self.release(request)
         lost = request.num_computed_tokens
+        if self.caches_prefixes:
+            self._prefixes.remember(request, request.gpu_blocks[: lost // self.block_size])
+            request.num_lost_tokens = lost
+        self.release(request)
         request.num_computed_tokens = 0
         return lost
 
@@ -226,6 +252,27 @@ class KVCacheManager:
                 )
 
     # -- helpers -----------------------------------------------------------------------------------------------
+
+    def _find(self, request: Request) -> list[int]:
+        """Free blocks that hold the first tokens of a request without a cache, its last token left out."""
+        return self._prefixes.find(request, (request.num_tokens - 1) // self.block_size)
+
+    def _allocate(self, count: int) -> list[int]:
+        blocks = self._gpu.allocate(count)
+        if self.caches_prefixes:
+            self._prefixes.forget(blocks)
+        return blocks
+
+    def _allocate_anew(self, request: Request, count: int) -> list[int]:
+        """Blocks for a request without a cache: those that hold its first tokens, and others."""
+        pool = self._found
+        assert pool is not None
+        if count > pool.num_free:
+            return pool.allocate(count)  # Which says what is missing.
+        found = self._find(request)[:count]
+        pool.take_up(found)
+        request.num_computed_tokens = len(found) * self.block_size
+        return found + self._allocate(count - len(found))
 
     def _require_resident(self, request: Request) -> None:
         if request.location is not GPU:

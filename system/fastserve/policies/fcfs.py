@@ -21,10 +21,16 @@ class ArrivalOrder(Policy):
     """Base of policies with one queue in order of arrival; a preempted request keeps its place in it."""
 
     def __init__(
-        self, config: SchedulerConfig, kv: KVCacheManager, latency: LatencyModel, options: PolicyOptions
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        latency: LatencyModel,
+        options: PolicyOptions,
+        *,
+        watermark: float = WATERMARK,
     ) -> None:
         super().__init__(config, kv, latency, options)
-        self.watermark_blocks = int(WATERMARK * kv.config.num_gpu_blocks)
+        self.watermark_blocks = int(watermark * kv.config.num_gpu_blocks)
         self.admission = Terms(may_evict=False, keep_free=self.watermark_blocks)
         """The terms on which a request starts while others run."""
 

@@ -1,7 +1,7 @@
 """Which requests run next: what the author of a policy needs (`Policy`), and what the engine talks to (`Scheduler`)."""
 
 from fastserve.scheduler.batch import Batch, Outcome, Terms
-from fastserve.scheduler.iteration import Drop, Iteration
+from fastserve.scheduler.iteration import Drop, Iteration, Reuse
 from fastserve.scheduler.need import NeedOrder
 from fastserve.scheduler.options import MemoryOptions, PolicyOptions, PreemptiveOptions, SwapMode
 from fastserve.scheduler.policy import Policy
@@ -18,6 +18,7 @@ __all__ = [
     "Policy",
     "PolicyOptions",
     "PreemptiveOptions",
+    "Reuse",
     "Scheduler",
     "SwapMode",
     "Terms",

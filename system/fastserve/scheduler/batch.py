@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastserve.core.request import RESIDENT, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, Request
 
 
 class Outcome(enum.Enum):
@@ -36,6 +36,8 @@ class Terms(NamedTuple):
     """Blocks that must stay free."""
     hold_tokens: int = 0
     """Tokens to make room for, if more than it computes next."""
+    or_drop: bool = False
+    """swap=recompute: whether a request that may evict and still finds no room to grow loses its own cache."""
 
 
 DEFAULT_TERMS = Terms()
@@ -44,18 +46,35 @@ FindRoom = Callable[[Request, int, Terms], bool]
 """Get the request onto the GPU with room for so many tokens, now or once transfers have ended; False if it cannot."""
 
 
+FindCached = Callable[[Request], int]
+"""Tokens that a request without a cache need not compute, if it gets room now."""
+
+
 class Batch:
     """The requests of the next iteration and how many tokens each computes.
 
     Requests are offered most urgent first; each is taken, or left out with nothing changed.
     """
 
-    __slots__ = ("_num_prefills", "_tokens_left", "find_room", "lost", "num_tokens", "places", "requests")
+    __slots__ = (
+        "_num_prefills",
+        "_tokens_left",
+        "find_cached",
+        "find_room",
+        "lost",
+        "num_tokens",
+        "places",
+        "requests",
+    )
 
-    def __init__(self, places: int, token_budget: int, find_room: FindRoom) -> None:
+    def __init__(
+        self, places: int, token_budget: int, find_room: FindRoom, find_cached: FindCached | None = None
+    ) -> None:
         self.places = places
         """The most requests it takes."""
         self.find_room = find_room
+        self.find_cached = find_cached
+        """None: requests without a cache have everything to compute."""
         self.requests: list[Request] = []
         self.num_tokens: list[int] = []
         """Tokens that each of `requests` computes."""
@@ -84,14 +103,17 @@ class Batch:
         """Take the request with all it has to compute (or `max_tokens` of that), if it fits."""
         if request.in_flight or len(self.requests) >= self.places:
             return FULL
-        num_tokens = request.num_tokens - request.num_computed_tokens
+        num_computed = request.num_computed_tokens
+        if self.find_cached is not None and request.cache_state == NO_CACHE:
+            num_computed = self.find_cached(request)
+        num_tokens = request.num_tokens - num_computed
         if max_tokens is not None and num_tokens > max_tokens:
             num_tokens = max_tokens
-        is_prefill = num_tokens > 1 or not request.num_computed_tokens
+        is_prefill = num_tokens > 1 or not num_computed
         # A prompt beyond the budget must run some time: as the only prompt of its iteration.
         if is_prefill and num_tokens > self._tokens_left and self._num_prefills:
             return BEYOND_BUDGET
-        hold = request.num_computed_tokens + num_tokens
+        hold = num_computed + num_tokens
         if terms.hold_tokens > hold:
             hold = terms.hold_tokens
         if hold > request.cache_capacity and not self.find_room(request, hold, terms):

@@ -15,6 +15,23 @@ class Drop(NamedTuple):
 
     request: Request
     num_lost_tokens: int
+    num_recomputed_tokens: int
+    """Those of them that are sure to be computed again: all, or, with prefix caching, 0 until a Reuse says more."""
+
+
+class Reuse(NamedTuple):
+    """A request that begins or resumes without a cache, with prefix caching."""
+
+    request: Request
+    num_found_tokens: int
+    """Tokens that it need not compute, since blocks still hold them."""
+    num_lost_tokens: int
+    """Tokens that it had computed when its cache was dropped; 0 if it never was."""
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Tokens that must be computed again."""
+        return max(0, self.num_lost_tokens - self.num_found_tokens)
 
 
 class Iteration:
@@ -23,7 +40,17 @@ class Iteration:
     Without `requests` it is the decision to wait.
     """
 
-    __slots__ = ("dropped", "num_scheduled_tokens", "padded", "preempted", "requests", "stalled", "swap_in", "swap_out")
+    __slots__ = (
+        "dropped",
+        "num_scheduled_tokens",
+        "padded",
+        "preempted",
+        "requests",
+        "reused",
+        "stalled",
+        "swap_in",
+        "swap_out",
+    )
 
     def __init__(
         self,
@@ -35,6 +62,7 @@ class Iteration:
         preempted: tuple[Request, ...] = (),
         stalled: tuple[Request, ...] = (),
         padded: bool = False,
+        reused: tuple[Reuse, ...] = (),
     ) -> None:
         self.requests = requests
         self.num_scheduled_tokens = num_scheduled_tokens
@@ -48,6 +76,8 @@ class Iteration:
         """Requests that were due and do not run, because of a transfer that has not ended."""
         self.padded = padded
         """Every prompt takes the time of the longest and every decode token that of the longest context."""
+        self.reused = reused
+        """Requests that found part of a dropped cache, or lost all of it; empty without prefix caching."""
 
 
 class IterationResult:

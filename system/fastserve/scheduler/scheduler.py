@@ -120,7 +120,8 @@ class Scheduler:
     def decide(self, now: float) -> Iteration:
         """Fill the batch and start what moves."""
         policy, mover = self.policy, self.mover
-        batch = Batch(self.config.max_batch_size, self.config.token_budget, mover.find_room)
+        find_cached = self.kv.num_found_tokens if self.kv.caches_prefixes else None
+        batch = Batch(self.config.max_batch_size, self.config.token_budget, mover.find_room, find_cached)
         mover.begin(batch, now)
         if not (self._fills and policy.fill(batch)):
             self._fill_in_order(batch)
@@ -197,6 +198,7 @@ class Scheduler:
                 dropped=tuple(mover.dropped),
                 preempted=preempted,
                 stalled=tuple(requests),
+                reused=tuple(mover.reused),
             )
         preempted = ()
         num_kept = 0
@@ -227,6 +229,7 @@ class Scheduler:
             preempted,
             tuple(mover.stalled),
             policy.padded,
+            tuple(mover.reused),
         )
 
     def _preempt(self, requests: list[Request], now: float) -> tuple[Request, ...]:

@@ -48,6 +48,7 @@ def simulated_engine(
         num_host_blocks=_or_default(options.num_host_blocks, HOST_SWAP_BYTES // block_bytes),
         block_size=options.block_size,
         bytes_per_token=profile.kv_bytes_per_token,
+        prefix_caching=options.prefix_caching,
     )
     kv = KVCacheManager(cache)
     real_time = clock is not None

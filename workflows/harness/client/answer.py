@@ -72,7 +72,7 @@ class Exchange:
 
     # Columns that a client cannot measure.
     first_scheduled_s = queueing_s = swapping_s = execution_s = None
-    preemptions = swap_out_bytes = swap_in_bytes = recomputed_tokens = None
+    preemptions = swap_out_bytes = swap_in_bytes = recomputed_tokens = cached_tokens = None
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ _COUNTERS = {
     "swap_out_bytes": ("fastserve_swap_out_bytes_total",),
     "swap_in_bytes": ("fastserve_swap_in_bytes_total",),
     "recomputed_tokens": ("fastserve_recomputed_tokens_total",),
+    "cached_prompt_tokens": ("fastserve_cached_tokens_total", "vllm:prefix_cache_hits_total"),
     "iterations": ("fastserve_iterations_total",),
 }
 """Keys of summary.json that only a server can count, and their names in GET /metrics."""

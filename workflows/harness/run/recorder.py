@@ -103,8 +103,8 @@ class RunRecorder:
         rows = [job.metrics for job in self._jobs[:count]]
         with self._writing():
             self.add_rows(rows)
-            for name in COUNTED:
-                self._counts[name] += sum(getattr(row, name) for row in rows)
+            for name, column in COUNTED.items():
+                self._counts[name] += sum(getattr(row, column) for row in rows)
             del self._jobs[:count]
 
     @contextmanager

@@ -39,6 +39,7 @@ REQUEST_COLUMNS = {
     "swap_out_bytes": pa.int64(),
     "swap_in_bytes": pa.int64(),
     "recomputed_tokens": pa.int64(),
+    "cached_tokens": pa.int64(),
 }
 CLIENT_COLUMNS = {
     "sent_s": pa.float64(),

@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 SUMMARIZED = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
 """Quantities for which a summary has the keys mean_, p50_, p90_, p95_ and p99_."""
-COUNTED = ("preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens")
-"""Columns for which a summary has the sum over all requests."""
+COUNTED = {
+    "preemptions": "preemptions",
+    "swap_out_bytes": "swap_out_bytes",
+    "swap_in_bytes": "swap_in_bytes",
+    "recomputed_tokens": "recomputed_tokens",
+    "cached_prompt_tokens": "cached_tokens",
+}
+"""Keys of a summary that hold a column's sum over all requests, and the column."""
 PERCENTILES = (50, 90, 95, 99)
 MISSING = 0.05
 """If a larger share of the requests lacks a quantity, its summary is null: it would not describe all requests."""

@@ -12,7 +12,7 @@ from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
 from fastserve.scheduler.batch import Batch, Terms
-from fastserve.scheduler.iteration import Drop
+from fastserve.scheduler.iteration import Drop, Reuse
 from fastserve.scheduler.queue import ServiceOrder
 
 
@@ -39,6 +39,7 @@ class CacheMover(ABC):
         self.swap_out: list[Transfer] = []
         self.swap_in: list[Transfer] = []
         self.dropped: list[Drop] = []
+        self.reused: list[Reuse] = []
         self.changed: list[Request] = []
         """Requests whose cache state changed, in the order of the changes; the queue is told after the decision."""
         self.stalled: list[Request] = []
@@ -107,9 +108,14 @@ class CacheMover(ABC):
         return True
 
     def _extend(self, request: Request, num_tokens: int) -> None:
-        if request.cache_state == NO_CACHE:
-            self.changed.append(request)
+        if request.cache_state != NO_CACHE:
+            self._kv.extend(request, num_tokens)
+            return
+        self.changed.append(request)
         self._kv.extend(request, num_tokens)
+        if self._kv.caches_prefixes and (request.num_computed_tokens or request.num_lost_tokens):
+            self.reused.append(Reuse(request, request.num_computed_tokens, request.num_lost_tokens))
+            request.num_lost_tokens = 0
 
     def _begin_swap_in(self, request: Request) -> None:
         self.swap_in.append(self._kv.begin_swap_in(request))
@@ -125,7 +131,8 @@ class CacheMover(ABC):
 
     def _drop(self, victim: Request) -> None:
         """Give up a cache. That makes room at once and needs none elsewhere, so it always works."""
-        self.dropped.append(Drop(victim, self._kv.drop(victim)))
+        lost = self._kv.drop(victim)
+        self.dropped.append(Drop(victim, lost, 0 if self._kv.caches_prefixes else lost))
         self._lose(victim)
 
     def _lose(self, victim: Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 
-from fastserve.core.request import SWAPPED_OUT, Request
+from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager, Location
 from fastserve.scheduler.batch import Batch, Terms
 from fastserve.scheduler.moving.base import CacheMover
@@ -38,6 +38,8 @@ class _OnDemand(CacheMover):
             return True
         needed = self._needed_blocks(request, num_tokens)
         if not self._find_blocks(request, needed, terms):
+            if terms.or_drop and request.cache_state == RESIDENT:
+                self._drop(request)
             return False
         if needed > kv.num_free_gpu_blocks - self.claimed_blocks:
             self.claimed_blocks += needed
@@ -67,11 +69,11 @@ class _OnDemand(CacheMover):
             missing -= kv.num_blocks(victim)
             if missing <= 0:
                 break
-        if missing > 0:
+        if missing > 0 and not terms.or_drop:
             return False
         for victim in chosen:
             self._evict(victim)
-        return True
+        return missing <= 0
 
     def _victims_behind(self, request: Request) -> Iterator[Request]:
         """Resident requests that rank behind this one and take no part, last in order first."""

@@ -35,6 +35,7 @@ _COUNTERS = {
     "swap_out_bytes": "Cache moved from the GPU to host memory",
     "swap_in_bytes": "Cache moved from host memory to the GPU",
     "recomputed_tokens": "Tokens whose cache was dropped and must be recomputed",
+    "cached_tokens": "Tokens found in the cache instead of computed",
 }
 _NAMES = {"requests": "requests_arrived", "refused": "requests_refused_queue_full"}
 """Counters whose name in Prometheus says more."""
@@ -94,7 +95,9 @@ class ServerMetrics(Observer, Collector):
         totals["preemptions"] += len(iteration.preempted)
         totals["swap_out_bytes"] += sum(transfer.num_bytes for transfer in iteration.swap_out)
         totals["swap_in_bytes"] += sum(transfer.num_bytes for transfer in iteration.swap_in)
-        totals["recomputed_tokens"] += sum(drop.num_lost_tokens for drop in iteration.dropped)
+        totals["recomputed_tokens"] += sum(drop.num_recomputed_tokens for drop in iteration.dropped)
+        totals["recomputed_tokens"] += sum(reuse.num_recomputed_tokens for reuse in iteration.reused)
+        totals["cached_tokens"] += sum(reuse.num_found_tokens for reuse in iteration.reused)
 
     def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:  # noqa: D102
         self.totals["iterations"] += 1
