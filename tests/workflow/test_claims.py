@@ -120,7 +120,9 @@ def test_sorting_the_papers_points_by_latency_gives_another_capacity_than_their_
     experiment = EXPERIMENT.model_copy(
         update={"series": [Series(name="fast", label="fast", policy="fastserve", paper_system="Fast")]}
     )
-    reported = pd.DataFrame({"panel": "p", "system": "Fast", "rate": [1, 2, 3, 4], "value": [0.1, 0.5, 0.2, 0.4]})
+    reported = pd.DataFrame(
+        {"panel": "p", "source": "paper", "system": "Fast", "rate": [1, 2, 3, 4], "value": [0.1, 0.5, 0.2, 0.4]}
+    )
     rows = [
         {**claim(kind, measure={"panel": "p"}), "id": kind.replace("_", "-"), "group": "suspicion"}
         for kind in ("reported", "reported_sorted")

@@ -2,6 +2,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from jsonschema import Draft202012Validator
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.claims import Claims, check_claims
+from harness.analysis.points import capacity_table, load_reported
 from harness.experiments import points
 from harness.experiments.batches import batches_of
 from harness.experiments.configuration import read_configuration
@@ -21,6 +23,7 @@ from harness.run.config import RunConfig
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
 CONFIG = WORKFLOWS / "config"
+PLOTTED = WORKFLOWS / "data/reported_points.csv", WORKFLOWS / "data/artifact_rerun_points.csv"
 MODELS = {"experiment": Experiment, "claims": Claims}
 
 
@@ -384,3 +387,59 @@ def test_an_edited_policy_gives_its_runs_another_name(tmp_path: Path, monkeypatc
 def test_the_source_of_our_policies_is_no_part_of_a_run() -> None:
     """So a run's name rests on its configuration alone. This one is of the experiments as they were."""
     assert run_name(RunConfig(profile="a100-80g/opt-13b-tp1", rate=2.0)) == "fastserve-cdc7d92b4376"
+
+
+def test_points_of_the_rerun_are_chosen_beside_the_papers():
+    panel = {"name": "a", "run": {"rate": 3}, "slo": 0.2}
+    panel |= {
+        "paper": {"figure": "fig14", "model": "opt-13b bs=64"},
+        "rerun": {"figure": "fig14", "model": "opt-13b bs=64"},
+    }
+    experiment = parse_as(Experiment, tiny(panels=[panel]), "tiny")
+    table = load_reported(*PLOTTED, experiment)
+    assert set(table["source"]) == {"paper", "rerun"}
+    rerun = table[(table["source"] == "rerun") & (table["system"] == "FastServe-FCFS")]
+    assert dict(zip(rerun["rate"], rerun["value"], strict=True)) == {1: 0.0417, 2.5: 0.0529, 2.75: 0.0847, 3: 0.2285}
+    without = parse_as(Experiment, tiny(panels=[{"name": "a", "run": {"rate": 3}}]), "tiny")
+    assert load_reported(*PLOTTED, without).empty
+    wrong = panel | {"rerun": {"figure": "fig12"}}
+    with pytest.raises(
+        ConfigError, match=r"artifact_rerun_points.csv holds no points with figure 'fig12'; there are: fig11"
+    ):
+        load_reported(*PLOTTED, parse_as(Experiment, tiny(panels=[wrong]), "tiny"))
+
+
+def test_a_curve_of_the_rerun_that_leaves_its_plot_is_marked():
+    table = pd.read_csv(PLOTTED[1], keep_default_na=False)
+    assert len(table) == 223
+    top = table.groupby("figure")["value"].transform("max")
+    at_top = table[(table["value"] == top) & (table["figure"] != "fig18")]
+    assert set(at_top["at_frame"]) == {"yes"}
+    assert not set(table["at_frame"]) - {"yes", "no"}
+    rates = table.loc[table["at_frame"] == "no", "request_rate_per_s"]
+    assert (rates.round(2) == rates).all()  # Those measured are round numbers.
+
+
+def test_a_panel_has_its_own_bound_or_the_experiments():
+    panels = [{"name": "a", "run": {"rate": 3}, "slo": 0.2}, {"name": "b", "run": {"rate": 3}}]
+    experiment = parse_as(Experiment, tiny(panels=panels, slo=0.3), "tiny")
+    assert [experiment.slo_of(panel.name) for panel in experiment.panels] == [0.2, 0.3]
+    rows = [
+        {"panel": panel, "series": series.name, "x": x, "seed": 0, experiment.metric: y}
+        for panel in "ab"
+        for series in experiment.series
+        for x, y in ((1, 0.1), (2, 0.3), (3, 0.5))
+    ]
+    plotted = pd.DataFrame(
+        [("a", "rerun", "S", 1, 0.0), ("a", "rerun", "S", 2, 0.4)],
+        columns=["panel", "source", "system", "rate", "value"],
+    )
+    shown = experiment.model_copy(
+        update={"series": tuple(each.model_copy(update={"paper_system": "S"}) for each in experiment.series)}
+    )
+    table = capacity_table("tiny", shown, pd.DataFrame(rows), plotted).drop_duplicates("panel").set_index("panel")
+    assert table["slo"].to_dict() == {"a": 0.2, "b": 0.3}
+    assert table["capacity"].to_dict() == pytest.approx({"a": 1.5, "b": 2.0})
+    assert table.loc["a", "rerun_capacity"] == pytest.approx(1.5)
+    assert table.loc["a", "rerun_difference"] == pytest.approx(0)
+    assert np.isnan(table.loc["b", "rerun_capacity"])

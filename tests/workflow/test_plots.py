@@ -37,8 +37,10 @@ SERIES = [
     {"name": "reactive", "label": "FastServe, reactive", "policy": "fastserve", "paper_system": None, "variant": True},
 ]
 PANELS = [{"name": "a", "title": "OPT-13B, ShareGPT", "x": 16}, {"name": "b", "title": "OPT-66B, Alpaca", "x": 64}]
-NO_PAPER = pd.DataFrame({"panel": [], "system": [], "rate": [], "value": []})
-REPORTED = pd.DataFrame({"panel": "a", "system": "vLLM", "rate": [3.0, 0.5, 1.0], "value": [5.0, 0.01, 0.02]})
+NO_PAPER = pd.DataFrame({"panel": [], "source": [], "system": [], "rate": [], "value": []})
+REPORTED = pd.DataFrame(
+    {"panel": "a", "source": "paper", "system": "vLLM", "rate": [3.0, 0.5, 1.0], "value": [5.0, 0.01, 0.02]}
+)
 
 
 def make_experiment(figure, **given):
@@ -216,6 +218,25 @@ def test_load_draws_the_papers_points_hollow_in_the_colour_and_with_the_marker_o
     low, high = figure.axes[0].get_ylim()
     assert low < 0.01
     assert high > 5
+
+
+def test_load_draws_the_rerun_as_crosses_in_the_colour_of_ours_and_says_so():
+    experiment = make_experiment("load", panels=[PANELS[0], PANELS[1] | {"slo": 0.2}])
+    rerun = REPORTED.assign(source="rerun", value=[4.0, 0.03, 0.04])
+    capacity = make_capacity(experiment).assign(rerun_capacity=4.9, capacity=4.0, low=3.7, high=4.4)
+    figure = figure_of(experiment, make_points(experiment), capacity, pd.concat([REPORTED, rerun]))
+    (line,) = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert to_hex(line.get_color()).upper() == policy_style("vllm")[0]
+    assert list(zip(*line.get_data(), strict=True)) == [(0.5, 0.03), (1.0, 0.04), (3.0, 4.0)]
+    assert len(hollow(figure.axes[0])) == 1
+    assert not [line for line in figure.axes[1].lines if line.get_marker() == "x"]
+    slos = [{*line.get_ydata()} for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert [slo for slo in slos if len(slo) == 1] == [{0.3}, {0.2}]
+    texts = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
+    assert texts[0] == "4.0 [3.7, 4.4]; rerun 4.9"
+    legend = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert "crosses: the authors' rerun" in legend
+    assert any(text.startswith("SLO:") and "0.2 in " in text for text in legend)
 
 
 def test_points_of_the_paper_beyond_our_rates_and_latencies_are_within_the_axes():
@@ -400,7 +421,9 @@ def test_breakdown_stacks_the_parts_and_shows_the_papers():
     points = make_points(experiment)
     parts = {"queuing_s": [40.0, 90.0], "swapping_s": [1.0, 0.9], "execution_s": [9.0, 9.1]}
     reported = pd.concat(
-        pd.DataFrame({"panel": "a", "system": "FastServe", "quantity": name, "rate": [2.0, 3.0], "value": values})
+        pd.DataFrame(
+            {"panel": "a", "source": "paper", "system": "FastServe", "quantity": name, "rate": [2.0, 3.0]}
+        ).assign(value=values)
         for name, values in parts.items()
     )
     stacked, each, share = figure_of(experiment, points, None, reported).axes

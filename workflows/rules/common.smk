@@ -24,6 +24,7 @@ from harness.studies.agreement import recorded_folders
 
 BASE = Path(workflow.basedir)
 REPORTED_POINTS = workflow.source_path("../data/reported_points.csv")
+RERUN_POINTS = workflow.source_path("../data/artifact_rerun_points.csv")
 
 
 def code_of(script):

@@ -9,6 +9,7 @@ rule draw:
             lambda wildcards: bool(POINTS[wildcards.experiment]), then="results/{experiment}/provenance.json"
         ),
         reported=REPORTED_POINTS,
+        rerun=RERUN_POINTS,
     output:
         png=report(
             "figures/{experiment}.png",

@@ -22,6 +22,7 @@ rule capacity:
     input:
         points="results/{experiment}/points.csv",
         reported=REPORTED_POINTS,
+        rerun=RERUN_POINTS,
     output:
         "results/{experiment}/capacity.csv",
     log:
@@ -55,6 +56,7 @@ rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in CLAIMS.experiments],
         reported=REPORTED_POINTS,
+        rerun=RERUN_POINTS,
     output:
         table="results/headline/claims.csv",
         page=report(

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 with logged(snakemake.log[0]):
     experiment = Experiment.model_validate(snakemake.params.experiment)
-    reported = load_reported(Path(snakemake.input.reported), experiment)
+    reported = load_reported(Path(snakemake.input.reported), Path(snakemake.input.rerun), experiment)
     table = capacity_table(
         snakemake.wildcards.experiment, experiment, read_table(Path(snakemake.input.points)), reported
     )
     write_csv(table, Path(snakemake.output[0]))
-    shown = table[["panel", "label", "capacity", "low", "high", "paper_capacity", "note"]]
+    shown = table[["panel", "label", "capacity", "low", "high", "paper_capacity", "rerun_capacity", "note"]]
     print(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
     print(f"wrote {snakemake.output[0]}")

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
-    reported = Path(snakemake.input.reported)
+    plotted = Path(snakemake.input.reported), Path(snakemake.input.rerun)
     evidence = {}
     for path in map(Path, snakemake.input.points):
         experiment = Experiment.model_validate(snakemake.params.experiments[path.parent.name])
-        evidence[path.parent.name] = Evidence(experiment, read_table(path), load_reported(reported, experiment))
+        evidence[path.parent.name] = Evidence(experiment, read_table(path), load_reported(*plotted, experiment))
     table = claims_table(Claims.model_validate(snakemake.params.claims).claims, evidence)
     write_csv(table, Path(snakemake.output.table))
     with atomic_write(Path(snakemake.output.page)) as staging:

@@ -18,7 +18,7 @@ with logged(snakemake.log[0]):
     experiment = Experiment.model_validate(snakemake.params.experiment)
     points = read_table(Path(snakemake.input.points))
     capacity = read_table(Path(snakemake.input.capacity)) if snakemake.input.get("capacity") else None
-    reported = load_reported(Path(snakemake.input.reported), experiment)
+    reported = load_reported(Path(snakemake.input.reported), Path(snakemake.input.rerun), experiment)
     if snakemake.input.get("provenance"):  # Of batches; other experiments leave a folder for each run.
         metas = read_json(Path(snakemake.input.provenance))
     else:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from harness.analysis.capacity import capacity_estimate, capacity_of, ratio_of_capacities
 from harness.analysis.intervals import Estimate, mean_estimate, ratio_of_means
-from harness.analysis.points import FALLING, by_seed
+from harness.analysis.points import FALLING, PAPER, by_seed
 from harness.experiments.experiment import Experiment, x_key
 from harness.experiments.files import Keys, Number, NumberOrText, Omittable
 
@@ -67,7 +67,8 @@ class AtBound(OnPoints):
 
     def bound_on(self, on: Evidence) -> float:
         """The bound."""
-        bound = on.experiment.slo if self.bound is None else self.bound
+        panel = on.experiment.panels[0].name if self.panel is None else self.panel
+        bound = on.experiment.slo_of(panel) if self.bound is None else self.bound
         assert bound is not None
         return bound
 
@@ -226,4 +227,5 @@ def _largest(estimates: Iterable[Estimate]) -> Estimate:
 
 def _reported_points(panel: str, series: str, on: Evidence) -> pd.DataFrame:
     systems = {each.name: each.paper_system for each in on.experiment.series}
-    return on.reported[(on.reported["panel"] == panel) & (on.reported["system"] == systems[series])]
+    theirs = on.reported[on.reported["source"] == PAPER]
+    return theirs[(theirs["panel"] == panel) & (theirs["system"] == systems[series])]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.capacity import capacity_estimate, capacity_of, is_monotone, largest_fall
-from harness.experiments.experiment import Experiment
+from harness.experiments.experiment import Experiment, PlottedPoints
 from harness.experiments.points import points_of
 
 CAPACITY_COLUMNS = (
@@ -33,8 +33,12 @@ CAPACITY_COLUMNS = (
     "paper_capacity",
     "relative_difference",
     "paper_monotone",
+    "rerun_capacity",
+    "rerun_difference",
     "note",
 )
+PAPER, RERUN = "paper", "rerun"
+"""Sources of points: what the paper shows, and what its authors measured again for their artifact."""
 FALLING = "slo_attainment"
 """Metrics whose names begin with this are shares that fall as the load rises; their objective is a lower bound."""
 
@@ -63,27 +67,32 @@ def points_table(name: str, experiment: Experiment, results: Mapping[str, Mappin
     return pd.DataFrame(rows)
 
 
-def load_reported(path: Path, experiment: Experiment) -> pd.DataFrame:
-    """Read the points that the paper plots for this experiment: columns panel, system, quantity, rate, value.
+def load_reported(paper: Path, rerun: Path, experiment: Experiment) -> pd.DataFrame:
+    """Read the points that FastServe's authors plotted: columns panel, source, system, quantity, rate, value.
 
-    Raises ConfigError if a panel's `paper` names points that the file lacks.
+    Raises ConfigError if a panel's `paper` or `rerun` names points that the file lacks.
     """
-    table = pd.read_csv(path, keep_default_na=False)
-    found = [table.iloc[:0].assign(panel="")]
-    for panel in experiment.panels:
-        if panel.paper is None:
-            continue
-        kept = table
-        for column, value in panel.paper.model_dump(exclude_unset=True).items():
-            valid = ", ".join(sorted(kept[column].unique()))
-            kept = kept[kept[column] == value] if not isinstance(value, list) else kept[kept[column].isin(value)]
-            if kept.empty:
-                raise ConfigError(f"{path.name} holds no points with {column} {value!r}; there are: {valid}")
-        found.append(kept.assign(panel=panel.name))
-    reported = pd.concat(found).rename(columns={"request_rate_per_s": "rate", "metric": "quantity"})
-    return reported[["panel", "system", "quantity", "rate", "value"]].sort_values(
-        ["panel", "system", "quantity", "rate"], kind="stable", ignore_index=True
+    found = [pd.DataFrame(columns=["panel", "source", "system", "metric", "request_rate_per_s", "value"])]
+    for source, path in ((PAPER, paper), (RERUN, rerun)):
+        table = pd.read_csv(path, keep_default_na=False)
+        for panel in experiment.panels:
+            wanted = panel.paper if source == PAPER else panel.rerun
+            if wanted is not None:
+                found.append(_chosen(table, wanted, path.name).assign(panel=panel.name, source=source))
+    reported = pd.concat(found[1:] or found).rename(columns={"request_rate_per_s": "rate", "metric": "quantity"})
+    return reported[["panel", "source", "system", "quantity", "rate", "value"]].sort_values(
+        ["panel", "source", "system", "quantity", "rate"], kind="stable", ignore_index=True
     )
+
+
+def _chosen(table: pd.DataFrame, wanted: PlottedPoints, file: str) -> pd.DataFrame:
+    """The rows of a table that a panel names. Raises ConfigError if there are none."""
+    for column, value in wanted.model_dump(exclude_unset=True).items():
+        valid = ", ".join(sorted(table[column].unique()))
+        table = table[table[column] == value] if not isinstance(value, list) else table[table[column].isin(value)]
+        if table.empty:
+            raise ConfigError(f"{file} holds no points with {column} {value!r}; there are: {valid}")
+    return table
 
 
 def by_seed(points: pd.DataFrame, panel: str, series: str, metric: str) -> pd.DataFrame:
@@ -105,16 +114,17 @@ def paired(points: pd.DataFrame, panel: str, of: str, over: str, metric: str) ->
 
 
 def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Find, for each panel and series, the load at which the metric first leaves its bound, and the paper's.
+    """Find, for each panel and series, the load at which the metric first leaves its bound, and the authors'.
 
     `capacity` is of the mean over seeds; `low` to `high` is its 95 % bootstrap interval over seeds. If the bound is not
     crossed, `capacity` is empty and `note` gives the side. An open end of an interval is infinite.
     """
-    metric, slo = experiment.metric, experiment.slo
-    assert slo is not None
+    metric = experiment.metric
     falling = metric.startswith(FALLING)
     rows = []
     for panel in experiment.panels:
+        slo = experiment.slo_of(panel.name)
+        assert slo is not None
         for series in experiment.series:
             table = by_seed(points, panel.name, series.name, metric)
             if table.empty:
@@ -141,15 +151,25 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
                 "paper_system": series.paper_system,
                 "note": estimate.note,
             }
-            of_paper = reported[(reported["panel"] == panel.name) & (reported["system"] == series.paper_system)]
+            theirs = reported[(reported["panel"] == panel.name) & (reported["system"] == series.paper_system)]
+            of_paper, of_rerun = (theirs[theirs["source"] == source] for source in (PAPER, RERUN))
             if len(of_paper):
-                paper_capacity, _ = capacity_of(of_paper["rate"], of_paper["value"], slo, falling=falling)
+                capacity, difference = _their_capacity(of_paper, estimate.value, slo, falling)
                 row |= {
-                    "paper_capacity": paper_capacity,
-                    "relative_difference": (
-                        estimate.value / paper_capacity - 1 if estimate.value and paper_capacity else None
-                    ),
+                    "paper_capacity": capacity,
+                    "relative_difference": difference,
                     "paper_monotone": is_monotone(of_paper["value"]),
                 }
+            if len(of_rerun):
+                capacity, difference = _their_capacity(of_rerun, estimate.value, slo, falling)
+                row |= {"rerun_capacity": capacity, "rerun_difference": difference}
             rows.append(row)
     return pd.DataFrame(rows, columns=list(CAPACITY_COLUMNS))
+
+
+def _their_capacity(
+    theirs: pd.DataFrame, ours: float | None, slo: float, falling: bool
+) -> tuple[float | None, float | None]:
+    """The load at which a curve of the authors leaves the bound, and ours over it, less 1; None if unknown."""
+    capacity, _ = capacity_of(theirs["rate"], theirs["value"], slo, falling=falling)
+    return capacity, ours / capacity - 1 if ours and capacity else None

@@ -93,8 +93,8 @@ class PointPart(RunPart):
         return next((value for value in (self.x, self.rate, self.load) if value is not None), None)
 
 
-class PaperPoints(Keys):
-    """Which points of workflows/data/reported_points.csv are drawn beside ours: the values that its columns have."""
+class PlottedPoints(Keys):
+    """Which points that FastServe's authors plotted are drawn beside ours: the values that the table's columns have."""
 
     figure: Omittable[str] = None
     panel: Omittable[str] = None
@@ -120,7 +120,12 @@ class Panel(Keys):
     run: RunPart = RunPart()
     points: Omittable[Several[PointPart]] = None
     """In place of the experiment's."""
-    paper: PaperPoints | None = None
+    slo: Omittable[Positive] = None
+    """In place of the experiment's."""
+    paper: PlottedPoints | None = None
+    """Of workflows/data/reported_points.csv: the paper's."""
+    rerun: PlottedPoints | None = None
+    """Of workflows/data/artifact_rerun_points.csv: the authors' second measurement."""
 
 
 class Series(Keys):
@@ -135,7 +140,7 @@ class Series(Keys):
     """Whose server it is (http): ours, or vLLM's, whose policy is its own."""
     run: RunPart = RunPart()
     paper_system: Omittable[str] = None
-    """Name in reported_points.csv, if the paper shows such a system."""
+    """Name in the tables of the authors' points, if they show such a system."""
     variant: bool = False
     """Not one of the paper's systems: drawn dashed."""
     up_to: Omittable[Limits] = None
@@ -203,10 +208,15 @@ class Experiment(Keys):
     """Of a model that is no preset, as in a config.json in Hugging Face format (both, http)."""
     run: RunPart = RunPart()
     points: Omittable[Several[PointPart]] = None
-    paper: PaperPoints | None = None
+    paper: PlottedPoints | None = None
     """For an experiment without panels."""
     panels: Several[Panel] = Field(default_factory=_only_panel)
     series: Several[Series]
+
+    def slo_of(self, panel: str) -> float | None:
+        """The bound in a panel; None: there is none."""
+        own = next((each.slo for each in self.panels if each.name == panel), None)
+        return self.slo if own is None else own
 
     def points_of(self, series: Series, panel: Panel) -> list[PointPart]:
         """The rows of the table of points that a series has in a panel."""

@@ -15,6 +15,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform, offset_copy
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.points import PAPER, RERUN
 from harness.report.plots.style import SLO_LINE, SMALL, SeriesStyle, metric_scale, number, rises_to_the_good
 from harness.report.plots.tables import Curve, Tables, X, ordered
 
@@ -133,10 +134,11 @@ def dodges(count: int, step: float = 9.0) -> list[float]:
 
 
 def plot_paper(axes: Axes, tables: Tables, panel: str, series: Mapping[str, Any], style: SeriesStyle) -> None:
-    """Draw the paper's points for a series, hollow."""
-    points = tables.paper(panel, series)
-    if len(points):
-        axes.plot(points["rate"].astype(float), points["value"].astype(float), zorder=4, **style.hollow())
+    """Draw the paper's points for a series, hollow, and those of its authors' rerun, as crosses."""
+    for source, look in ((PAPER, style.hollow()), (RERUN, style.cross())):
+        points = tables.paper(panel, series, source)
+        if len(points):
+            axes.plot(points["rate"].astype(float), points["value"].astype(float), zorder=4, **look)
 
 
 def drawn_values(axes: Iterable[Axes]) -> np.ndarray:
@@ -156,6 +158,11 @@ def series_handles(tables: Tables, styles: Mapping[str, SeriesStyle]) -> list[Ar
 def paper_handle() -> Artist:
     """The legend entry of the paper's points."""
     return Line2D([], [], label="hollow: reported by the paper", **_HOLLOW.hollow())
+
+
+def rerun_handle() -> Artist:
+    """The legend entry of the points that the paper's authors measured again."""
+    return Line2D([], [], label="crosses: the authors' rerun", **_HOLLOW.cross())
 
 
 def slo_handle(label: str) -> Artist:
@@ -191,7 +198,7 @@ def below(axes: Axes, handles: Sequence[Artist], title: str, columns: int) -> fl
 
 
 def capacity_text(tables: Tables, panel: str, series: Mapping[str, Any], metric: str) -> str:
-    """Write a capacity, its interval and the paper's as "4.0 [3.7, 4.4]; paper 4.9"; empty without a capacity.
+    """Write a capacity, its interval and the authors' as "4.0 [3.7, 4.4]; paper 4.9"; empty without a capacity.
 
     A capacity beyond the measured rates is written as "< lowest" or "> highest".
     """
@@ -213,6 +220,8 @@ def capacity_text(tables: Tables, panel: str, series: Mapping[str, Any], metric:
         found += f" [{text(row['low'])}, {text(row['high'])}]"
     if _known(row.get("paper_capacity")):
         found += f"; paper {number(row['paper_capacity'])}"
+    if _known(row.get("rerun_capacity")):
+        found += f"; rerun {number(row['rerun_capacity'])}"
     return found
 
 

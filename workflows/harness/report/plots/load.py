@@ -6,6 +6,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from harness.analysis.points import PAPER, RERUN
 from harness.report.plots.elements import (
     XAxis,
     below,
@@ -16,6 +17,7 @@ from harness.report.plots.elements import (
     paper_handle,
     plot_curve,
     plot_paper,
+    rerun_handle,
     series_handles,
     slo_handle,
 )
@@ -34,13 +36,15 @@ def draw_load(tables: Tables) -> Page:
     page = Page(tables.experiment["title"], -(-count // columns), columns, 3.5 if count > 1 else 4.6, sharey=True)
     styles = series_styles(tables.series)
     handles = series_handles(tables, styles)
-    extra = [slo_handle(f"SLO: {bound(metric, slo)}")] if slo is not None else []
-    if len(tables.reported):
+    extra = [slo_handle(_slo_text(tables, metric, slo))] if slo is not None else []
+    if tables.shows(PAPER):
         extra.append(paper_handle())
+    if tables.shows(RERUN):
+        extra.append(rerun_handle())
     heights = []
     for i, (axes, panel) in enumerate(zip(page.flat, tables.panels, strict=False)):
         draw_panel(axes, tables, panel["name"], metric)
-        draw_slo(axes, slo, metric)
+        draw_slo(axes, tables.slo(panel), metric)
         page.name(axes, panel.get("title"))
         axes.set_ylabel(axis_label(metric) if i % columns == 0 else "")
         if count > 1:
@@ -56,10 +60,16 @@ def draw_load(tables: Tables) -> Page:
 
 
 def draw_panel(axes: Axes, tables: Tables, panel: str, metric: str) -> None:
-    """Draw the curves of one panel, and the paper's points if they are of this metric."""
+    """Draw the curves of one panel, and the authors' points if they are of this metric."""
     styles = series_styles(tables.series)
     shows_paper = metric == tables.experiment.get("metric")
-    theirs = [rate for series in tables.series for rate in tables.paper(panel, series)["rate"]] if shows_paper else []
+    theirs = [
+        rate
+        for series in tables.series
+        for source in (PAPER, RERUN)
+        if shows_paper
+        for rate in tables.paper(panel, series, source)["rate"]
+    ]
     at = XAxis([*tables.xs(panel), *theirs], tables.x_log())
     for series in tables.series:
         style = styles[series["name"]]
@@ -81,6 +91,16 @@ def capacities_below(axes: Axes, tables: Tables, panel: str, metric: str, column
         return 0.0
     title = CAPACITY_TITLE if columns < 3 else "Highest rate within the SLO [95 %]"
     return below(axes, entries, title, 1 if columns > 2 else 2)
+
+
+def _slo_text(tables: Tables, metric: str, slo: float) -> str:
+    """Name the SLO, and which panels have another."""
+    own: dict[float, list[str]] = {}
+    for panel in tables.panels:
+        if panel.get("slo") is not None:
+            own.setdefault(panel["slo"] * metric_scale(metric), []).append(str(panel.get("title") or panel["name"]))
+    others = "".join(f"; {value:g} in {', '.join(titles)}" for value, titles in own.items())
+    return f"SLO: {bound(metric, slo)}{others}"
 
 
 def _legend_beside(axes: Axes, tables: Tables, handles: list[Artist], extra: list[Artist], metric: str) -> None:

@@ -112,6 +112,17 @@ class SeriesStyle(NamedTuple):
         style = {"color": self.color, "marker": self.marker, "linestyle": "none", "markersize": 7.5, **_WHOLE}
         return style | {"markerfacecolor": "none", "markeredgecolor": self.color, "markeredgewidth": 1.5}
 
+    def cross(self) -> dict[str, Any]:
+        """Arguments of the points of the authors' rerun."""
+        return {
+            "color": self.color,
+            "marker": "x",
+            "linestyle": "none",
+            "markersize": 6.5,
+            "markeredgewidth": 1.5,
+            **_WHOLE,
+        }
+
 
 def policy_style(policy: str, others: Sequence[str] = ()) -> tuple[str, str]:
     """Colour and marker of a policy: fixed for `POLICIES`; for a user's own policy, by its place in `others`."""

@@ -12,7 +12,7 @@ import pandas as pd
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.intervals import Estimate, mean_estimate, ratio_of_means
-from harness.analysis.points import paired
+from harness.analysis.points import PAPER, paired
 
 X = float | str
 """The x of a point: a number, or a category such as "never"."""
@@ -33,7 +33,7 @@ class Curve:
 
 
 class Tables:
-    """An experiment with its points, capacities and the paper's points.
+    """An experiment with its points, capacities and the points of FastServe's authors.
 
     The tables may come from CSV files, which turn some names into numbers or missing values; these are restored.
     """
@@ -48,7 +48,7 @@ class Tables:
         self.experiment = experiment
         self.points = _with_names(points)
         self.capacity = None if capacity is None else _with_names(capacity)
-        self.reported = pd.DataFrame(columns=["panel", "system", "rate", "value"])
+        self.reported = pd.DataFrame(columns=["panel", "source", "system", "rate", "value"])
         if reported is not None:
             self.reported = _with_names(reported)
         self._curves: dict[tuple[str, str, str], Curve] = {}
@@ -81,6 +81,16 @@ class Tables:
     def rows(self, panel: str, series: str) -> pd.DataFrame:
         """The points of one series in one panel."""
         return self.points[(self.points["panel"] == panel) & (self.points["series"] == series)]
+
+    def shows(self, source: str) -> bool:
+        """Whether there are points of the paper, or of its authors' rerun."""
+        return bool((self.reported["source"] == source).any())
+
+    def slo(self, panel: Mapping[str, Any]) -> float | None:
+        """The bound on the metric in a panel."""
+        own = panel.get("slo")
+        bound: float | None = self.experiment.get("slo") if own is None else own
+        return bound
 
     def xs(self, panel: str) -> list[X]:
         """Every x of a panel with a point of any series: numbers in rising order, then categories."""
@@ -118,9 +128,9 @@ class Tables:
         ratios = [_numbers(ratio_of_means(of[x].to_numpy(), under[x].to_numpy())) for x in found]
         return Curve(tuple(found), *np.array(ratios).reshape(-1, 3).T)
 
-    def paper(self, panel: str, series: Mapping[str, Any]) -> pd.DataFrame:
-        """The points that the paper reports for a series: rate and value, by rate; may be empty."""
-        reported = self.reported
+    def paper(self, panel: str, series: Mapping[str, Any], source: str = PAPER) -> pd.DataFrame:
+        """The points that the paper, or its authors' rerun, has for a series: rate and value, by rate; may be empty."""
+        reported = self.reported[self.reported["source"] == source]
         system = series.get("paper_system")
         return reported[(reported["panel"] == panel) & (reported["system"] == system)].sort_values("rate")
 
