@@ -57,6 +57,7 @@ MODULES = (
     "scheduler.scheduler",
     "scheduler.waiting",
     "simulation.executor",
+    "simulation.range_guard",
 )
 """Modules of `fastserve` in which a simulation spends its time. docs/architecture.md says what mypyc asks of them."""
 

@@ -74,7 +74,7 @@ def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
     assert list(requests[0]) == list(REQUEST_COLUMNS)
     assert len(requests) == 30
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == SUMMARY_KEYS
+    assert set(summary) == SUMMARY_KEYS | {"outside_profile_range", "profile_bounds_left"}
     latencies = [(row["finished_s"] - row["arrival_s"]) / row["output_tokens"] for row in requests]
     assert summary["mean_normalized_latency_s"] == pytest.approx(sum(latencies) / 30)
     assert summary["mean_jct_s"] == pytest.approx(
@@ -84,7 +84,7 @@ def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
     tokens = sum(row["output_tokens"] for row in requests)
     assert summary["output_tokens_per_s"] == pytest.approx(tokens / summary["duration_s"])
     meta = json.loads((out / "meta.json").read_text())
-    assert {"commit", "versions", "core", "hardware", "configuration", "trace"} <= set(meta)
+    assert {"commit", "versions", "core", "hardware", "configuration", "trace", "profile_range"} <= set(meta)
     assert meta["core"] == core()
     assert meta["configuration"]["policy_options"]["alpha_s"] == 1.0
     assert meta["configuration"]["engine"]["num_gpu_blocks"] == 66_144 // 16

@@ -18,6 +18,7 @@ from fastserve.latency import MeasuredRange, list_profiles, load_profile
 from fastserve.policies.discovery import list_policies
 from harness.run.config import RunConfig
 from harness.run.folders import default_capacity_folder, default_folder
+from harness.run.profile_range import range_warning
 from harness.run.runner import run as run_benchmark
 from harness.workload.traces import list_traces
 
@@ -61,6 +62,8 @@ def run(
     print(f"wrote {folder}")
     if timeline:
         print(f"wrote {timeline}")
+    if warning := range_warning([summary], config.profile):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 @app.command()

@@ -23,7 +23,7 @@ with logged(snakemake.log[0]):
         metas = read_json(Path(snakemake.input.provenance))
     else:
         metas = provenance(Path(run) for run in points["real_run" if "real_run" in points else "run"].unique())
-    caption = provenance_caption(experiment, metas)
+    caption = provenance_caption(experiment, metas, points)
     drawn = experiment.model_dump()
     flags = flags_of(drawn, points, capacity)
     for path in draw(drawn, points, capacity, reported, caption, flags, Path(snakemake.output.png).with_suffix("")):

@@ -87,5 +87,11 @@ class Executor(ABC):
         """
         return None
 
+    def jumped(self, iteration: Iteration, times: np.ndarray) -> None:  # noqa: B027 (optional hook)
+        """Take note that as many of the predicted iterations took place as lie between consecutive `times` (seconds).
+
+        Called before the requests of `iteration`, the first of them, advance.
+        """
+
     def close(self) -> None:  # noqa: B027 (optional hook)
         """Release threads, processes and memory."""

@@ -92,6 +92,7 @@ class Lookahead:
             self._kv.num_free_host_blocks,
             stalled_s,
         )
+        self._executor.jumped(iteration, times)
         self._advance(iteration, jobs, times)
         return True
 

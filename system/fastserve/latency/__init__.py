@@ -7,6 +7,7 @@ from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, Pre
 from fastserve.latency.kernel_latency import KernelLatency
 from fastserve.latency.kernel_tables import Curve, KernelTables
 from fastserve.latency.measured_range import MeasuredRange
+from fastserve.latency.outside_range import OutsideRange
 from fastserve.latency.pipelined import PipelinedLatency
 from fastserve.latency.profile import Profile, list_profiles, load_profile
 
@@ -21,6 +22,7 @@ __all__ = [
     "KernelTables",
     "LatencyModel",
     "MeasuredRange",
+    "OutsideRange",
     "PipelinedLatency",
     "PrefillCurve",
     "PrefillFit",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
 
@@ -18,9 +18,10 @@ from fastserve.core.request import SamplingParams
 from fastserve.core.tokenizer import load_tokenizer, tokenizer_directory
 from fastserve.engine import Engine
 from fastserve.latency import Profile, load_profile
+from fastserve.server.http.log import logger
 from fastserve.server.options import ModelOptions
 from fastserve.server.text.codec import TextCodec
-from fastserve.simulation import simulated_engine
+from fastserve.simulation import SimulatedExecutor, simulated_engine
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,16 @@ def simulated_model(
         codec = TextCodec(tokenizer, StandIns(tokenizer.backend_tokenizer, None))
     engine = simulated_engine(profile, policy, policy_options, options, WallClock(), token_ids)
     name, *aliases = names
-    return ServedModel(name, engine, codec, None, engine.executor.close, tuple(aliases))
+    return ServedModel(name, engine, codec, None, partial(_close_simulation, engine, profile.name), tuple(aliases))
+
+
+def _close_simulation(engine: Engine, profile: str) -> None:
+    """Close the executor, and warn of time outside the range that the profile was measured in."""
+    assert isinstance(engine.executor, SimulatedExecutor)
+    engine.executor.close()
+    guard = engine.executor.range_guard
+    if guard is not None and (warning := guard.outside.warning(profile)):
+        logger.warning(warning)
 
 
 def _real(options: ModelOptions) -> ServedModel:

@@ -2,5 +2,6 @@
 
 from fastserve.simulation.build import simulated_engine
 from fastserve.simulation.executor import SimulatedExecutor
+from fastserve.simulation.range_guard import RangeGuard
 
-__all__ = ["SimulatedExecutor", "simulated_engine"]
+__all__ = ["RangeGuard", "SimulatedExecutor", "simulated_engine"]

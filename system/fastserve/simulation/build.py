@@ -13,6 +13,7 @@ from fastserve.kvcache import KVCacheManager
 from fastserve.latency import Profile
 from fastserve.policies.discovery import make_scheduler
 from fastserve.simulation.executor import SimulatedExecutor
+from fastserve.simulation.range_guard import RangeGuard
 
 HOST_SWAP_BYTES = 56_000_000_000
 """Host memory for swapped caches if `num_host_blocks` is not set: 56 GB, as in the artifact."""
@@ -66,6 +67,7 @@ def simulated_engine(
         transfer_overhead_s=profile.engine_time.per_transfer_s,
         number_tokens=real_time,
         token_ids=token_ids,
+        range_guard=None if profile.measured_range is None else RangeGuard(profile.measured_range),
     )
     engine = Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
     engine.jumps = not real_time  # A jump would report many tokens at once.

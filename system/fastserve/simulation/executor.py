@@ -10,10 +10,12 @@ import numpy as np
 
 from fastserve.core.clock import Clock
 from fastserve.core.compiled import mypyc_attr
+from fastserve.core.request import Request, SamplingParams
 from fastserve.engine.executor import Executor, FinishedTransfer
 from fastserve.kvcache import Direction
 from fastserve.latency import HostLink, LatencyModel, StageLink, decode_times
 from fastserve.scheduler.iteration import Iteration, IterationResult
+from fastserve.simulation.range_guard import RangeGuard
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -42,6 +44,7 @@ class SimulatedExecutor(Executor):
         transfer_overhead_s: float = 0.0,
         number_tokens: bool = False,
         token_ids: Sequence[int] = (),
+        range_guard: RangeGuard | None = None,
     ) -> None:
         """Simulate on the given clock.
 
@@ -54,6 +57,7 @@ class SimulatedExecutor(Executor):
             number_tokens: make each token its index in the output, so that a client notices a lost or repeated one.
                 Otherwise every token is 0.
             token_ids: with `number_tokens`, use that index to pick a token from these, cyclically.
+            range_guard: is told of every iteration; None: the range of the times is not known.
         """
         self.max_in_flight = len(stages)
         self._kinds = tuple(dict.fromkeys(stages))
@@ -65,6 +69,7 @@ class SimulatedExecutor(Executor):
         self._clock = clock
         self._number_tokens = number_tokens
         self._token_ids = token_ids
+        self.range_guard = range_guard
         self._stages_free_at = [0.0] * len(stages)
         self._links_free_at = [0.0] * len(stages)
         """Of the link into each stage; the first entry is unused."""
@@ -83,6 +88,11 @@ class SimulatedExecutor(Executor):
         """Whether the oldest iteration has ended."""
         return bool(self._computing) and self._computing[0].end_s <= self._clock.now()
 
+    def add_request(self, request: Request, params: SamplingParams, eos_token_ids: Sequence[int] = ()) -> None:
+        """Take note of the request's length. The last token is never fed back."""
+        if self.range_guard is not None:
+            self.range_guard.admit(request.num_prompt_tokens + params.max_tokens - 1)
+
     def submit(self, iteration: Iteration) -> None:
         """Compute when the iteration and its transfers end."""
         now = self._clock.now()
@@ -95,6 +105,8 @@ class SimulatedExecutor(Executor):
         if iteration.requests:
             prefill_lens, context_lens, prefix_lens = _shape(iteration)
             seconds = [kind.iteration_time(prefill_lens, context_lens, prefix_lens) for kind in self._kinds]
+            if self.range_guard is not None:
+                self.range_guard.add(seconds[0], prefill_lens, context_lens, prefix_lens)
             end = now + seconds[0]
             if self._transfer_overhead_s:
                 end += self._transfer_overhead_s * (len(iteration.swap_out) + len(iteration.swap_in))
@@ -132,6 +144,11 @@ class SimulatedExecutor(Executor):
         ends = np.add.accumulate(np.concatenate(([self._clock.now()], durations)))
         # Iteration k starts at ends[k].
         return ends[1 : 1 + int(np.searchsorted(ends[:-1], until, side="left"))]
+
+    def jumped(self, iteration: Iteration, times: np.ndarray) -> None:
+        """Count their time."""
+        if self.range_guard is not None:
+            self.range_guard.add_decodes(iteration.requests, times)
 
     def collect(self) -> IterationResult:
         """Move the clock to the end of the oldest iteration."""

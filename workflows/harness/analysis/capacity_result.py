@@ -16,6 +16,7 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from harness.analysis.capacity import capacity_estimate, is_monotone, largest_fall
 from harness.analysis.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
+from harness.run.profile_range import range_warning
 from harness.run.replaced import replacement_note
 from harness.run.summary import PERCENTILES, SUMMARIZED, why_late
 
@@ -131,6 +132,9 @@ class Result:
             )
         if late := why_late([row for rows in self.summaries.values() for row in rows]):
             yield late
+        profile = self.provenance.get("configuration", {}).get("profile")
+        if outside := range_warning([row for rows in self.summaries.values() for row in rows], profile):
+            yield f"at one of the rates, {outside}"
 
     def write(self, out: Path) -> str:
         """Write capacity.csv, a row per measured rate and seed, and capacity.json.

@@ -63,8 +63,13 @@ def points_table(name: str, experiment: Experiment, results: Mapping[str, Mappin
             "seed": point.config.seed,
             "run": point.run,
         }
-        rows.append(row | {key: value for key, value in result["metrics"].items() if key not in row})
+        rows.append(row | {key: _cell(value) for key, value in result["metrics"].items() if key not in row})
     return pd.DataFrame(rows)
+
+
+def _cell(value: Any) -> Any:
+    """A metric as a cell: of a mapping its keys."""
+    return " ".join(value) if isinstance(value, Mapping) else value
 
 
 def load_reported(paper: Path, rerun: Path, experiment: Experiment) -> pd.DataFrame:

@@ -10,13 +10,20 @@ from typing import Any
 import pandas as pd
 
 from fastserve.latency import EngineTime, load_profile
+from fastserve.latency.outside_range import as_percent
 from harness.experiments.experiment import Experiment
 from harness.experiments.points import points_of
+from harness.run.profile_range import BOUNDS_LEFT, SHARE
 from harness.studies.measured.replay import replays_of
 
 
-def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
-    """Describe an experiment's runs, from their meta.json: requests, seeds, profile or machine, note, commit."""
+def provenance_caption(
+    experiment: Experiment, metas: Sequence[Mapping[str, Any]], points: pd.DataFrame | None = None
+) -> str:
+    """Describe an experiment's runs, from their meta.json: requests, seeds, profile or machine, note, commit.
+
+    With the table of points, say how much of the time lies outside the range that a profile was measured in.
+    """
     seeds = experiment.seeds
     configs = [point.config for point in points_of(experiment)]
     counts = sorted(
@@ -31,12 +38,28 @@ def provenance_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]
     if profiles:
         hardware = dict.fromkeys(load_profile(name).hardware for name in profiles)
         text.append(f"Simulated with the iteration times of {', '.join(profiles)} ({', '.join(hardware)}).")
+    text += _outside_range(points)
     if experiment.backend != "sim":
         text.append(f"Measured on {', '.join(dict.fromkeys(_machine(meta) for meta in metas))}.")
     text += [experiment.note] if experiment.note else []
     commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
     text.append(f"Commit {', '.join(commits) or 'unknown'}.")
     return " ".join(text)
+
+
+def _outside_range(points: pd.DataFrame | None) -> list[str]:
+    """Say how much of the runs' time lies outside their profiles' range, and which bounds were left."""
+    if points is None or SHARE not in points:
+        return []
+    outside = points[points[SHARE].astype(float) > 0]
+    if outside.empty:
+        return []
+    names = dict.fromkeys(name for names in outside[BOUNDS_LEFT] for name in names.split())
+    bounds = ", ".join(name.replace("_", " ") for name in names)
+    return [
+        f"Outside the range that the profile holds for ({bounds}), and extrapolated: up to "
+        f"{as_percent(float(outside[SHARE].max()))} of a run's computed time."
+    ]
 
 
 def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) -> str:
