@@ -48,6 +48,10 @@ SIMULATORS: Mapping[str, Recipe] = {
     "aisimulate": Recipe(_HERE / "requirements-aisimulate.txt", is_complete=True),
 }
 """Of other simulators, by package."""
+SCHEDULERS: Mapping[str, Recipe] = {
+    "vllm": Recipe(_HERE / "requirements-vllm-scheduler.txt", is_complete=True, called="0.19.0+cpu"),
+}
+"""Of other schedulers, by package, to be run in virtual time."""
 
 
 def has_nvidia_gpu() -> bool:
