@@ -26,6 +26,7 @@ from _kernel_profiles import A100_SENDS, GPUS_PER_NODE, NAMES, kernel_profiles, 
 from fastserve.core.presets import preset
 from fastserve.latency.calibration import CHECKED_SHAPES, FITTED_RANGE, calibrate, relative_errors
 from fastserve.latency.communication import HostLink, StageLink
+from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
 from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Profile, list_profiles, load_profile
@@ -55,6 +56,10 @@ USABLE_REASON = {
 }
 """Bytes of a GPU for weights and cache. For 80 GB, both published one-stage capacities imply about the same: 79.9e9
 bytes (OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
+ENGINE_TIME = Path(__file__).parents[1] / "workflows/data/artifact_engine_time.json"
+"""The own time of the artifact's engine, which tools/fit_engine_time.py fits."""
+ARTIFACT = ("a100-40g/opt-13b-tp1", "a100-40g/llama-3-8b-tp1")
+"""Profiles that are shipped with that time too, as `artifact-` and their name."""
 BLOCK = 16
 PCIE_LATENCY_S = 10e-6
 
@@ -117,6 +122,26 @@ def derived_profiles(measured: dict[tuple[str, str, int], Profile]) -> Iterator[
                     stage = _divided(whole, pp)
                     provenance = _of_measured(fit, gpu, pp, calibration)
                 yield _profile(folder, engine, model, tp, pp, stage, provenance)
+
+
+def artifact_profiles() -> Iterator[Profile]:
+    """Make the profiles of `ARTIFACT`: the shipped ones, and the own time of the artifact's engine."""
+    record = json.loads(ENGINE_TIME.read_text(encoding="utf-8"))
+    own = EngineTime(**record["engine_time"])
+    source = (
+        "fitted by simulation to FastServe-FCFS of the rerun of FastServe's authors, on "
+        f"{record['profile']} (tools/fit_engine_time.py, docs/reproduction.md)"
+    )
+    for name in ARTIFACT:
+        base = load_profile(name)
+        provenance = base.provenance | {"engine_time": source}
+        yield replace(base, name=f"artifact-{name}", engine_time=own, provenance=provenance)
+
+
+def write_artifact_profiles() -> None:
+    """Write the profiles of `ARTIFACT`."""
+    for profile in artifact_profiles():
+        _write(profile)
 
 
 def held_out_errors(measured: dict[tuple[str, str, int], Profile]) -> dict[tuple[str, str, int], list[float]]:
@@ -366,6 +391,7 @@ def main() -> None:
         _write(profile)
     for profile in kernel_profiles(arguments.kernels_dir, arguments.aiconfigurator, fits_by_kernels(measured)):
         _write(profile)
+    write_artifact_profiles()
 
 
 def _write(profile: Profile) -> None:

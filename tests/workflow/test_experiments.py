@@ -262,7 +262,10 @@ def test_targets_and_ratios_are_valid_and_optional():
             "points 1: unknown key 'requests'; did you mean 'num_requests'?",
         ),
         (lambda e: e["run"].update(modle="opt"), "run: unknown key 'modle'; did you mean 'model'?"),
-        (lambda e: e["run"].update(zzz=1), "run: unknown key 'zzz'; valid keys: profile, profile_suffix, trace"),
+        (
+            lambda e: e["run"].update(zzz=1),
+            "run: unknown key 'zzz'; valid keys: profile, profile_suffix, profile_prefix",
+        ),
         (
             lambda e: e.update(backend="simulation"),
             "backend must be one of 'sim', 'engine', 'both' or 'http', not 'sim",

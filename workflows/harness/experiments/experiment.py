@@ -48,6 +48,8 @@ class RunPart(Keys):
     """Latency profile: see `fastbench profiles`."""
     profile_suffix: Omittable[str] = None
     """Added to the profile's name: the same hardware under another engine."""
+    profile_prefix: Omittable[str] = None
+    """Put before the profile's name: the same hardware and engine, with other times (artifact-)."""
     trace: Omittable[str] = None
     """Request lengths: see `fastbench traces`."""
     arrivals: Omittable[str] = None

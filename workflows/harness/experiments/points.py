@@ -104,9 +104,9 @@ def _merged(backend: str, policy: str, parts: Iterable[RunPart]) -> RunConfig:
         given = {name: getattr(part, name) for name in part.model_fields_set}
         settings |= given.pop("settings", {})
         fields |= given
-    suffix = fields.pop("profile_suffix", "")
+    prefix, suffix = fields.pop("profile_prefix", ""), fields.pop("profile_suffix", "")
     if fields.get("profile"):
-        fields["profile"] += suffix
+        fields["profile"] = f"{prefix}{fields['profile']}{suffix}"
     if "rate" in fields:
         fields["rate"] = float(fields["rate"])
     fields.pop("x", None)

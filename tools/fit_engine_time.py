@@ -1,0 +1,125 @@
+"""Fit the own time of the artifact's engine to its authors' rerun, and write the profiles that carry it.
+
+    python tools/fit_engine_time.py            fit, write workflows/data/artifact_engine_time.json and the profiles
+    python tools/fit_engine_time.py --check    fit, print, and write nothing
+    python tools/fit_engine_time.py --trace T  the same with other lengths, to see how much depends on them
+
+Run it again when the profiles of `a100-40g` change: the fit rests on them. It takes two to three minutes. Only
+FastServe-FCFS of OPT-13B on ShareGPT is fitted, at batch caps of 16, 64 and 128; docs/reproduction.md judges the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import make_profiles
+import numpy as np
+
+from fastserve.latency.profile import Profile
+from harness.analysis.files import write_json
+from harness.analysis.points import load_reported
+from harness.experiments.experiment import Experiment
+from harness.experiments.files import parse_as, read_yaml
+from harness.experiments.folder import linked
+from harness.run.config import RunConfig
+from harness.studies.engine_time import Fit, MeasuredPoint, Simulations, base_profile, fit_engine_time, measured_points
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE, EXPERIMENT = "artifact-rerun", "artifact-rerun-kernels"
+"""The second takes its points from the first, with profiles that have no engine time."""
+TABLES = ("reported_points.csv", "artifact_rerun_points.csv")
+SERIES = "fastserve-fcfs"
+FITTED = ("batch-16", "batch-64", "batch-128")
+"""Panels whose points are fitted: with one batch cap alone, time an iteration and time a request look alike."""
+RESTS_ON = ("coefficients", "kernels", "kv_cache", "host_link")
+"""Keys of a profile's file that a fit rests on."""
+SEEDS = (0, 1, 2)
+TRANSFER_TIMES_S = (0.0, 1e-3, 2e-3, 5e-3, 10e-3)
+"""Seconds a transfer for which the loss is shown, to see whether the points say anything of it."""
+
+
+def points_to_fit(trace: str | None = None) -> list[MeasuredPoint]:
+    """The measured points of FastServe-FCFS, to be simulated with the experiment's lengths or those of `trace`."""
+    folder = ROOT / "workflows/config/experiments"
+    # Not the whole folder, which is checked against the profiles that are yet to be written.
+    contents = linked({name: read_yaml(folder / f"{name}.yaml") for name in (SOURCE, EXPERIMENT)})
+    experiment = parse_as(Experiment, contents[EXPERIMENT], folder / f"{EXPERIMENT}.yaml")
+    reported = load_reported(*(ROOT / "workflows/data" / name for name in TABLES), experiment)
+    points = [point for point in measured_points(experiment, SERIES, reported) if point.panel in FITTED]
+    return [replace(point, configs=tuple(_changed(point.configs, trace))) for point in points]
+
+
+def _changed(configs: Sequence[RunConfig], trace: str | None) -> Iterator[RunConfig]:
+    """The runs with a seed of the fit, with other lengths if they are given."""
+    for config in configs:
+        if config.seed in SEEDS:
+            yield config if trace is None else replace(config, trace=trace)
+
+
+def digest_of(profile: Profile) -> str:
+    """SHA-256 of the iteration times and the cache that a fit rests on, the first 12 digits."""
+    content = {key: value for key, value in profile.to_json().items() if key in RESTS_ON}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def record_of(fit: Fit, points: Sequence[MeasuredPoint], profile: Profile, others: Sequence[Fit]) -> dict[str, Any]:
+    """What is shipped: the times, what they were fitted to, and how well."""
+    return {
+        "engine_time": asdict(fit.engine_time),
+        "profile": profile.name,
+        "profile_digest": digest_of(profile),
+        "fitted_to": {
+            "measurement": "FastServe-FCFS of the authors' rerun (artifact_rerun_points.csv)",
+            "points": {panel: sum(point.panel == panel for point in points) for panel in FITTED},
+            "traces": sorted({config.trace for point in points for config in point.configs}),
+            "seeds": SEEDS,
+        },
+        "rms_log_error": round(fit.rms, 4),
+        "without_one_panel": {
+            panel: [round(1e3 * time, 4) for time in (each.engine_time.per_iteration_s, each.engine_time.per_request_s)]
+            for panel, each in zip(FITTED, others, strict=True)
+        },
+    }
+
+
+def tables(fit: Fit, points: Sequence[MeasuredPoint], simulations: Simulations) -> list[str]:
+    """The fit for a reader: error of each point, and the loss over the time of a transfer."""
+    lines = ["| panel | rate | measured (s/token) | simulated |", "|---|---|---|---|"]
+    for point, error in fit.errors.items():
+        measured = point.seconds_per_token
+        lines.append(f"| {point.panel} | {point.configs[0].rate:g} | {measured:.3f} | {measured * np.exp(error):.3f} |")
+    lines += ["", "| seconds a transfer | loss |", "|---|---|"]
+    for seconds in TRANSFER_TIMES_S:
+        loss = simulations.loss(points, replace(fit.engine_time, per_transfer_s=seconds))
+        lines.append(f"| {seconds:g} | {loss:.5f} |")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--trace", help="request lengths, as for `fastbench run`, in place of the experiment's; writes nothing"
+    )
+    given = parser.parse_args(arguments)
+    points = points_to_fit(given.trace)
+    profile = base_profile(points)
+    simulations = Simulations(profile)
+    fit = fit_engine_time(points, simulations)
+    others = [fit_engine_time([point for point in points if point.panel != panel], simulations) for panel in FITTED]
+    record = record_of(fit, points, profile, others)
+    print("\n".join([json.dumps(record, indent=2), "", *tables(fit, points, simulations)]))
+    if not (given.check or given.trace):
+        write_json(record, make_profiles.ENGINE_TIME)
+        make_profiles.write_artifact_profiles()
+
+
+if __name__ == "__main__":
+    main()
