@@ -12,7 +12,7 @@ import yaml
 
 from fastserve.core.errors import ConfigError
 from harness.experiments.experiment import Experiment
-from harness.experiments.folder import quick_look
+from harness.experiments.folder import quick_look, read_experiments
 from harness.report.captions import truth_caption, would_have_caption
 from harness.report.plots import page_of
 from harness.report.plots.measured import draw_policies, draw_truth
@@ -21,6 +21,7 @@ from harness.studies.measured.policies import METRICS, describe_policies, polici
 from harness.studies.measured.replay import ITERATIONS, MEASURED, SIMULATED, replay
 from harness.studies.measured.table import read_requests, statistic_of, with_quantities
 from harness.workload.traces.measured import measured_run
+from tools.write_gpu_truth import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = pd.read_csv(ROOT / "workflows/data/llmservingsim_errors.csv")
@@ -135,9 +136,9 @@ def test_differences_of_policies_are_held_against_the_simulators_error(policies)
         assert table.loc[("srpt", metric), "beyond"] == ("no" if "mean" in metric else "yes")
         assert table.loc[("vllm-chunked", metric), "beyond"] == ""
     (line,) = describe_policies(policies)
-    assert line.startswith(
+    assert line == (
         "RTX PRO 6000: 4 of 8 differences between a policy and vLLM are larger than the simulator's error; not: "
-        "SRPT in mean TTFT, SRPT in mean TPOT"
+        "SRPT (4 of 8 metrics)"
     )
     page = policies_page(policies, ["mean_ttft_s", "p99_ttft_s"])
     assert "| RTX PRO 6000 | **vLLM, measured** | 7,119 | 19,824 |" in page
@@ -225,3 +226,22 @@ def test_the_pipeline_makes_tables_and_figures(tmp_path):
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "statistics within the goal; beyond it: mean TTFT" in report
     assert "what other policies would have done is simulated" in report
+
+
+def test_the_page_shows_what_the_shipped_experiment_gives(tmp_path):
+    experiment = read_experiments(ROOT / "workflows/config/experiments/gpu-truth.yaml")["gpu-truth"]
+    table = errors_page(with_peer(replay(experiment, tmp_path).errors, PEER))
+    page = (ROOT / "docs/gpu-truth.md").read_text(encoding="utf-8")
+    assert table in page, "run snakemake's target gpu-truth, then python tools/write_gpu_truth.py"
+
+
+def test_the_tool_puts_both_tables_into_the_page_and_nothing_else():
+    page = (ROOT / "docs/gpu-truth.md").read_text(encoding="utf-8")
+    changed = with_tables(page, "| a |\n\n| b |\n")
+    assert [line for line in changed.splitlines() if line in ("| a |", "| b |")] == ["| a |", "| b |"]
+    tables = [line for line in page.splitlines() if line.startswith("| RTX") or line.startswith("| GPU | ")]
+    rest = [line for line in page.splitlines() if line not in changed.splitlines()]
+    assert set(rest) <= {*tables, *(line for line in page.splitlines() if line.startswith("|---"))}
+    assert with_tables(changed, "| a |\n\n| b |\n") == changed
+    with pytest.raises(ConfigError, match="has no place for the table of policies"):
+        with_tables(page.replace("<!-- policies", "<!-- "), "| a |\n\n| b |\n")

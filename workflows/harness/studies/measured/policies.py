@@ -57,7 +57,7 @@ def policies_table(experiment: Experiment, points: pd.DataFrame) -> pd.DataFrame
 
 
 def describe_policies(table: pd.DataFrame) -> list[str]:
-    """A line for each GPU: how many comparisons of policies are beyond the simulator's error, and which are not."""
+    """A line for each GPU: how many differences from vLLM are beyond the simulator's error, and whose are not."""
     lines = []
     for gpu, rows in table[table["beyond"] != ""].groupby("gpu", sort=False):
         within = rows[rows["beyond"] == "no"]
@@ -66,7 +66,8 @@ def describe_policies(table: pd.DataFrame) -> list[str]:
             "the simulator's error"
         )
         if len(within):
-            named = [f"{label} in {metric_name(metric)}" for label, metric in within[["label", "metric"]].to_numpy()]
+            counts = within["label"].value_counts(sort=False)
+            named = [f"{label} ({count} of {len(METRICS)} metrics)" for label, count in counts.items()]
             line += f"; not: {', '.join(named)}"
         lines.append(line)
     return lines
