@@ -3,6 +3,7 @@
     python tools/fit_engine_time.py            fit, write workflows/data/artifact_engine_time.json and the profiles
     python tools/fit_engine_time.py --check    fit, print, and write nothing
     python tools/fit_engine_time.py --trace T  the same with other lengths, to see how much depends on them
+    python tools/fit_engine_time.py --transfers   FastServe's loads too, were each transfer to take the host time
 
 Run it again when the profiles of `a100-40g` change: the fit rests on them. It takes two to three minutes. Only
 FastServe-FCFS of OPT-13B on ShareGPT is fitted, at batch caps of 16, 64 and 128; docs/reproduction.md judges the rest.
@@ -21,14 +22,25 @@ from typing import Any
 import make_profiles
 import numpy as np
 
+from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.profile import Profile
+from harness.analysis.capacity import capacity_of
 from harness.analysis.files import write_json
 from harness.analysis.points import load_reported
 from harness.experiments.experiment import Experiment
 from harness.experiments.files import parse_as, read_yaml
 from harness.experiments.folder import linked
+from harness.experiments.points import points_of
 from harness.run.config import RunConfig
-from harness.studies.engine_time import Fit, MeasuredPoint, Simulations, base_profile, fit_engine_time, measured_points
+from harness.studies.engine_time import (
+    Fit,
+    MeasuredPoint,
+    Simulations,
+    base_profile,
+    fit_engine_time,
+    mean_normalized_latency,
+    measured_points,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE, EXPERIMENT = "artifact-rerun", "artifact-rerun-kernels"
@@ -37,6 +49,8 @@ TABLES = ("reported_points.csv", "artifact_rerun_points.csv")
 SERIES = "fastserve-fcfs"
 FITTED = ("batch-16", "batch-64", "batch-128")
 """Panels whose points are fitted: with one batch cap alone, time an iteration and time a request look alike."""
+PREDICTED_TRANSFERS_S = (0.0, 1e-3, 3e-3)
+PREDICTED_PANELS, PREDICTED_SERIES = ("batch-16", "batch-64"), ("fastserve", "fastserve-artifact")
 RESTS_ON = ("coefficients", "kernels", "kv_cache", "host_link")
 """Keys of a profile's file that a fit rests on."""
 SEEDS = (0, 1, 2)
@@ -44,12 +58,16 @@ TRANSFER_TIMES_S = (0.0, 1e-3, 2e-3, 5e-3, 10e-3)
 """Seconds a transfer for which the loss is shown, to see whether the points say anything of it."""
 
 
+def experiment_of(name: str) -> Experiment:
+    """One of both experiments: not the whole folder, which is checked against profiles that are yet to be written."""
+    folder = ROOT / "workflows/config/experiments"
+    contents = linked({each: read_yaml(folder / f"{each}.yaml") for each in (SOURCE, EXPERIMENT)})
+    return parse_as(Experiment, contents[name], folder / f"{name}.yaml")
+
+
 def points_to_fit(trace: str | None = None) -> list[MeasuredPoint]:
     """The measured points of FastServe-FCFS, to be simulated with the experiment's lengths or those of `trace`."""
-    folder = ROOT / "workflows/config/experiments"
-    # Not the whole folder, which is checked against the profiles that are yet to be written.
-    contents = linked({name: read_yaml(folder / f"{name}.yaml") for name in (SOURCE, EXPERIMENT)})
-    experiment = parse_as(Experiment, contents[EXPERIMENT], folder / f"{EXPERIMENT}.yaml")
+    experiment = experiment_of(EXPERIMENT)
     reported = load_reported(*(ROOT / "workflows/data" / name for name in TABLES), experiment)
     points = [point for point in measured_points(experiment, SERIES, reported) if point.panel in FITTED]
     return [replace(point, configs=tuple(_changed(point.configs, trace))) for point in points]
@@ -101,6 +119,30 @@ def tables(fit: Fit, points: Sequence[MeasuredPoint], simulations: Simulations) 
     return lines
 
 
+def transfers_table(profile: Profile, engine_time: EngineTime) -> list[str]:
+    """Markdown: loads of FastServe's policies over the host's time for a transfer, which is not fitted."""
+    experiment = experiment_of(SOURCE)
+    lines = [f"| policy, panel | {' | '.join(f'{1e3 * each:g} ms' for each in PREDICTED_TRANSFERS_S)} |"]
+    lines.append("|---|" + "---|" * len(PREDICTED_TRANSFERS_S))
+    for panel in PREDICTED_PANELS:
+        for series in PREDICTED_SERIES:
+            runs: dict[float, list[RunConfig]] = {}
+            for point in points_of(experiment):
+                rate = point.config.rate
+                if (point.panel, point.series) == (panel, series) and rate is not None and point.config.seed in SEEDS:
+                    runs.setdefault(rate, []).append(point.config)
+            cells = []
+            for seconds in PREDICTED_TRANSFERS_S:
+                used = replace(profile, engine_time=replace(engine_time, per_transfer_s=seconds))
+                means = [
+                    np.mean([mean_normalized_latency(each, used) for each in configs]) for configs in runs.values()
+                ]
+                load, note = capacity_of(list(runs), means, float(experiment.slo_of(panel) or 0))
+                cells.append(f"{load:.3g}" if load else note)
+            lines.append(f"| {series}, {panel} | {' | '.join(cells)} |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--trace", help="request lengths, as for `fastbench run`, in place of the experiment's; writes nothing"
     )
+    parser.add_argument("--transfers", action="store_true", help="show FastServe's loads by a transfer's time")
     given = parser.parse_args(arguments)
     points = points_to_fit(given.trace)
     profile = base_profile(points)
@@ -116,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = [fit_engine_time([point for point in points if point.panel != panel], simulations) for panel in FITTED]
     record = record_of(fit, points, profile, others)
     print("\n".join([json.dumps(record, indent=2), "", *tables(fit, points, simulations)]))
+    if given.transfers:
+        print("\n".join(["", *transfers_table(profile, fit.engine_time)]))
     if not (given.check or given.trace):
         write_json(record, make_profiles.ENGINE_TIME)
         make_profiles.write_artifact_profiles()

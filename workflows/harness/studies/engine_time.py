@@ -32,8 +32,8 @@ from harness.workload.workload import Workload, make_workload
 DELTA = 0.2
 """Error in log of a latency from which on the loss grows linearly: a fifth."""
 COARSE_STEPS_S = (4e-3, 2e-4)
-"""Steps of the coarse grid, in seconds an iteration and seconds a request; it has 5 x 5 points from 0."""
-NUM_COARSE = 5
+"""Steps of the coarse grid, in seconds an iteration and seconds a request; it has 4 x 4 points from 0."""
+NUM_COARSE = 4
 NUM_HALVINGS = 5
 """How often the search round the best point of the grid halves its steps: to 125 us an iteration, 6 us a request."""
 _WORKLOAD = ("trace", "arrivals", "rate", "num_requests", "seed")
