@@ -99,6 +99,15 @@ def test_one_token_is_always_computed() -> None:
     assert kv.num_found_tokens(a) == 4
 
 
+def test_a_block_that_was_not_full_is_not_found() -> None:
+    kv = manager()
+    a = Request("a", 0.0, 20)
+    kv.extend(a, 10)
+    a.num_computed_tokens = 10  # A chunk of its prompt.
+    kv.drop(a)
+    assert kv.num_found_tokens(a) == 8
+
+
 def test_blocks_that_were_given_out_are_not_found_and_the_first_last_longest() -> None:
     kv = manager(6)
     a = computed(kv, "a", 16)
