@@ -11,7 +11,7 @@ from fastserve.core.config import SchedulerConfig
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
-from fastserve.scheduler.batch import BEYOND_BUDGET, NO_ROOM, Batch
+from fastserve.scheduler.batch import BEYOND_BUDGET, NO_ROOM, Batch, FindCached
 from fastserve.scheduler.iteration import Iteration, IterationResult
 from fastserve.scheduler.moving import CacheMover, DropOnDemand, MoveNever, SwapOnDemand
 from fastserve.scheduler.options import MemoryOptions
@@ -39,6 +39,7 @@ class Scheduler:
         self._stalled: tuple[Request, ...] = ()
         """The batch that waits for transfers; stays chosen until they have ended."""
         self._limits_waits = policy.waiting.longest_wait_s is not None
+        self._find_cached: FindCached | None = self.kv.num_found_tokens if self.kv.caches_prefixes else None
         # A policy pays only for the hooks that it has.
         self._prepares = self._limits_waits or type(policy).prepare is not Policy.prepare
         self._fills = type(policy).fill is not Policy.fill
@@ -120,8 +121,7 @@ class Scheduler:
     def decide(self, now: float) -> Iteration:
         """Fill the batch and start what moves."""
         policy, mover = self.policy, self.mover
-        find_cached = self.kv.num_found_tokens if self.kv.caches_prefixes else None
-        batch = Batch(self.config.max_batch_size, self.config.token_budget, mover.find_room, find_cached)
+        batch = Batch(self.config.max_batch_size, self.config.token_budget, mover.find_room, self._find_cached)
         mover.begin(batch, now)
         if not (self._fills and policy.fill(batch)):
             self._fill_in_order(batch)
