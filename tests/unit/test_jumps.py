@@ -321,3 +321,23 @@ def test_a_chunk_of_one_token_is_no_decoding() -> None:
         assert sum(job.recomputed_tokens for job in jobs) > 0
         runs.append((engine.iterations, [repr(job.metrics) for job in jobs]))
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
+def test_jumps_leave_no_trace_where_dropped_caches_are_found_again(latency: str) -> None:
+    options = {"v1": True, "watermark": 0.0, "prefix_caching": True}
+    found = 0
+    for jobs, (blocks, batch) in itertools.product(PATTERNS.values(), [(30, 4), (21, 2), (26, 3)]):
+        sizes = {"num_gpu_blocks": blocks, "max_batch_size": batch, "token_budget": 24}
+        outcome = compare("vllm-chunked", "none", jobs, latency, **options, **sizes)
+        found += sum("cached_tokens=0," not in job for job in outcome.jobs)
+        assert outcome.num_decisions < len(outcome.iterations)
+    assert found > 0
+
+
+def test_a_resume_with_one_token_to_compute_is_counted() -> None:
+    """All but one token is found, so that the iteration looks like those that jumps pass over."""
+    jobs = [("a", 0.0, 1, 44), ("b", 0.05, 6, 49)]
+    options = {"v1": True, "watermark": 0.0, "prefix_caching": True, "num_gpu_blocks": 21}
+    outcome = compare("vllm-chunked", "none", jobs, "even", **options)
+    assert "cached_tokens=0," not in outcome.jobs[1]
