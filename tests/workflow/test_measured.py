@@ -16,6 +16,7 @@ from harness.experiments.folder import quick_look, read_experiments
 from harness.report.captions import truth_caption, would_have_caption
 from harness.report.plots import page_of
 from harness.report.plots.measured import draw_policies, draw_truth
+from harness.run.profile_range import BOUNDS_LEFT
 from harness.studies.measured.errors import errors_page, with_peer
 from harness.studies.measured.policies import METRICS, describe_policies, policies_page, policies_table
 from harness.studies.measured.replay import ITERATIONS, MEASURED, SIMULATED, replay
@@ -188,6 +189,12 @@ def test_captions_say_what_is_measured_and_what_is_simulated():
     assert "casys-kaist/LLMServingSim, commit 5daddb2, MIT" in truth
     assert f"{WRONG}: the engine's own time is not modelled" in truth
     assert would_have.startswith("SIMULATED")
+    outside = pd.DataFrame(
+        {"series": ["vllm-chunked", "srpt"], "outside_profile_range": [0.0, 0.25], BOUNDS_LEFT: ["", "decodes"]}
+    )
+    said = "of a run's computed time"
+    assert said not in truth_caption(experiment, [], outside)  # What repeats the run stayed inside.
+    assert said in would_have_caption(experiment, [], outside)
     assert "GB/s" in would_have
 
 

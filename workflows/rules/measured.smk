@@ -40,6 +40,7 @@ rule draw_measured:
         requests="results/{experiment}/requests.csv",
         occupancy="results/{experiment}/occupancy.csv",
         replays="results/{experiment}/replays.csv",
+        points="results/{experiment}/points.csv",
         provenance="results/{experiment}/provenance.json",
     output:
         truth=report(

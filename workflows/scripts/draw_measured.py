@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from joblog import logged
 
-from harness.analysis.files import read_json
+from harness.analysis.files import read_json, read_table
 from harness.experiments.experiment import Experiment
 from harness.report.captions import truth_caption, would_have_caption
 from harness.report.plots import draw_page
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 with logged(snakemake.log[0]):
     experiment = Experiment.model_validate(snakemake.params.experiment)
     metas = read_json(Path(snakemake.input.provenance))
+    points = read_table(Path(snakemake.input.points))
     errors, requests, occupancy, replays, policies = (
         pd.read_csv(snakemake.input[name], keep_default_na=name != "policies")
         for name in ("errors", "requests", "occupancy", "replays", "policies")
@@ -27,10 +28,14 @@ with logged(snakemake.log[0]):
     for make_page, caption, png in (
         (
             partial(draw_truth, errors, requests, occupancy, replays, experiment.title),
-            truth_caption(experiment, metas),
+            truth_caption(experiment, metas, points),
             snakemake.output.truth,
         ),
-        (partial(draw_policies, policies, title), would_have_caption(experiment, metas), snakemake.output.policies),
+        (
+            partial(draw_policies, policies, title),
+            would_have_caption(experiment, metas, points),
+            snakemake.output.policies,
+        ),
     ):
         for path in draw_page(make_page, caption, Path(png).with_suffix("")):
             print(f"wrote {path}")

@@ -78,7 +78,9 @@ def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) ->
     )
 
 
-def truth_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
+def truth_caption(
+    experiment: Experiment, metas: Sequence[Mapping[str, Any]], points: pd.DataFrame | None = None
+) -> str:
     """Describe measured runs and their simulations: engine, limits, source; profile, and the engine's own time."""
     replays = list(replays_of(experiment))
     runs = [measured for _, measured in replays]
@@ -90,10 +92,13 @@ def truth_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) ->
         "Batch and cache of both are reconstructed from the times of requests, which do not show preemptions: a "
         "preempted request counts all the same. How often the real engine preempted is not recorded."
     )
-    return f"{' '.join(text)} {provenance_caption(experiment, metas)}"
+    repeated = None if points is None else points[points["series"] == experiment.over]
+    return f"{' '.join(text)} {provenance_caption(experiment, metas, repeated)}"
 
 
-def would_have_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]]) -> str:
+def would_have_caption(
+    experiment: Experiment, metas: Sequence[Mapping[str, Any]], points: pd.DataFrame | None = None
+) -> str:
     """Describe the simulations of other policies on the machines of measured runs."""
     links = []
     for profile in (load_profile(point.config.profile or "") for point, _ in replays_of(experiment)):
@@ -102,7 +107,7 @@ def would_have_caption(experiment: Experiment, metas: Sequence[Mapping[str, Any]
     return (
         "SIMULATED, but for the hatched bars: the same requests, batch limit, token budget and cache as in the "
         f"measured run. Policies that swap move caches over a host link of {', '.join(links)}, which no measured run "
-        f"has used. The simulator's error is known for vLLM alone. {provenance_caption(experiment, metas)}"
+        f"has used. The simulator's error is known for vLLM alone. {provenance_caption(experiment, metas, points)}"
     )
 
 
