@@ -9,6 +9,9 @@ import numpy as np
 
 from fastserve.latency.kernel_tables import Curve, KernelTables
 
+_FEW_ITERATIONS = 16
+"""Up to as many iterations in a row are priced one by one: numpy takes longer to begin."""
+
 
 class Line:
     """A piecewise linear curve, ready to be read: the values of a `Curve`, or of two curves weighed."""
@@ -74,6 +77,17 @@ class Rows:
             found = self._between[number] = self._make_row(number)
         return found
 
+    def value(self, number: int, x: float) -> float:
+        """What the line of this number gives at `x`, but for rounding; for numbers that seldom come twice."""
+        numbers, lines = self._numbers, self._lines
+        i = bisect_right(numbers, number) - 1
+        if i < 0:
+            return lines[0].value(x)
+        if numbers[i] == number or len(lines) == 1:
+            return lines[i].value(x)
+        i = min(i, len(lines) - 2)
+        return _between(number, numbers[i], numbers[i + 1], lines[i].value(x), lines[i + 1].value(x))
+
     def _make_row(self, number: int) -> Line:
         numbers, lines = self._numbers, self._lines
         i = bisect_right(numbers, number) - 1
@@ -118,32 +132,61 @@ class _Mixed:
             self._prefixes[-1].append(prefix)
             self._rows[-1].append(Rows(table))
 
-    def seconds(self, chunk: int, prefix: int, decodes: int, context: float) -> float:
-        """Linear in each number between the measured ones."""
+    def seconds(
+        self, chunk: int, prefix: int, decodes: int, mean: float, longest: float, share_of_longest: float
+    ) -> float:
+        """Linear in each number between the measured ones; `share_of_longest` of the way from mean to longest context.
+
+        Rows are looked up once for both contexts.
+        """
         chunks = self._chunks
         i = bisect_right(chunks, chunk) - 1
         if i < 0:
-            return self._of_chunk(0, prefix, decodes, context)
+            return self._of_chunk(0, prefix, decodes, mean, longest, share_of_longest)
         if chunks[i] == chunk or len(chunks) == 1:
-            return self._of_chunk(i, prefix, decodes, context)
+            return self._of_chunk(i, prefix, decodes, mean, longest, share_of_longest)
         i = min(i, len(chunks) - 2)
-        low = self._of_chunk(i, prefix, decodes, context)
-        high = self._of_chunk(i + 1, prefix, decodes, context)
-        result = low + (high - low) * (chunk - chunks[i]) / (chunks[i + 1] - chunks[i])
-        return max(result, high) if chunk > chunks[-1] else result
+        low = self._of_chunk(i, prefix, decodes, mean, longest, share_of_longest)
+        high = self._of_chunk(i + 1, prefix, decodes, mean, longest, share_of_longest)
+        return _between(chunk, chunks[i], chunks[i + 1], low, high)
 
-    def _of_chunk(self, index: int, prefix: int, decodes: int, context: float) -> float:
+    def _of_chunk(
+        self, index: int, prefix: int, decodes: int, mean: float, longest: float, share_of_longest: float
+    ) -> float:
         prefixes, rows = self._prefixes[index], self._rows[index]
         i = bisect_right(prefixes, prefix) - 1
         if i < 0:
-            return rows[0].row(decodes).value(context)
+            return _of_contexts(rows[0].row(decodes), mean, longest, share_of_longest)
         if prefixes[i] == prefix or len(prefixes) == 1:
-            return rows[i].row(decodes).value(context)
+            return _of_contexts(rows[i].row(decodes), mean, longest, share_of_longest)
         i = min(i, len(prefixes) - 2)
-        low = rows[i].row(decodes).value(context)
-        high = rows[i + 1].row(decodes).value(context)
-        result = low + (high - low) * (prefix - prefixes[i]) / (prefixes[i + 1] - prefixes[i])
-        return max(result, high) if prefix > prefixes[-1] else result
+        low = _of_contexts(rows[i].row(decodes), mean, longest, share_of_longest)
+        high = _of_contexts(rows[i + 1].row(decodes), mean, longest, share_of_longest)
+        return _between(prefix, prefixes[i], prefixes[i + 1], low, high)
+
+
+def _between(x: int, low_x: int, high_x: int, low: float, high: float) -> float:
+    """Linear between two points; beyond the second as between the two, but not falling."""
+    result = low + (high - low) * (x - low_x) / (high_x - low_x)
+    return max(result, high) if x > high_x else result
+
+
+def _of_contexts(line: Line, mean: float, longest: float, share_of_longest: float) -> float:
+    """Seconds of a batch of unequal contexts, by the line of equal ones."""
+    seconds = line.value(mean)
+    if share_of_longest:
+        seconds = seconds + share_of_longest * (line.value(longest) - seconds)
+    return seconds
+
+
+def _sum_and_longest(lens: list[int]) -> tuple[int, int]:
+    """Of at least one length. Compiled, a loop takes a third of `sum` and `max`."""
+    total, longest = 0, 0
+    for length in lens:
+        total += length
+        if length > longest:
+            longest = length
+    return total, longest
 
 
 class KernelLatency:
@@ -199,17 +242,29 @@ class KernelLatency:
         if not num_sequences:
             return 0.0
         seconds = self._beside_attention(sum(prefill_lens) + num_decodes, num_sequences)
-        if not prefill_lens:
-            mean = sum(decode_context_lens) / num_decodes
-            return seconds + self._decode_attention(num_decodes, mean, max(decode_context_lens))
-        return seconds + self._attention(prefill_lens, decode_context_lens, prefix_lens)
+        mean, longest = 0.0, 0
+        if num_decodes:
+            contexts = decode_context_lens if isinstance(decode_context_lens, list) else list(decode_context_lens)
+            total, longest = _sum_and_longest(contexts)
+            mean = total / num_decodes
+            if not prefill_lens:
+                return seconds + self._decode_attention(num_decodes, mean, longest)
+        return seconds + self._attention(prefill_lens, prefix_lens, num_decodes, mean, longest)
 
     def decode_times(self, context_lens: Sequence[int], count: int) -> np.ndarray:
         """What `iteration_time` gives for `count` decode iterations in a row, to the bit."""
         batch = len(context_lens)
+        total, longest_now = _sum_and_longest(list(context_lens))
+        if count <= _FEW_ITERATIONS:
+            beside = self._beside_attention(batch, batch)
+            times = [
+                beside + self._decode_attention(batch, (total + step * batch) / batch, longest_now + step)
+                for step in range(count)
+            ]
+            return np.array(times, dtype=float)
         steps = np.arange(count, dtype=np.int64)
-        means = (steps * batch + sum(context_lens)) / batch
-        longest = steps + max(context_lens)
+        means = (steps * batch + total) / batch
+        longest = steps + longest_now
         row = self._decode.row(batch)
         attention = row.values(means)
         if self._unequal:
@@ -222,25 +277,22 @@ class KernelLatency:
         return seconds if self._per_sequence is None else seconds + self._per_sequence.value(num_sequences)
 
     def _decode_attention(self, num_decodes: int, mean: float, longest: int) -> float:
-        row = self._decode.row(num_decodes)
-        seconds = row.value(mean)
-        if self._unequal:
-            seconds = seconds + self._unequal * (row.value(longest) - seconds)
+        seconds = _of_contexts(self._decode.row(num_decodes), mean, longest, self._unequal)
         return max(seconds, self._one_decode.value(longest))
 
-    def _attention(self, chunks: Sequence[int], contexts: Sequence[int], prefixes: Sequence[int]) -> float:
+    def _attention(
+        self, chunks: Sequence[int], prefixes: Sequence[int], num_decodes: int, mean: float, longest_context: int
+    ) -> float:
         """Attention of an iteration with prompts."""
-        num_decodes = len(contexts)
-        mean = sum(contexts) / num_decodes if num_decodes else 0.0
         if self._prompts_by_length:
             seconds = self._by_length(chunks, prefixes)
             if num_decodes:
-                seconds += self._decode_attention(num_decodes, mean, max(contexts))
+                seconds += self._decode_attention(num_decodes, mean, longest_context)
             return seconds
         longest, chunk, prefix, others = -1.0, 0, 0, 0.0
         for i, tokens in enumerate(chunks):
             cached = prefixes[i] if prefixes else 0
-            alone = self._prompts.row(tokens).value(cached)
+            alone = self._prompts.value(tokens, cached)
             if alone > longest:
                 if longest >= 0.0:
                     others += max(longest - self._shortest_prompt_s, 0.0)
@@ -250,11 +302,8 @@ class KernelLatency:
         if not num_decodes:
             return longest + others
         if self._mixed is None:
-            return longest + others + self._decode_attention(num_decodes, mean, max(contexts))
-        seconds = self._mixed.seconds(chunk, prefix, num_decodes, mean)
-        if self._unequal:
-            at_longest = self._mixed.seconds(chunk, prefix, num_decodes, max(contexts))
-            seconds += self._unequal * (at_longest - seconds)
+            return longest + others + self._decode_attention(num_decodes, mean, longest_context)
+        seconds = self._mixed.seconds(chunk, prefix, num_decodes, mean, longest_context, self._unequal)
         return max(seconds, longest) + others
 
     def _by_length(self, chunks: Sequence[int], prefixes: Sequence[int]) -> float:
