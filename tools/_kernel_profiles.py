@@ -60,28 +60,33 @@ DECODE_SHAPES: tuple[Shape, ...] = tuple(((), (512,) * batch) for batch in (1, 1
 PROMPT_SHAPES: tuple[Shape, ...] = tuple(((length,), ()) for length in (128, 512, 1024, 2048))
 
 
+def operator_source(systems: Path, folder: str) -> tuple[str, str]:
+    """What `import_profile` reads for a folder of profiles, and what its provenance says."""
+    tables = f"data/{OPERATOR_TABLES[folder]}"
+    return f"{AICONFIGURATOR}{systems / tables}", f"{OPERATORS_SOURCE}, systems/{tables}"
+
+
 def kernel_profiles(kernels: Path | None, systems: Path | None, fits: dict[str, Profile]) -> Iterator[Profile]:
     """Make the profiles whose source is given: a folder with LLMServingSim's folders, aiconfigurator's `systems`.
 
     `fits` are profiles measured by others, by the kernel profile's name: what its known error is against.
     """
     for folder, cases in CASES.items():
-        if folder in LAYER_TABLES:
-            source, origin = kernels and str(kernels / LAYER_TABLES[folder]), LAYERS_SOURCE
+        if folder in LAYER_TABLES and kernels is not None:
+            source, origin = str(kernels / LAYER_TABLES[folder]), LAYERS_SOURCE
+        elif folder in OPERATOR_TABLES and systems is not None:
+            source, origin = operator_source(systems, folder)
         else:
-            tables = f"data/{OPERATOR_TABLES[folder]}"
-            source = systems and f"{AICONFIGURATOR}{systems / tables}"
-            origin = f"{OPERATORS_SOURCE}, systems/{tables}"
-        if source is None:
             continue
         for case in cases:
-            profile = _kernel_profile(source, case, f"{folder}/{case.name}", origin)
+            profile = kernel_profile(source, case, f"{folder}/{case.name}", origin)
             yield replace(profile, known_error=_known_error(profile, fits.get(profile.name)))
 
 
-def _kernel_profile(source: str, case: Case, name: str, origin: str) -> Profile:
+def kernel_profile(source: str, case: Case, name: str, origin: str, memory_bandwidth: float | None = None) -> Profile:
+    """Make one profile. `memory_bandwidth` is of a GPU that differs from the measured one in its memory alone."""
     parallel = ParallelConfig(case.shards, case.stages)
-    profile = import_profile(source, preset(case.model), parallel, name)
+    profile = import_profile(source, preset(case.model), parallel, name, memory_bandwidth=memory_bandwidth)
     provenance = profile.provenance | {"source": origin}
     link = profile.stage_link
     if link is not None:

@@ -21,10 +21,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from _kernel_profiles import A100_SENDS, GPUS_PER_NODE, NAMES, kernel_profiles, parts_table
+from _kernel_profiles import (
+    A100_SENDS,
+    GPUS_PER_NODE,
+    NAMES,
+    Case,
+    kernel_profile,
+    kernel_profiles,
+    operator_source,
+    parts_table,
+)
 
 from fastserve.core.presets import preset
-from fastserve.latency.calibration import CHECKED_SHAPES, FITTED_RANGE, calibrate, relative_errors
+from fastserve.latency.calibration import (
+    CHECKED_SHAPES,
+    FITTED_RANGE,
+    calibrate,
+    difference_as_engine_time,
+    relative_errors,
+)
 from fastserve.latency.communication import HostLink, StageLink
 from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
@@ -36,11 +51,16 @@ TARGET = Path(__file__).parents[1] / "system/fastserve/latency/profiles"
 ENGINES = ("swifttransformer", "vllm")
 BAD_FITS = {("vllm", "opt-66b", "tp2"): "its quadratic prefill coefficient is negative"}
 FOLDERS = {"a100-40g": A100_40G, "a100-80g": A100_80G}
-DERIVED = {
-    "a100-40g": (("opt-13b", 1, 1), ("opt-66b", 4, 1), ("opt-66b", 2, 2), ("opt-175b", 8, 2), ("llama-3-8b", 1, 1)),
-    "a100-80g": (("opt-66b", 2, 2), ("opt-175b", 8, 2), ("llama-3-8b", 1, 1)),
+DERIVED = (("opt-66b", 2, 2), ("opt-175b", 8, 2), ("llama-3-8b", 1, 1))
+"""Model, tensor-parallel and pipeline-parallel size of the profiles made from the measured fits, for each engine."""
+ON_40G = {
+    Case("opt-13b"): ("opt-13b", 1),
+    Case("opt-66b", 4): ("opt-66b", 4),
+    Case("opt-66b", 2, 2): ("opt-66b", 4),
+    Case("opt-175b", 8, 2): ("opt-66b", 4),
+    Case("llama-3-8b"): ("opt-13b", 1),
 }
-"""Model, tensor-parallel and pipeline-parallel size of the profiles made from the measured ones, for each engine."""
+"""Cases on A100-40GB, and the model and tensor-parallel size of the pair of fits that gives vLLM's own time."""
 
 PUBLISHED_CAPACITY = {
     ("opt-13b", 1, 1): 66_144,
@@ -102,26 +122,75 @@ def load_measured() -> dict[tuple[str, str, int], Profile]:
 
 
 def derived_profiles(measured: dict[tuple[str, str, int], Profile]) -> Iterator[Profile]:
-    """Make the profiles of `DERIVED`, calibrated on all measured profiles."""
+    """Make the profiles of `DERIVED` that no measured kernels replace, calibrated on all measured profiles."""
+    for profile in _by_fits("a100-80g", DERIVED, measured):
+        if not (profile.engine == "swifttransformer" and profile.kind == "roofline"):
+            yield profile
+
+
+def by_fits_on_40g(measured: dict[tuple[str, str, int], Profile]) -> Iterator[Profile]:
+    """The A100-40GB's profiles as fits and rooflines give them: not shipped, but compared with those of kernels."""
+    return _by_fits("a100-40g", [(case.model, case.shards, case.stages) for case in ON_40G], measured)
+
+
+def _by_fits(
+    folder: str, cases: Iterable[tuple[str, int, int]], measured: dict[tuple[str, str, int], Profile]
+) -> Iterator[Profile]:
     calibrations = calibrate(measured.values())
     errors = held_out_errors(measured)
-    for folder, cases in DERIVED.items():
-        gpu = FOLDERS[folder]
-        for model, tp, pp in cases:
-            for engine in ENGINES:
-                fit = measured.get((engine, model, tp))
-                calibration = calibrations[engine]
-                if fit is None:
-                    stage = predict(preset(model), gpu, calibration, tp, pp)
-                    worst = max(abs(error) for (name, *_), row in errors.items() if name == engine for error in row)
-                    provenance = _of_roofline(engine, calibration, worst)
-                    if engine == "swifttransformer" and folder == "a100-80g":
-                        continue  # Measured kernels have the name.
-                else:
-                    whole = transfer(fit.stage, preset(model), calibration, tp, A100_80G, gpu)
-                    stage = _divided(whole, pp)
-                    provenance = _of_measured(fit, gpu, pp, calibration)
-                yield _profile(folder, engine, model, tp, pp, stage, provenance)
+    gpu = FOLDERS[folder]
+    for model, tp, pp in cases:
+        for engine in ENGINES:
+            fit = measured.get((engine, model, tp))
+            calibration = calibrations[engine]
+            if fit is None:
+                stage = predict(preset(model), gpu, calibration, tp, pp)
+                worst = max(abs(error) for (name, *_), row in errors.items() if name == engine for error in row)
+                provenance = _of_roofline(engine, calibration, worst)
+            else:
+                whole = transfer(fit.stage, preset(model), calibration, tp, A100_80G, gpu)
+                stage = _divided(whole, pp)
+                provenance = _of_measured(fit, gpu, pp, calibration)
+            yield _profile(folder, engine, model, tp, pp, stage, provenance)
+
+
+def profiles_on_40g(systems: Path, measured: dict[tuple[str, str, int], Profile]) -> Iterator[Profile]:
+    """The A100-40GB's profiles: kernels measured on 80 GB with the memory of 40 GB, also with vLLM's own time."""
+    source, origin = operator_source(systems, "a100-80g")
+    for case in ON_40G:
+        name = f"a100-40g/{case.name}"
+        kernels = kernel_profile(source, case, name, origin, A100_40G.bandwidth_bytes_per_s)
+        capacity, capacity_source = _capacity(A100_40G, case.model, case.shards, case.stages)
+        plain = replace(
+            kernels,
+            hardware=A100_40G.name,
+            kv_capacity_tokens=capacity,
+            provenance=kernels.provenance
+            | {
+                "error": "not known: there is no measurement of this GPU to compare with",
+                "kv_capacity": capacity_source,
+                "engine_time": "none: the host of a C++ engine is taken to cost nothing",
+            },
+        )
+        yield plain
+        yield with_time_of_vllm(plain, case, measured)
+
+
+def with_time_of_vllm(plain: Profile, case: Case, measured: dict[tuple[str, str, int], Profile]) -> Profile:
+    """The same kernels with the time that vLLM takes more than SwiftTransformer, by DistServe's fits of both."""
+    model, tp = ON_40G[case]
+    pair = [measured[engine, model, tp] for engine in ENGINES]
+    is_own = (case.model, case.shards, case.stages) == (model, tp, 1)
+    said = f"non-negative least squares of {pair[1].name} less {pair[0].name}, by iteration, request and token"
+    if not is_own:
+        said += f"; of {model} TP{tp}, since there is no such pair of this model and split"
+    return replace(
+        plain,
+        name=f"{plain.name}-vllm",
+        engine=f"{plain.engine}, own time of vLLM in 2024",
+        engine_time=difference_as_engine_time(pair[1], pair[0]),
+        provenance=plain.provenance | {"engine_time": said},
+    )
 
 
 def artifact_profiles() -> Iterator[Profile]:
@@ -203,16 +272,7 @@ def _of_roofline(engine: str, calibration: Calibration, worst: float) -> dict:
 
 def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: FittedLatency, provenance: dict) -> Profile:
     gpu, config, num_gpus = FOLDERS[folder], preset(model), tp * pp
-    bytes_per_token = config.kv_bytes_per_token("float16")
-    capacity = PUBLISHED_CAPACITY.get((model, tp, pp)) if gpu is A100_80G else None
-    if capacity is None:
-        free = USABLE_BYTES[gpu] * num_gpus - 2 * config.num_parameters()
-        capacity = int(free / bytes_per_token) // BLOCK * BLOCK
-        capacity_source = f"estimated: {USABLE_REASON[gpu]}"
-        if gpu is not A100_80G:
-            capacity_source += f"; {num_gpus} GPUs' less 2 bytes a weight, over {bytes_per_token} bytes a token"
-    else:
-        capacity_source = "published with DistServe (OSDI'24)"
+    capacity, capacity_source = _capacity(gpu, model, tp, pp)
     is_fit = "calibration" not in provenance
     provenance |= {"range": OPT_RANGE_REASON if is_fit else ROOFLINE_RANGE_REASON}
     provenance |= {"kv_capacity": capacity_source, "host_link": HOST_LINK, "mixed_iterations": MIXED}
@@ -237,13 +297,27 @@ def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: Fitt
         pipeline_parallel_size=pp,
         stage=stage,
         kv_capacity_tokens=capacity,
-        kv_bytes_per_token=bytes_per_token,
+        kv_bytes_per_token=config.kv_bytes_per_token("float16"),
         host_link=HostLink(gpu.host_link_bytes_per_s * num_gpus, PCIE_LATENCY_S),
         provenance=provenance,
         stage_link=stage_link,
         measured_range=OPT_RANGE if is_fit else FITTED_RANGE,
         kind="fitted" if is_fit else "roofline",
     )
+
+
+def _capacity(gpu: Gpu, model: str, tp: int, pp: int) -> tuple[int, str]:
+    """Tokens of the cache, and where the number comes from."""
+    config, num_gpus = preset(model), tp * pp
+    published = PUBLISHED_CAPACITY.get((model, tp, pp)) if gpu is A100_80G else None
+    if published is not None:
+        return published, "published with DistServe (OSDI'24)"
+    bytes_per_token = config.kv_bytes_per_token("float16")
+    free = USABLE_BYTES[gpu] * num_gpus - 2 * config.num_parameters()
+    source = f"estimated: {USABLE_REASON[gpu]}"
+    if gpu is not A100_80G:
+        source += f"; {num_gpus} GPUs' less 2 bytes a weight, over {bytes_per_token} bytes a token"
+    return int(free / bytes_per_token) // BLOCK * BLOCK, source
 
 
 def error_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:
@@ -341,6 +415,32 @@ def profile_table(profiles: Iterable[Profile]) -> list[str]:
     return lines
 
 
+def change_table(old: Iterable[Profile]) -> list[str]:
+    """Markdown: the A100-40GB's profiles of kernels against those that fits and rooflines gave."""
+    shapes = (*CHECKED_SHAPES[:3], ((), (500,)), ((), (500,) * 16), ((), (500,) * 64))
+    heads = [f"prompt {prompts[0]}" if prompts else f"decode {len(contexts)} x 500" for prompts, contexts in shapes]
+    lines = [f"| profile | was | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    for before in old:
+        now = load_profile(before.name)
+        cells = []
+        for shape in shapes:
+            was, is_now = (1e3 * profile.latency.iteration_time(*shape) for profile in (before, now))
+            cells.append(f"{was:.1f} → {is_now:.1f} ms ({100 * (is_now / was - 1):+.0f} %)")
+        lines.append(f"| {before.name} | {before.kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def own_time_table() -> list[str]:
+    """Markdown: vLLM's own time in the A100-40GB's profiles."""
+    lines = ["| profile | pair of fits | an iteration | a request | a token |", "|---|---|---|---|---|"]
+    for case, (model, tp) in ON_40G.items():
+        own = load_profile(f"a100-40g/{case.name}-vllm").engine_time
+        times = (own.per_iteration_s, own.per_request_s, own.per_token_s)
+        cells = " | ".join(f"{1e6 * seconds:,.0f} us" for seconds in times)
+        lines.append(f"| a100-40g/{case.name}-vllm | {model} TP{tp} | {cells} |")
+    return lines
+
+
 def tables() -> dict[str, list[str]]:
     """The tables of docs/calibration.md, by title."""
     measured = load_measured()
@@ -349,12 +449,19 @@ def tables() -> dict[str, list[str]]:
         "Calibration": calibration_table(measured),
         "Layers": layer_table(measured),
         "Profiles": profile_table(derived_profiles(measured)),
-        "Kernel profiles": profile_table(load_profile(name) for name in NAMES),
+        "Kernel profiles": profile_table(load_profile(name) for name in (*NAMES, *names_on_40g())),
+        "Own time of vLLM": own_time_table(),
+        "A100-40GB, old and new": change_table(by_fits_on_40g(measured)),
         "OPT-13B by kernels": parts_table(
             load_profile("a100-80g/opt-13b-tp1"),
             [measured[engine, "opt-13b", 1] for engine in ENGINES],
         ),
     }
+
+
+def names_on_40g() -> list[str]:
+    """Names of the A100-40GB's profiles."""
+    return [f"a100-40g/{case.name}{suffix}" for case in ON_40G for suffix in ("", "-vllm")]
 
 
 def fits_by_kernels(measured: dict[tuple[str, str, int], Profile]) -> dict[str, Profile]:
@@ -391,6 +498,9 @@ def main() -> None:
         _write(profile)
     for profile in kernel_profiles(arguments.kernels_dir, arguments.aiconfigurator, fits_by_kernels(measured)):
         _write(profile)
+    if arguments.aiconfigurator:
+        for profile in profiles_on_40g(arguments.aiconfigurator, measured):
+            _write(profile)
     write_artifact_profiles()
 
 

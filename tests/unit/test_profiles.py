@@ -9,26 +9,27 @@ from typer.testing import CliRunner
 
 from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
-from fastserve.latency import KernelLatency, MeasuredRange, PipelinedLatency, Profile, list_profiles, load_profile
+from fastserve.latency import (
+    EngineTime,
+    KernelLatency,
+    MeasuredRange,
+    PipelinedLatency,
+    Profile,
+    list_profiles,
+    load_profile,
+)
+from fastserve.latency.calibration import difference_as_engine_time
 from harness.cli import app
 from tools import make_profiles
+from tools.make_profiles import Case
 
 ROOT = Path(__file__).parents[2]
 DERIVED = {
-    f"{folder}/{case}{suffix}"
-    for folder, cases, suffixes in (
-        (
-            "a100-40g",
-            ("opt-13b-tp1", "opt-66b-tp4", "opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1"),
-            ("", "-vllm"),
-        ),
-        ("a100-80g", ("opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1"), ("-vllm",)),
-        ("a100-80g", ("opt-66b-tp2-pp2",), ("-swifttransformer",)),
-    )
-    for case in cases
-    for suffix in suffixes
+    "a100-80g/opt-66b-tp2-pp2-swifttransformer",
+    *(f"a100-80g/{case}-vllm" for case in ("opt-66b-tp2-pp2", "opt-175b-tp8-pp2", "llama-3-8b-tp1")),
 }
-KERNELS = sorted(make_profiles.NAMES)
+ON_40G = sorted(make_profiles.names_on_40g())
+KERNELS = sorted([*make_profiles.NAMES, *ON_40G])
 SHAPES = (((128,), ()), ((1024,), ()), ((), (1,)), ((), (500,) * 64), ((), (500,) * 128), ((300,), (500,) * 30))
 
 
@@ -67,7 +68,7 @@ def test_fastbench_shows_what_is_known_of_each_profile() -> None:
     rows = {name: " ".join(row.split()[1:]) for name, (row, *_) in shown.items()}
     assert rows["l40s/llama-3.1-8b-tp1"].startswith("measured kernels 193,888 8,192 16,384 2,048 ")
     assert rows["a100-80g/opt-13b-tp1-vllm"] == "fitted 66,144 - 2,048 - 2,048"
-    assert rows["a100-40g/opt-66b-tp2-pp2-vllm"].startswith("roofline 5,328 ")
+    assert rows["a100-80g/opt-66b-tp2-pp2-vllm"].startswith("roofline 78,512 ")
     assert "LLMServingSim, commit 5daddb2" in shown["rtx4090/llama-3.1-8b-tp1"][1]
     assert "against a100-80g/opt-13b-tp1-swifttransformer: decode" in shown["a100-80g/opt-13b-tp1"][2]
     assert "the source publishes coefficients only" in shown["a100-80g/opt-13b-tp1-vllm"][2]
@@ -83,6 +84,7 @@ def test_a_profile_of_kernels_says_where_it_comes_from(name: str) -> None:
     licensed = "LLMServingSim, commit 5daddb2 (casys-kaist, MIT)", "aiconfigurator 0.8.0 (NVIDIA, Apache-2.0)"
     assert profile.provenance["source"].startswith(licensed)
     assert profile.model == name.partition("/")[2].partition("-tp")[0]
+    assert profile.hardware == make_profiles.A100_40G.name or name not in ON_40G
     assert (profile.max_model_len or 0) == preset(profile.model).max_model_len
     assert profile.kv_capacity_tokens % 16 == 0
     assert not any("/tmp" in str(value) or "/work" in str(value) for value in profile.provenance.values())
@@ -99,7 +101,8 @@ def test_times_of_kernels_rise_with_the_work_and_fall_with_the_gpu(name: str) ->
         assert all(later > 0.95 * earlier for earlier, later in itertools.pairwise(times))
         assert times[-1] > times[0]
     # A GPU cannot read the weights of a shard faster than its memory's bandwidth.
-    bandwidth = {"a100-80g": 2.04e12, "h100": 3.35e12, "h200": 4.8e12, "l40s": 0.864e12, "rtx4090": 1.008e12,
+    bandwidth = {"a100-40g": 1.555e12, "a100-80g": 2.04e12,
+                 "h100": 3.35e12, "h200": 4.8e12, "l40s": 0.864e12, "rtx4090": 1.008e12,
                  "rtxpro6000": 1.597e12}[name.partition("/")[0]]  # fmt: skip
     profile, config = load_profile(name), preset(load_profile(name).model)
     read = 2 * (config.num_parameters() - config.vocab_size * config.hidden_size) / profile.tensor_parallel_size
@@ -146,9 +149,9 @@ def test_a_derived_profile_says_where_it_comes_from(name: str) -> None:
     ("name", "kind", "measured"),
     [
         ("a100-80g/opt-13b-tp1-swifttransformer", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
-        ("a100-40g/opt-66b-tp4-vllm", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
-        ("a100-40g/opt-66b-tp2-pp2", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
-        ("a100-40g/opt-66b-tp2-pp2-vllm", "roofline", MeasuredRange(None, 2048, 64, 1024)),
+        ("a100-80g/opt-66b-tp4-vllm", "fitted", MeasuredRange(prompt_tokens=2048, context_tokens=2048)),
+        ("a100-80g/opt-66b-tp2-pp2-swifttransformer", "fitted", MeasuredRange(None, 2048, None, 2048)),
+        ("a100-80g/opt-66b-tp2-pp2-vllm", "roofline", MeasuredRange(None, 2048, 64, 1024)),
         ("a100-80g/llama-3-8b-tp1-vllm", "roofline", MeasuredRange(None, 2048, 64, 1024)),
     ],
 )
@@ -167,7 +170,7 @@ def test_the_range_of_measured_iterations() -> None:
 def test_capacity_on_40_gb() -> None:
     # The paper leaves about 12,000 tokens for OPT-13B.
     assert load_profile("a100-40g/opt-13b-tp1").kv_capacity_tokens == pytest.approx(12_000, rel=0.05)
-    for name in (name for name in DERIVED if name.startswith("a100-40g/")):
+    for name in ON_40G:
         profile, config = load_profile(name), preset(load_profile(name).model)
         num_gpus = profile.tensor_parallel_size * profile.pipeline_parallel_size
         left = num_gpus * 36e9 - 2 * config.num_parameters() - profile.kv_capacity_tokens * profile.kv_bytes_per_token
@@ -179,12 +182,41 @@ def test_capacity_on_80_gb_is_the_published_one() -> None:
     assert load_profile("a100-80g/opt-175b-tp8-pp2-vllm").kv_capacity_tokens == 192_784
 
 
-@pytest.mark.parametrize("case", ["opt-13b-tp1", "opt-66b-tp4", "opt-66b-tp2-pp2"])
-@pytest.mark.parametrize(("suffix", "fit"), [("", "-swifttransformer"), ("-vllm", "-vllm")])
-def test_less_bandwidth_is_slower_and_by_no_more_than_its_ratio(case: str, suffix: str, fit: str) -> None:
-    slow, fast = load_profile(f"a100-40g/{case}{suffix}").latency, load_profile(f"a100-80g/{case}{fit}").latency
-    for shape in (((8,), ()), ((1024,), ()), ((), (500,)), ((), (500,) * 64)):
-        assert 1 < slow.iteration_time(*shape) / fast.iteration_time(*shape) < 2.04 / 1.555
+@pytest.mark.parametrize("case", make_profiles.ON_40G, ids=lambda case: case.name)
+def test_less_bandwidth_slows_what_reads_memory(case: Case) -> None:
+    """By no more than its ratio; prompts, which compute, by little."""
+    slow, fast = load_profile(f"a100-40g/{case.name}"), load_profile(f"a100-80g/{case.name}")
+    ratio = 2.039 / 1.555
+    for shape in (((8,), ()), ((512,), ()), ((1024,), ()), ((), (500,)), ((), (500,) * 64), ((200,), (500,) * 64)):
+        assert 1 < slow.latency.iteration_time(*shape) / fast.latency.iteration_time(*shape) < 1.005 * ratio
+    assert isinstance(slow.stage, KernelLatency)
+    assert isinstance(fast.stage, KernelLatency)
+    before, after = fast.stage.tables, slow.stage.tables
+    assert after.prompts == before.prompts
+    assert after.dense.at == before.dense.at
+    assert after.dense.seconds[-1] == pytest.approx(before.dense.seconds[-1], rel=0.03)
+    # A large batch of long contexts reads its cache; one of short contexts takes what launching it takes.
+    longest = [dict(tables.decode)[1].seconds[-1] for tables in (before, after)]
+    assert 1.25 < longest[1] / longest[0] <= ratio
+    shortest = [min(min(curve.seconds) for _, curve in tables.decode) for tables in (before, after)]
+    assert shortest[1] == pytest.approx(shortest[0], rel=0.02)
+
+
+@pytest.mark.parametrize("case", make_profiles.ON_40G, ids=lambda case: case.name)
+def test_vllm_on_40_gb_is_the_same_kernels_and_its_own_time(case: Case) -> None:
+    plain, shipped = load_profile(f"a100-40g/{case.name}"), load_profile(f"a100-40g/{case.name}-vllm")
+    assert plain.engine_time.is_zero
+    assert shipped.engine_time.source == "fitted"
+    assert_same(shipped, make_profiles.with_time_of_vllm(plain, case, make_profiles.load_measured()))
+
+
+def test_the_difference_of_two_engines_is_found_where_it_is_one() -> None:
+    swift = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
+    own = EngineTime(3e-3, 2e-5, 4e-5, source="fitted")
+    found = difference_as_engine_time(replace(swift, engine_time=own), swift)
+    for name in ("per_iteration_s", "per_request_s", "per_token_s"):
+        assert getattr(found, name) == pytest.approx(getattr(own, name), rel=1e-6)
+    assert difference_as_engine_time(swift, swift).is_zero
 
 
 def test_a_stage_of_a_measured_model_takes_its_share() -> None:

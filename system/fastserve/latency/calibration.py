@@ -9,6 +9,7 @@ import numpy as np
 
 from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
+from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.fitting import Shape
 from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Profile
@@ -59,6 +60,26 @@ def relative_errors(
     """Predicted over measured time less one, for each shape."""
     predicted = predict(preset(profile.model), gpu, calibration, profile.tensor_parallel_size)
     return [predicted.iteration_time(*shape) / profile.stage.iteration_time(*shape) - 1 for shape in shapes]
+
+
+def difference_as_engine_time(slower: Profile, faster: Profile) -> EngineTime:
+    """What one engine takes more than another for the same work: by iteration, by request and by token.
+
+    Non-negative least squares over `FITTED_SHAPES`, on errors relative to the slower engine's times.
+    """
+    from scipy.optimize import nnls
+
+    rows, more = [], []
+    for prompts, contexts in FITTED_SHAPES:
+        seconds = slower.latency.iteration_time(prompts, contexts)
+        requests, tokens = len(prompts) + len(contexts), sum(prompts) + len(contexts)
+        rows.append([1 / seconds, requests / seconds, tokens / seconds])
+        more.append(1 - faster.latency.iteration_time(prompts, contexts) / seconds)
+    matrix = np.array(rows)
+    scale = matrix.max(axis=0)
+    solution, _ = nnls(matrix / scale, np.array(more))
+    per_iteration_s, per_request_s, per_token_s = (float(value) for value in solution / scale)
+    return EngineTime(per_iteration_s, per_request_s, per_token_s, source="fitted")
 
 
 def _fit(profiles: list[Profile], gpu: Gpu, known: Mapping[str, float]) -> Calibration:

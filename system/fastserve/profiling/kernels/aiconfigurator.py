@@ -8,6 +8,7 @@ is put together of them. What they do not hold is estimated, and the profile's p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -31,20 +32,36 @@ _HEAD_DIM = 128
 _SAMPLER_BYTES = 10
 """Of a logit: read in 16 bits, written in 32, read for the largest."""
 
+_SLOWER_MEMORY = (
+    "{:.3f} x slower than the measured GPU's: a product takes at least its time for one token x this; attention of "
+    "decodes above its shortest time x this; attention of prompts and all-reduces as measured"
+)
+
 Table = Mapping[int, Mapping[int, float]]
 """Seconds by two numbers."""
 
 
 def read_aiconfigurator(
-    folder: Path, model: ModelConfig, parallel: ParallelConfig, memory_gb: float | None = None
+    folder: Path,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    memory_gb: float | None = None,
+    memory_bandwidth: float | None = None,
 ) -> ImportedKernels:
     """Put together the stages of `model` of the tables in `folder`.
+
+    `memory_bandwidth` in bytes/s is of a GPU that differs from the measured one in its memory alone, which is slower:
+    a product takes what it took, but at least the reading of its weights (its time for one token, so much longer);
+    attention of decodes takes so much longer above its shortest time, and that of prompts as long as before.
 
     ConfigError for a model that the tables cannot give: with a head size other than 128, shapes below the smallest
     measured, heads or all-reduces that were not measured. A product beyond the largest measured is extrapolated in
     proportion, with a warning.
     """
-    system = read_system(_system_file(folder))
+    measured = system = read_system(_system_file(folder))
+    if memory_bandwidth is not None:
+        system = replace(measured, memory_bandwidth=memory_bandwidth)
+    slowdown = measured.memory_bandwidth / system.memory_bandwidth
     if model.head_dim != _HEAD_DIM:
         raise ConfigError(
             f"model {model.name} has head_dim {model.head_dim}; {folder} holds attention of {_HEAD_DIM} only. Take "
@@ -53,7 +70,7 @@ def read_aiconfigurator(
     places = [
         parallel.place(stage * parallel.tensor_parallel_size, model) for stage in range(parallel.pipeline_parallel_size)
     ]
-    reader = _Reader(folder, system, model)
+    reader = _Reader(folder, system, model, slowdown)
     stages = tuple(reader.stage(place) for place in places)
     num_gpus = parallel.world_size
     return ImportedKernels(
@@ -73,6 +90,7 @@ def read_aiconfigurator(
                 f"{system.bandwidth_factor:g} of {system.memory_bandwidth / 1e12:g} TB/s, and "
                 f"{system.operation_latency_s * 1e6:g} us an operation"
             ),
+            **({} if slowdown == 1 else {"memory": _SLOWER_MEMORY.format(slowdown)}),
             "mixed_iterations": "not measured: the attention of prompts and that of decodes add up",
             "chunks": "not measured: priced as whole prompts of as many attended pairs",
             "error": "kernels alone: an engine's own time is not in them",
@@ -94,10 +112,10 @@ def _system_file(folder: Path) -> Path:
 class _Reader:
     """The tables of one folder, and stages of one model made of them."""
 
-    def __init__(self, folder: Path, system: System, model: ModelConfig) -> None:
-        self._folder, self._system, self._model = folder, system, model
+    def __init__(self, folder: Path, system: System, model: ModelConfig, slowdown: float) -> None:
+        self._folder, self._system, self._model, self._slowdown = folder, system, model, slowdown
         self.warnings: list[str] = []
-        self.products = _Products(folder / "gemm_perf.txt", self.warnings)
+        self.products = _Products(folder / "gemm_perf.txt", slowdown, self.warnings)
         self._decode = _read_attention(folder / "generation_attention_perf.txt")
         self._prompts = _read_attention(folder / "context_attention_perf.txt")
 
@@ -176,14 +194,16 @@ class _Reader:
                 f"attention of {what}: {heads} heads and {kv_heads} KV heads were not measured; a sequence is priced "
                 f"as {copies} of {measured * queries} and {measured} heads, which are the same work"
             )
+        if tables is self._decode:
+            table = _on_slower_memory(table, self._slowdown)
         return _with_sequences_as(copies, table, place.num_layers)
 
 
 class _Products:
     """Times of matrix products (m, k) x (k, n) over m, by n and k."""
 
-    def __init__(self, path: Path, warnings: list[str]) -> None:
-        self._path, self._warnings = path, warnings
+    def __init__(self, path: Path, slowdown: float, warnings: list[str]) -> None:
+        self._path, self._slowdown, self._warnings = path, slowdown, warnings
         self._table: dict[tuple[int, int], dict[int, float]] = {}
         self.device = self.framework = ""
         columns = ("framework", "version", "device", "gemm_dtype", "m", "n", "k", "latency")
@@ -223,7 +243,11 @@ class _Products:
                     "each shape rows for all"
                 )
         factor = beyond_n * beyond_k
-        return line({m: factor * sum(share * seconds[m] for seconds, share in tables) for m in first})
+        times = {m: factor * sum(share * seconds[m] for seconds, share in tables) for m in first}
+        if self._slowdown > 1:
+            reading = self._slowdown * times[min(times)]
+            times = {m: max(seconds, reading) for m, seconds in times.items()}
+        return line(times)
 
     def _within(self, of: Product, axis: str, size: int, measured: list[int]) -> tuple[list[tuple[int, float]], float]:
         """Measured sizes around `size` with their shares, and a factor for what lies beyond the largest."""
@@ -283,6 +307,15 @@ def _read_attention(path: Path) -> _AttentionTables:
             for heads, by_batch in found.items()
         },
     )
+
+
+def _on_slower_memory(table: Table, slowdown: float) -> Table:
+    """Decode attention, which reads the cache: what it takes above its shortest time is traffic."""
+    shortest = min(min(by_tokens.values()) for by_tokens in table.values())
+    return {
+        batch: {tokens: shortest + slowdown * (seconds - shortest) for tokens, seconds in by_tokens.items()}
+        for batch, by_tokens in table.items()
+    }
 
 
 def _with_sequences_as(copies: int, table: Table, num_layers: int) -> tuple[tuple[int, Curve], ...]:

@@ -22,7 +22,12 @@ _PCIE_LATENCY_S = 10e-6
 
 
 def import_profile(
-    kernels: str, model: ModelConfig, parallel: ParallelConfig, name: str, memory_gb: float | None = None
+    kernels: str,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    name: str,
+    memory_gb: float | None = None,
+    memory_bandwidth: float | None = None,
 ) -> Profile:
     """Make the profile called `name` of kernel tables.
 
@@ -32,6 +37,8 @@ def import_profile(
         parallel: shards and stages.
         name: of the profile.
         memory_gb: of the GPU, in 1e9 bytes, if the tables do not say or another is meant.
+        memory_bandwidth: of the GPU in bytes/s, if it differs from the measured one in its memory alone (aiconfigurator
+            only).
 
     Raises:
         ConfigError: tables that are missing, wrong, or of another model, or a model that does not fit the GPU.
@@ -41,7 +48,7 @@ def import_profile(
     places = [
         parallel.place(stage * parallel.tensor_parallel_size, model) for stage in range(parallel.pipeline_parallel_size)
     ]
-    read = _read(kernels, model, parallel, memory_gb)
+    read = _read(kernels, model, parallel, memory_gb, memory_bandwidth)
     first, *later = (KernelLatency(stage) for stage in read.stages)
     provenance = read.provenance | {
         "kv_capacity": FORMULA + f"; memory {read.gpu.memory_bytes / 1e9:.2f} GB",
@@ -88,15 +95,20 @@ def describe(profile: Profile) -> list[str]:
     return lines + [f"warning  {each}" for each in profile.provenance.get("warnings", ())]
 
 
-def _read(kernels: str, model: ModelConfig, parallel: ParallelConfig, memory_gb: float | None) -> ImportedKernels:
+def _read(
+    kernels: str, model: ModelConfig, parallel: ParallelConfig, memory_gb: float | None, memory_bandwidth: float | None
+) -> ImportedKernels:
     if kernels.startswith(AICONFIGURATOR):
-        return read_aiconfigurator(Path(kernels.removeprefix(AICONFIGURATOR)), model, parallel, memory_gb)
+        folder = Path(kernels.removeprefix(AICONFIGURATOR))
+        return read_aiconfigurator(folder, model, parallel, memory_gb, memory_bandwidth)
     folder = Path(kernels)
     if not folder.is_dir():
         raise ConfigError(
             f"--kernels {kernels!r} is no folder; give one in LLMServingSim's layout (dense.csv, per_sequence.csv, "
             f"attention.csv, meta.yaml), or {AICONFIGURATOR}PATH/systems/data/a100_sxm/vllm/0.14.0"
         )
+    if memory_bandwidth is not None:
+        raise ConfigError("memory_bandwidth needs products and attention apart; give tables of aiconfigurator")
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: tables in this layout are of one stage and "
