@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fastserve.core.errors import ConfigError
+from fastserve.latency import load_profile
 from harness.experiments.experiment import Experiment
 from harness.experiments.folder import quick_look, read_experiments
 from harness.report.captions import truth_caption, would_have_caption
@@ -240,6 +241,16 @@ def test_the_page_shows_what_the_shipped_experiment_gives(tmp_path):
     table = errors_page(with_peer(replay(experiment, tmp_path).errors, PEER))
     page = (ROOT / "docs/gpu-truth.md").read_text(encoding="utf-8")
     assert table in page, "run snakemake's target gpu-truth, then python tools/write_gpu_truth.py"
+
+
+@pytest.mark.parametrize(("profile", "gpu"), [("rtx4090", "RTX 4090"), ("rtxpro6000", "RTX PRO 6000")])
+def test_the_profiles_state_the_errors_of_the_page(profile, gpu):
+    page = (ROOT / "docs/gpu-truth.md").read_text(encoding="utf-8")
+    known = load_profile(f"{profile}/llama-3.1-8b-tp1").known_error
+    for quantity in ("mean TTFT", "mean TPOT", "mean completion time"):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {gpu} | {quantity} |")]
+        error = row.split(" | ")[4].replace("%", " %")
+        assert f"{quantity} {error}" in known, "change RECORDED_ERRORS in tools/_kernel_profiles.py"
 
 
 def test_the_tool_puts_both_tables_into_the_page_and_nothing_else():
