@@ -7,8 +7,9 @@ import pytest
 from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError
 from fastserve.core.request import Request, SamplingParams
-from fastserve.engine import Arrival, FinishedTransfer, Observer
-from fastserve.latency import load_profile
+from fastserve.engine import Arrival, EngineView, FinishedTransfer, Observer
+from fastserve.latency import EngineTime, load_profile
+from fastserve.scheduler import Iteration
 from fastserve.simulation import simulated_engine
 
 PROFILE = load_profile("a100-80g/opt-13b-tp1-swifttransformer")
@@ -53,3 +54,34 @@ def test_a_machine_is_not_told_its_link() -> None:
     llm = pytest.importorskip("fastserve.llm")
     with pytest.raises(ConfigError, match=r"host_link_gb_per_s=16\.0: for simulations only.*leave it out"):
         llm.LLM("opt-125m", load_format="dummy", host_link_gb_per_s=16.0)
+
+
+@pytest.mark.parametrize(("policy", "swap"), [("fastserve-fcfs", "reactive"), ("fastserve", "proactive")])
+def test_every_transfer_takes_its_time_of_the_host(policy: str, swap: str) -> None:
+    """Also those that start while the batch waits for them, as swap=reactive has it."""
+    per_transfer_s, transfers, computed_s = 0.125, 0, 0.0
+
+    class Counting(Observer):
+        def on_transfer(self, finished: FinishedTransfer) -> None:
+            nonlocal transfers
+            transfers += 1
+
+        def on_iteration(self, engine: EngineView, iteration: Iteration, start_s: float, end_s: float) -> None:
+            nonlocal computed_s
+            computed_s += end_s - start_s
+            contexts = [r.num_computed_tokens + 1 for r in iteration.requests if r.is_decoding]
+            prompts = [
+                count
+                for r, count in zip(iteration.requests, iteration.num_scheduled_tokens, strict=True)
+                if not r.is_decoding
+            ]
+            computed_s -= PROFILE.latency.iteration_time(prompts, contexts)
+
+    engine_time = EngineTime(per_transfer_s=per_transfer_s, source="fitted")
+    slowed = dataclasses.replace(PROFILE, engine_time=engine_time)
+    engine = simulated_engine(slowed, policy, {"swap": swap}, EngineOptions(num_gpu_blocks=24))
+    engine.observer = Counting()
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    engine.run([Arrival(Request(name, 0.0, 100), params) for name in "abc"])
+    assert transfers > 2
+    assert computed_s == pytest.approx(per_transfer_s * transfers, rel=1e-6)

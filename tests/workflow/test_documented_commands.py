@@ -66,6 +66,7 @@ INSTEAD = (
     Instead(r"(vllm|lm_eval|guidellm|aiperf|inference-perf|locust|npx) ", "", "it is another project's client"),
     Instead(r"python tools/vllm_bench_serve.py", "help", "it needs vLLM"),
     Instead(r"python benchmarks/peers.py", "help", "it installs other projects' simulators"),
+    Instead(r"python benchmarks/vllm_scheduler.py", "help", "it installs vLLM"),
     Instead(r"python tools/build_trace_tables.py", "help", "it needs files that are not ours to ship"),
 )
 

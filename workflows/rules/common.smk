@@ -66,7 +66,7 @@ try:
     POINTS = {name: tuple(points_of(experiment)) for name, experiment in EXPERIMENTS.items()}
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
-        POINTS[name] for name in sorted(POINTS, key=lambda name: (name.startswith(("beyond", "own")), name))
+        POINTS[name] for name in sorted(POINTS, key=lambda name: (name.startswith(("artifact", "beyond", "own")), name))
     )
 except FastServeError as error:
     raise WorkflowError(str(error)) from None

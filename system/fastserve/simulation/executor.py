@@ -66,6 +66,8 @@ class SimulatedExecutor(Executor):
         self._host_link = host_link
         self._stage_link = stage_link
         self._transfer_overhead_s = transfer_overhead_s
+        self._owed_s = 0.0
+        """Time of the host for transfers that started while nothing was computed: the next iteration has it."""
         self._clock = clock
         self._number_tokens = number_tokens
         self._token_ids = token_ids
@@ -102,14 +104,15 @@ class SimulatedExecutor(Executor):
             self._direction_free_at[transfer.direction] = end
             self._num_transfers += 1
             heapq.heappush(self._transfers, (end, self._num_transfers, FinishedTransfer(transfer, start, end)))
+            self._owed_s += self._transfer_overhead_s
         if iteration.requests:
             prefill_lens, context_lens, prefix_lens = _shape(iteration)
             seconds = [kind.iteration_time(prefill_lens, context_lens, prefix_lens) for kind in self._kinds]
             if self.range_guard is not None:
                 self.range_guard.add(seconds[0], prefill_lens, context_lens, prefix_lens)
             end = now + seconds[0]
-            if self._transfer_overhead_s:
-                end += self._transfer_overhead_s * (len(iteration.swap_out) + len(iteration.swap_in))
+            end += self._owed_s
+            self._owed_s = 0.0
             self._stages_free_at[0] = end
             if self.max_in_flight > 1:
                 end = self._through_later_stages(end, seconds, sum(prefill_lens) + len(context_lens))
@@ -136,7 +139,7 @@ class SimulatedExecutor(Executor):
 
     def predict_ends(self, iteration: Iteration, count: int, until: float) -> np.ndarray | None:
         """Ends of iterations without gaps between them, as `submit` would compute them."""
-        if self._computing or iteration.padded or self.max_in_flight > 1:
+        if self._computing or iteration.padded or self.max_in_flight > 1 or self._owed_s:
             return None
         durations = decode_times(self._kinds[0], [request.num_tokens for request in iteration.requests], count)
         if self._transfers:
