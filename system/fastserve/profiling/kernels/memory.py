@@ -12,7 +12,7 @@ from fastserve.profiling.kernels.gpus import GpuMemory
 USED_SHARE = 0.9
 """Of a GPU's memory that an engine takes, as `gpu_memory_utilization` of vLLM says."""
 RESERVED_BYTES = 2e9
-"""For activations, CUDA graphs and the CUDA context. Two recorded runs of vLLM 0.19 left 1.7 and 2.4 GB."""
+"""For activations, CUDA graphs and the CUDA context. Two recorded runs of vLLM left 1.7 and 2.4 GB."""
 BLOCK = 16
 
 FORMULA = (
