@@ -80,26 +80,20 @@ class Rows:
     def value(self, number: int, x: float) -> float:
         """What the line of this number gives at `x`, but for rounding; for numbers that seldom come twice."""
         numbers, lines = self._numbers, self._lines
-        i = bisect_right(numbers, number) - 1
-        if i < 0:
-            return lines[0].value(x)
-        if numbers[i] == number or len(lines) == 1:
-            return lines[i].value(x)
-        i = min(i, len(lines) - 2)
-        return _between(number, numbers[i], numbers[i + 1], lines[i].value(x), lines[i + 1].value(x))
+        low, high = _neighbours(numbers, number)
+        if low == high:
+            return lines[low].value(x)
+        return _between(number, numbers[low], numbers[high], lines[low].value(x), lines[high].value(x))
 
     def _make_row(self, number: int) -> Line:
-        numbers, lines = self._numbers, self._lines
-        i = bisect_right(numbers, number) - 1
-        if i < 0:
-            return lines[0]
-        if numbers[i] == number or len(lines) == 1:
-            return lines[i]
+        numbers = self._numbers
+        i, j = _neighbours(numbers, number)
+        low, high = self._lines[i], self._lines[j]
+        if i == j:
+            return low
         # Beyond the last number as between the last two, but not falling.
-        i = min(i, len(lines) - 2)
         beyond = number > numbers[-1]
-        low, high = lines[i], lines[i + 1]
-        share = (number - numbers[i]) / (numbers[i + 1] - numbers[i])
+        share = (number - numbers[i]) / (numbers[j] - numbers[i])
         at = sorted({*low.points(), *high.points()})
         if beyond:  # A point more, so that the line goes on with the slopes of both.
             at.append(2 * at[-1])
@@ -140,29 +134,37 @@ class _Mixed:
         Rows are looked up once for both contexts.
         """
         chunks = self._chunks
-        i = bisect_right(chunks, chunk) - 1
-        if i < 0:
-            return self._of_chunk(0, prefix, decodes, mean, longest, share_of_longest)
-        if chunks[i] == chunk or len(chunks) == 1:
-            return self._of_chunk(i, prefix, decodes, mean, longest, share_of_longest)
-        i = min(i, len(chunks) - 2)
+        i, j = _neighbours(chunks, chunk)
         low = self._of_chunk(i, prefix, decodes, mean, longest, share_of_longest)
-        high = self._of_chunk(i + 1, prefix, decodes, mean, longest, share_of_longest)
-        return _between(chunk, chunks[i], chunks[i + 1], low, high)
+        if i == j:
+            return low
+        high = self._of_chunk(j, prefix, decodes, mean, longest, share_of_longest)
+        return _between(chunk, chunks[i], chunks[j], low, high)
 
     def _of_chunk(
         self, index: int, prefix: int, decodes: int, mean: float, longest: float, share_of_longest: float
     ) -> float:
         prefixes, rows = self._prefixes[index], self._rows[index]
-        i = bisect_right(prefixes, prefix) - 1
-        if i < 0:
-            return _of_contexts(rows[0].row(decodes), mean, longest, share_of_longest)
-        if prefixes[i] == prefix or len(prefixes) == 1:
-            return _of_contexts(rows[i].row(decodes), mean, longest, share_of_longest)
-        i = min(i, len(prefixes) - 2)
+        i, j = _neighbours(prefixes, prefix)
         low = _of_contexts(rows[i].row(decodes), mean, longest, share_of_longest)
-        high = _of_contexts(rows[i + 1].row(decodes), mean, longest, share_of_longest)
-        return _between(prefix, prefixes[i], prefixes[i + 1], low, high)
+        if i == j:
+            return low
+        high = _of_contexts(rows[j].row(decodes), mean, longest, share_of_longest)
+        return _between(prefix, prefixes[i], prefixes[j], low, high)
+
+
+def _neighbours(numbers: list[int], number: int) -> tuple[int, int]:
+    """Positions of the measured numbers around this one: twice the same if it is measured or below all of them.
+
+    Beyond the last, those of the last two.
+    """
+    i = bisect_right(numbers, number) - 1
+    if i < 0:
+        return 0, 0
+    if numbers[i] == number or len(numbers) == 1:
+        return i, i
+    i = min(i, len(numbers) - 2)
+    return i, i + 1
 
 
 def _between(x: int, low_x: int, high_x: int, low: float, high: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -15,6 +15,7 @@ from fastserve.latency.engine_time import NO_ENGINE_TIME, EngineTime
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillCurve, PrefillFit
 from fastserve.latency.kernel_tables import Curve, KernelTables
 from fastserve.latency.measured_range import MeasuredRange
+from fastserve.latency.profile import Kind
 
 FORMAT_VERSION = 5
 """Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`
@@ -122,7 +123,7 @@ class ProfileFile(_Keys):
     context_tokens: Annotated[int, Field(ge=2, le=10**12)] | None = None
     engine_time: EngineTime = NO_ENGINE_TIME
     range: MeasuredRange | None = None
-    kind: Literal["measured kernels", "fitted", "roofline"] | None = None
+    kind: Kind | None = None
     known_error: Text | None = None
     provenance: dict[str, Any]
 

@@ -53,7 +53,7 @@ class SimulatedExecutor(Executor):
             host_link: between GPU and host memory.
             clock: a VirtualClock, or a WallClock that is slept on.
             stage_link: between consecutive stages; None: sends take no time.
-            transfer_overhead_s: of the host, added to an iteration for each transfer that starts with it.
+            transfer_overhead_s: of the host, added to an iteration for each transfer since the last one.
             number_tokens: make each token its index in the output, so that a client notices a lost or repeated one.
                 Otherwise every token is 0.
             token_ids: with `number_tokens`, use that index to pick a token from these, cyclically.
