@@ -15,11 +15,9 @@ Rates are per second of processor time, since other work may share the machine; 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from baselines.external.environment import SIMULATORS, build, python_of
+from baselines.external.peer import Answer, answer_of, write_request_file
 from fastserve.core.errors import ConfigError, FastServeError
 from harness.workload.arrivals import AT_ONCE
 from harness.workload.traces import LengthSource
@@ -45,9 +44,6 @@ SHORTEST_OUTPUT = 2
 """sched-sim cannot express an output of one token."""
 NUM_BLOCKS, BLOCK_SIZE = 100_000, 16
 CLOSE_S = 1e-9
-LAST_LINES = 10
-
-Answer = dict[str, Any]
 
 
 class MooncakeLike:
@@ -123,10 +119,7 @@ def write_requests(workload: Workload, path: Path) -> None:
     """Write the request file: our CSV format, arrivals exact in binary, outputs of at least two tokens."""
     arrivals = np.floor(workload.arrival_s * ARRIVALS_PER_S) / ARRIVALS_PER_S
     outputs = np.maximum(workload.output_tokens, SHORTEST_OUTPUT)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("prompt_tokens", "output_tokens", "arrival_s"))
-        writer.writerows(zip(workload.prompt_tokens.tolist(), outputs.tolist(), arrivals.tolist(), strict=True))
+    write_request_file(path, workload.prompt_tokens, outputs, arrivals)
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Agreement:
@@ -174,17 +167,12 @@ class Simulator:
             **more,
         }
         environment = {**os.environ, **self.variables}
-        done = subprocess.run(
+        answer = answer_of(
             [self.python, str(ROOT / "benchmarks" / self.script), str(requests), json.dumps(settings)],
-            env={key: value for key, value in environment.items() if value is not None},
-            capture_output=True,
-            text=True,
-            check=False,
+            {key: value for key, value in environment.items() if value is not None},
+            self.name,
+            f" on {case.name!r}",
         )
-        if done.returncode:
-            last = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-LAST_LINES:])
-            raise ConfigError(f"{self.name} ended with status {done.returncode} on {case.name!r}:{last}")
-        answer: Answer = json.loads(done.stdout.splitlines()[-1])
         if answer.get("preemptions"):
             raise ConfigError(f"{self.name} preempted {answer['preemptions']} times on {case.name!r}; none is expected")
         return answer

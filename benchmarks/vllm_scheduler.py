@@ -11,10 +11,8 @@ has no such thing. Both of vLLM's are run, so that its effect is seen.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from baselines.external.environment import SCHEDULERS, build, python_of
+from baselines.external.peer import Answer, answer_of, write_request_file
 from fastserve.core.config import EngineOptions
-from fastserve.core.errors import ConfigError, FastServeError
+from fastserve.core.errors import FastServeError
 from fastserve.latency import load_profile
 from fastserve.simulation import simulated_engine
 from harness.run.backends.in_process import arrivals_of
@@ -35,18 +34,6 @@ SCRIPT = "_peer_vllm_scheduler.py"
 BLOCK_SIZE = 16
 CLOSE_S = 1e-9
 """Times this close are the same: sums of the same numbers in another order."""
-LAST_LINES = 10
-
-Answer = dict[str, Any]
-
-
-def write_requests(workload: Workload, path: Path) -> None:
-    """Write the request file, arrivals exact in binary."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("prompt_tokens", "output_tokens", "arrival_s"))
-        columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_s)
-        writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def run_ours(workload: Workload, settings: dict[str, Any]) -> Answer:
@@ -77,21 +64,11 @@ def run_ours(workload: Workload, settings: dict[str, Any]) -> Answer:
 def run_vllm(python: Path, requests: Path, settings: dict[str, Any], *, async_scheduling: bool) -> Answer:
     """Run vLLM's scheduler in a process of its own. ConfigError with its last lines if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "system"), "FASTSERVE_PURE": "1"}
-    done = subprocess.run(
-        [
-            *(python, ROOT / "benchmarks" / SCRIPT, requests),
-            json.dumps({**settings, "block_size": BLOCK_SIZE, "async_scheduling": async_scheduling}),
-        ],
-        env={**environment, "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-LAST_LINES:])
-        raise ConfigError(f"vLLM's scheduler ended with status {done.returncode}:{last}")
-    answer: Answer = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    command = [
+        *(python, ROOT / "benchmarks" / SCRIPT, requests),
+        json.dumps({**settings, "block_size": BLOCK_SIZE, "async_scheduling": async_scheduling}),
+    ]
+    return answer_of(command, {**environment, "VLLM_LOGGING_LEVEL": "ERROR"}, "vLLM's scheduler")
 
 
 def first_difference(ours: Answer, theirs: Answer) -> str:
@@ -145,7 +122,7 @@ def main() -> None:
         ours = run_ours(workload, settings)
         with tempfile.TemporaryDirectory() as scratch:
             requests = Path(scratch) / "requests.csv"
-            write_requests(workload, requests)
+            write_request_file(requests, workload.prompt_tokens, workload.output_tokens, workload.arrival_s)
             answers = {
                 "vLLM Scheduler": run_vllm(python, requests, settings, async_scheduling=False),
                 "vLLM AsyncScheduler": run_vllm(python, requests, settings, async_scheduling=True),
