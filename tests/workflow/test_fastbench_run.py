@@ -32,7 +32,7 @@ from support.timelines import threads_of
 ROOT = Path(__file__).parents[2]
 PROFILE = "a100-80g/opt-13b-tp1-swifttransformer"
 SIM = ["run", "--backend", "sim", "--profile", PROFILE, "--trace", "alpaca", "--num-requests", "30"]
-QUANTITIES = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
+QUANTITIES = ("jct_s", "normalized_latency_s", "latency_per_total_token_s", "ttft_s", "tpot_s", "max_token_gap_s")
 SUMMARY_KEYS = {
     "policy", "backend", "rate", "num_requests", "seed", "finished", "failed", "duration_s", "iterations",
     "output_tokens_per_s", "preemptions", "swap_out_bytes", "swap_in_bytes", "recomputed_tokens",
@@ -49,6 +49,7 @@ class Finished:
     first_token_s: float
     finished_s: float
     output_tokens: int
+    prompt_tokens: int = 1
     tpot_s: float = math.nan
     max_token_gap_s: float = 0.0
     status: str = "finished"
@@ -77,6 +78,8 @@ def test_the_four_files_are_as_documented(tmp_path: Path) -> None:
     assert set(summary) == SUMMARY_KEYS | {"outside_profile_range", "profile_bounds_left"}
     latencies = [(row["finished_s"] - row["arrival_s"]) / row["output_tokens"] for row in requests]
     assert summary["mean_normalized_latency_s"] == pytest.approx(sum(latencies) / 30)
+    per_token = [(r["finished_s"] - r["arrival_s"]) / (r["prompt_tokens"] + r["output_tokens"]) for r in requests]
+    assert summary["mean_latency_per_total_token_s"] == pytest.approx(sum(per_token) / 30)
     assert summary["mean_jct_s"] == pytest.approx(
         sum(row["queueing_s"] + row["swapping_s"] + row["execution_s"] for row in requests) / 30
     )

@@ -27,7 +27,7 @@ BOTH, SERVED = "both", "http"
 Metric = Annotated[
     str,
     Field(
-        pattern=r"^((mean|p50|p90|p95|p99)_(jct|normalized_latency|ttft|tpot|max_token_gap)_s"
+        pattern=r"^((mean|p50|p90|p95|p99)_(jct|normalized_latency|latency_per_total_token|ttft|tpot|max_token_gap)_s"
         r"|(mean|p50|p99|max)_slowdown|(mean|p95)_normalized_latency_settled_s|mean_jct_settled_s"
         r"|(p99|max)_slowdown_settled|settled_requests|mean_(queueing|swapping|execution)_s"
         r"|slo_attainment_(0\.5|1|2)|output_tokens_per_s)$"

@@ -14,8 +14,17 @@ from harness.workload.traces.lengths import FloatArray
 if TYPE_CHECKING:
     from harness.client.answer import Exchange
 
-SUMMARIZED = ("jct_s", "normalized_latency_s", "ttft_s", "tpot_s", "max_token_gap_s")
+SUMMARIZED = ("jct_s", "normalized_latency_s", "latency_per_total_token_s", "ttft_s", "tpot_s", "max_token_gap_s")
 """Quantities for which a summary has the keys mean_, p50_, p90_, p95_ and p99_."""
+_COLUMNS = (
+    "arrival_s",
+    "first_token_s",
+    "finished_s",
+    "prompt_tokens",
+    "output_tokens",
+    "tpot_s",
+    "max_token_gap_s",
+)
 COUNTED = {
     "preemptions": "preemptions",
     "swap_out_bytes": "swap_out_bytes",
@@ -33,11 +42,11 @@ _LATE_S = 0.01
 class Summary:
     """The measured part of summary.json, in seconds, seconds a token and tokens/s; unmeasured keys are null.
 
-    `jct` is arrival to last token; `normalized_latency` is that over the output length; `ttft` is arrival to first
-    token; `tpot` is the mean time of the tokens after the first, for requests with several tokens. A quantity that more
-    than MISSING of the requests lack is null.
+    `jct` is arrival to last token; `normalized_latency` is that over the output length, `latency_per_total_token` over
+    prompt and output; `ttft` is arrival to first token; `tpot` is the mean time of the tokens after the first, for
+    requests with several tokens. A quantity that more than MISSING of the requests lack is null.
 
-    Keeps 40 bytes of each finished request: percentiles are exact, so that they need every value.
+    Keeps 48 bytes of each finished request: percentiles are exact, so that they need every value.
     """
 
     def __init__(self) -> None:
@@ -56,15 +65,15 @@ class Summary:
         finished = [row for row in rows if row.status == "finished"]
         if not finished:
             return
-        arrival, first, last, output, per_token, gap = (
-            np.array([getattr(row, name) for row in finished], dtype=float)
-            for name in ("arrival_s", "first_token_s", "finished_s", "output_tokens", "tpot_s", "max_token_gap_s")
+        arrival, first, last, prompt, output, per_token, gap = (
+            np.array([getattr(row, name) for row in finished], dtype=float) for name in _COLUMNS
         )
         self._num_finished += len(finished)
         self._output_tokens += int(output.sum())
         self._last_token_s = np.maximum(self._last_token_s, last.max())
         longer = output > 1
-        samples = (last - arrival, (last - arrival) / output, first - arrival, per_token[longer], gap[longer])
+        jct = last - arrival
+        samples = (jct, jct / output, jct / (prompt + output), first - arrival, per_token[longer], gap[longer])
         for name, values in zip(SUMMARIZED, samples, strict=True):
             self._samples[name].append(values)
 

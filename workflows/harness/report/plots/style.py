@@ -69,6 +69,7 @@ _LOG_FROM_RATIO = 20.0
 _QUANTITIES = {
     "jct_s": ("completion time", "s"),
     "normalized_latency_s": ("normalized latency", "s/token"),
+    "latency_per_total_token_s": ("latency over all tokens", "s/token of prompt and output"),
     "ttft_s": ("time to first token", "s"),
     "tpot_s": ("time per output token", "s/token"),
     "max_token_gap_s": ("longest gap between tokens", "s"),
