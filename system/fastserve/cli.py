@@ -33,7 +33,7 @@ def profile(
     config: Annotated[
         ProfileConfig,
         Taken(
-            without=("seed", "max_model_len", "host_link_gb_per_s", "prefix_caching"),
+            without=("seed", "max_model_len", "swap_space_gib_per_gpu", "host_link_gb_per_s", "prefix_caching"),
             required=("model",),
             help={"num_host_blocks": f"Cache blocks in host memory, to time transfers; {TIMED_BLOCKS} if not given."},
         ),

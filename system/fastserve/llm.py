@@ -49,6 +49,7 @@ class LLM:
             85 % of what the weights leave).
         num_host_blocks: blocks in host memory for swapped caches. None: as many as on the device (for a GPU at most
             half the host's free memory).
+        swap_space_gib_per_gpu: GiB of host memory for each rank's part of swapped caches; instead of num_host_blocks.
         max_model_len: bound on prompt + output, below the model's own.
         host_link_gb_per_s: None. Only a simulation takes the speed of its link to host memory as an option.
         prefix_caching: find a dropped cache again, as far as its blocks were not reused, instead of recomputing it.
@@ -81,6 +82,7 @@ class LLM:
         block_size: int = EngineOptions.block_size,
         num_gpu_blocks: int | None = EngineOptions.num_gpu_blocks,
         num_host_blocks: int | None = EngineOptions.num_host_blocks,
+        swap_space_gib_per_gpu: float | None = EngineOptions.swap_space_gib_per_gpu,
         max_batch_size: int = EngineOptions.max_batch_size,
         token_budget: int = EngineOptions.token_budget,
         max_model_len: int | None = EngineOptions.max_model_len,
@@ -109,6 +111,7 @@ class LLM:
             block_size,
             num_gpu_blocks,
             num_host_blocks,
+            swap_space_gib_per_gpu,
             max_model_len,
             prefix_caching=prefix_caching,
         )
@@ -128,6 +131,7 @@ class LLM:
         )
         """Texts for tokens that the tokenizer does not know."""
         parallel.layers_by_stage(self.model_config)
+        host_blocks = options.host_blocks(parallel.rank_kv_bytes_per_token(self.model_config, dtype))
         if ranks is None:
             require_device(device, parallel.world_size)
         context = min(self.model_config.max_model_len, max_model_len or self.model_config.max_model_len)
@@ -139,7 +143,7 @@ class LLM:
         self._own_ranks: RankGroup | None = None
         runner: Runner
         if parallel.world_size == 1 and ranks is None:
-            runner = self.worker = worker or self._new_worker(source, options, context, model_dir)
+            runner = self.worker = worker or self._new_worker(source, options, host_blocks, context, model_dir)
         elif worker is not None:
             raise ConfigError("a worker was given for an engine of several ranks, which have their own; leave it out")
         elif isinstance(ranks, RankGroup):
@@ -156,7 +160,7 @@ class LLM:
         try:
             cache = CacheConfig(
                 num_gpu_blocks=num_gpu_blocks or runner.num_gpu_blocks,
-                num_host_blocks=runner.num_host_blocks if num_host_blocks is None else num_host_blocks,
+                num_host_blocks=runner.num_host_blocks if host_blocks is None else host_blocks,
                 block_size=block_size,
                 bytes_per_token=self.model_config.kv_bytes_per_token(dtype),
                 prefix_caching=prefix_caching,
@@ -254,11 +258,17 @@ class LLM:
         if self._own_ranks is not None:
             self._own_ranks.close()
 
-    def _new_worker(self, source: ModelSource, options: EngineOptions, context: int, model_dir: Path | None) -> Worker:
+    def _new_worker(
+        self,
+        source: ModelSource,
+        options: EngineOptions,
+        num_host_blocks: int | None,
+        context: int,
+        model_dir: Path | None,
+    ) -> Worker:
         """Make a worker for the whole model, with pools of the sizes asked for, or of those that fit."""
         model, device, dtype = self.model_config, source.device, source.dtype
         num_gpu_blocks = options.num_gpu_blocks or default_num_blocks(model, options, device, dtype)
-        num_host_blocks = options.num_host_blocks
         if num_host_blocks is None:
             num_host_blocks = default_num_host_blocks(model, num_gpu_blocks, options.block_size, device, dtype)
         return Worker(

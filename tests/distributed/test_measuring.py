@@ -1,6 +1,8 @@
 """What ranks measure: stages by themselves, messages between ranks, copies; and that it leaves no trace."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,14 @@ def test_each_stage_is_timed_by_itself_and_then_works_with_the_others_again(rank
         assert len(seconds) == ranks.config.parallel.pipeline_parallel_size
         assert all(0 < each < 10 for each in seconds)
     assert ranks.execute(PROMPTS, GREEDY) == before
+
+
+def test_the_rank_with_the_largest_part_says_how_many_blocks_a_swap_space_holds(tmp_path: Path) -> None:
+    save_model("opt", tmp_path, num_layers=4)
+    space: dict[str, Any] = {"num_host_blocks": None, "swap_space_gib_per_gpu": 2**-10}
+    with rank_group(tmp_path, 1, 2, stage_layers=(1, 3), num_gpu_blocks=40, timeout_s=60.0, **space) as group:
+        part = group.block_size * group.model_config.kv_bytes_per_token("float32") * 3 // 4
+        assert group.num_host_blocks == 2**20 // part > 0
 
 
 def test_the_channel_is_what_the_slowest_stage_leaves(ranks: RankGroup) -> None:

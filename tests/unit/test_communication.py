@@ -175,6 +175,17 @@ def test_a_file_gives_back_what_was_written(profile: Profile, tmp_path: Path) ->
     assert json.loads(path.read_text())["format_version"] == 4
 
 
+def test_a_file_says_the_largest_part_of_a_cache_where_parts_differ(tmp_path: Path) -> None:
+    profile = profile_of(LINE, 1, 2)
+    equal = replace(profile, largest_kv_bytes_per_token=profile.kv_bytes_per_token // 2)
+    assert equal == profile
+    assert equal.to_json() == profile.to_json()
+    uneven, path = replace(profile, largest_kv_bytes_per_token=600_000), tmp_path / "own.json"
+    uneven.save(path)
+    assert json.loads(path.read_text())["format_version"] == 6
+    assert load_profile(str(path)).rank_kv_bytes_per_token == 600_000
+
+
 def test_what_older_versions_can_say_is_written_so_that_they_can_read_it() -> None:
     two_stages = profile_of(LINE, 2, 2)
     assert two_stages.to_json()["format_version"] == 2
@@ -190,7 +201,9 @@ def test_what_older_versions_can_say_is_written_so_that_they_can_read_it() -> No
         ("later_stages", [{"prefill": {}}], r"later_stages\[0\]\.prefill\.constant is missing"),
         ("later_stages", [{"prefill": {"constant": 0, "per_token": 0, "per_token_squared": 0}, "decode": []}],
          r"later_stages\[0\].decode must be a list with at least 1 entry, got \[\]"),
-        ("format_version", 6, "format_version must be an integer of at most 5, got 6"),
+        ("format_version", 7, "format_version must be an integer of at most 6, got 7"),
+        ("kv_cache", {"capacity_tokens": 64, "bytes_per_token": 100, "largest_bytes_per_token": 24},
+         "kv_cache.largest_bytes_per_token is 24; the largest of 4 GPUs' parts of a token's 100 bytes is at least 25"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_refused(part: str, wrong: Any, message: str, tmp_path: Path) -> None:

@@ -59,12 +59,22 @@ def test_any_end_of_sequence_token_ends_a_text() -> None:
         ({"device": "abacus"}, "abacus"),
         ({"num_gpu_blocks": 10**9}, "lower num_"),
         ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"swap_space_gib_per_gpu": 1.0}, "num_host_blocks=64 and swap_space_gib_per_gpu=1 both say"),
+        ({"num_host_blocks": None, "swap_space_gib_per_gpu": 10**6}, "or swap_space_gib_per_gpu"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         LLM(**({"model": "opt-tiny", **SMALL} | arguments))
     assert message in str(caught.value)
+
+
+def test_the_host_pool_takes_the_swap_space_given() -> None:
+    with LLM("opt-tiny", **SMALL | {"num_host_blocks": None, "swap_space_gib_per_gpu": 0.01}) as llm:
+        assert llm.worker is not None
+        blocks, pool = llm.engine.kv.config.num_host_blocks, llm.worker.host_cache
+        assert len(pool) == blocks
+        assert pool.nbytes <= 0.01 * 2**30 < pool.nbytes + pool[0].nbytes
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:

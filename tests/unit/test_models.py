@@ -231,7 +231,7 @@ def huge() -> ModelConfig:
             preset("opt-tiny"),
             {"num_gpu_blocks": 10**9},
             r"model opt-tiny in float32 with 1000000000 GPU blocks .* needs .* GiB, but cpu has .* GiB available; "
-            r"lower num_gpu_blocks or num_host_blocks",
+            r"lower num_gpu_blocks or num_host_blocks \(or swap_space_gib_per_gpu\)",
         ),
         (preset("opt-tiny"), {"num_host_blocks": 10**9}, "1000000000 host blocks"),
         (huge(), {}, "model huge"),

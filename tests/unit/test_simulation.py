@@ -1,14 +1,17 @@
 """What a simulation takes from its profile, and what the options replace."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from fastserve.core.config import EngineOptions
 from fastserve.core.errors import ConfigError
+from fastserve.core.parallel import ParallelConfig
+from fastserve.core.presets import preset
 from fastserve.core.request import Request, SamplingParams
 from fastserve.engine import Arrival, EngineView, FinishedTransfer, Observer
-from fastserve.latency import EngineTime, load_profile
+from fastserve.latency import EngineTime, Profile, load_profile
 from fastserve.scheduler import Iteration
 from fastserve.simulation import simulated_engine
 
@@ -54,6 +57,70 @@ def test_a_machine_is_not_told_its_link() -> None:
     llm = pytest.importorskip("fastserve.llm")
     with pytest.raises(ConfigError, match=r"host_link_gb_per_s=16\.0: for simulations only.*leave it out"):
         llm.LLM("opt-125m", load_format="dummy", host_link_gb_per_s=16.0)
+
+
+def host_tokens(profile: Profile, options: EngineOptions | None = None) -> int:
+    cache = simulated_engine(profile, "fastserve-fcfs", {}, options).kv.config
+    return cache.num_host_blocks * cache.block_size
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("a100-40g/opt-13b-tp1", 73_392),
+        ("a100-40g/opt-66b-tp4", 101_936),
+        ("a100-40g/opt-66b-tp2-pp2", 101_936),
+        ("a100-40g/opt-175b-tp8-pp2", 203_888),
+    ],
+)
+def test_every_gpu_swaps_to_56_gib_of_its_own(name: str, tokens: int) -> None:
+    """The artifact's numbers: a model on more GPUs has more host memory."""
+    assert host_tokens(load_profile(name)) == tokens
+
+
+@pytest.mark.parametrize("gib", [0.5, 16, 32.0])
+def test_the_swap_space_of_a_gpu_is_an_option(gib: float) -> None:
+    profile = load_profile("a100-40g/opt-66b-tp4")
+    tokens = host_tokens(profile, EngineOptions(swap_space_gib_per_gpu=gib))
+    part = profile.kv_bytes_per_token / 4
+    assert gib * 2**30 / part - 16 < tokens <= gib * 2**30 / part
+
+
+def test_the_gpu_with_the_largest_part_is_full_first() -> None:
+    model, profile = preset("opt-13b"), load_profile("a100-40g/opt-66b-tp2-pp2")
+    parallel = ParallelConfig(1, 2, (10, 30))
+    uneven = dataclasses.replace(
+        profile,
+        tensor_parallel_size=1,
+        kv_bytes_per_token=model.kv_bytes_per_token(),
+        largest_kv_bytes_per_token=parallel.rank_kv_bytes_per_token(model, "float16"),
+    )
+    assert host_tokens(uneven, EngineOptions(swap_space_gib_per_gpu=1)) == 2**30 * 4 // (3 * 819_200) // 16 * 16
+
+
+def test_kv_heads_that_shards_share_are_on_each_of_them() -> None:
+    model = dataclasses.replace(preset("llama-3-8b"), num_kv_heads=2)
+    whole = model.kv_bytes_per_token("float16")
+    assert [ParallelConfig(tp).rank_kv_bytes_per_token(model, "float16") for tp in (1, 2, 8)] == [
+        whole,
+        whole // 2,
+        whole // 2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"swap_space_gib_per_gpu": 0}, "swap_space_gib_per_gpu must be a finite number above 0, got 0"),
+        (
+            {"swap_space_gib_per_gpu": 2.5, "num_host_blocks": 7},
+            "num_host_blocks=7 and swap_space_gib_per_gpu=2.5 both say how large the host pool is; give one of them",
+        ),
+    ],
+)
+def test_a_swap_space_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineOptions(**options)
 
 
 @pytest.mark.parametrize(("policy", "swap"), [("fastserve-fcfs", "reactive"), ("fastserve", "proactive")])

@@ -66,6 +66,7 @@ SETTINGS = (
     "block_size",
     "num_gpu_blocks",
     "num_host_blocks",
+    "swap_space_gib_per_gpu",
     "max_model_len",
     "swap",
 )

@@ -164,6 +164,13 @@ class EngineOptions:
         None, "Cache blocks on the device.", Integer(1), show_default="for a full batch of full contexts"
     )
     num_host_blocks: int | None = option(None, "Cache blocks in host memory.", Integer(0))
+    swap_space_gib_per_gpu: float | None = option(
+        None,
+        "GiB (2**30 bytes) of host memory that each GPU swaps its part of a cache to; instead of num_host_blocks.",
+        Positive(),
+        show_default="56 in simulations, as the artifact's scripts",
+    )
+    """Of each rank, where ranks are processes on a CPU."""
     max_model_len: int | None = option(None, "Longest prompt + output in tokens.", Integer(2))
     """A real engine is bounded by its model as well, a simulation is not."""
     host_link_gb_per_s: float | None = option(
@@ -176,6 +183,21 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.num_host_blocks is not None and self.swap_space_gib_per_gpu is not None:
+            raise ConfigError(
+                f"num_host_blocks={self.num_host_blocks} and swap_space_gib_per_gpu={self.swap_space_gib_per_gpu:g} "
+                "both say how large the host pool is; give one of them"
+            )
+
+    def host_blocks(self, rank_bytes_per_token: int) -> int | None:
+        """Blocks of the host pool that were asked for; None if neither option says.
+
+        `rank_bytes_per_token` is what a token's cache takes on the rank with the largest part of it, whose space is
+        the first to be full.
+        """
+        if self.swap_space_gib_per_gpu is None:
+            return self.num_host_blocks
+        return int(self.swap_space_gib_per_gpu * 2**30 // (self.block_size * rank_bytes_per_token))
 
     def scheduler_config(self, pipeline_depth: int = 1) -> SchedulerConfig:
         """Return the limits that the scheduler obeys."""

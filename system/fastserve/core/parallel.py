@@ -68,6 +68,11 @@ class ParallelConfig:
             )
         return self.stage_layers
 
+    def rank_kv_bytes_per_token(self, model: ModelConfig, dtype: str) -> int:
+        """Bytes of key and value cache one token takes on the rank with the largest part of it."""
+        ranks = range(0, self.world_size, self.tensor_parallel_size)  # The shards of a stage have equal parts.
+        return max([self.place(rank, model).kv_bytes_per_token(model, dtype) for rank in ranks])
+
     def place(self, rank: int, model: ModelConfig) -> Place:
         """The part of `model` that `rank` holds. ConfigError if the model cannot be divided so."""
         layers = self.layers_by_stage(model)

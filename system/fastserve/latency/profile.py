@@ -46,6 +46,7 @@ class Profile:
     kv_capacity_tokens: int
     """Tokens of KV cache that fit beside the weights, over all GPUs."""
     kv_bytes_per_token: int
+    """Of one token's cache, over all GPUs."""
     host_link: HostLink
     provenance: dict[str, Any]
     """Source, date, residuals and assumptions, as in the file."""
@@ -65,9 +66,20 @@ class Profile:
     """Where the times come from; None in files that do not say."""
     known_error: str | None = None
     """How far the times were found to be from measured ones, and which; None: not known."""
+    largest_kv_bytes_per_token: int | None = None
+    """Of one token's cache on the GPU with the largest part; None: the GPUs have equal parts."""
 
     def __post_init__(self) -> None:
         require_int("pipeline_parallel_size", self.pipeline_parallel_size, 1)
+        if self.largest_kv_bytes_per_token == self._equal_kv_part:
+            object.__setattr__(self, "largest_kv_bytes_per_token", None)
+        largest = self.largest_kv_bytes_per_token
+        if largest is not None and not self._equal_kv_part <= largest <= self.kv_bytes_per_token:
+            raise ConfigError(
+                f"profile {self.name}: kv_cache.largest_bytes_per_token is {largest}; the largest of "
+                f"{self.tensor_parallel_size * self.pipeline_parallel_size} GPUs' parts of a token's "
+                f"{self.kv_bytes_per_token} bytes is at least {self._equal_kv_part} and at most all of them"
+            )
         if self.context_tokens is not None:
             require_int(f"profile {self.name}: context_tokens", self.context_tokens, 2)
         if (self.stage_link is None) != (self.pipeline_parallel_size == 1):
@@ -96,6 +108,15 @@ class Profile:
             )
         if isinstance(self.stage, KernelLatency):
             raise ConfigError(f"profile {self.name}: all_reduce is given with kernel tables, which contain it")
+
+    @property
+    def rank_kv_bytes_per_token(self) -> int:
+        """Bytes that one token's cache takes on the GPU with the largest part."""
+        return self.largest_kv_bytes_per_token or self._equal_kv_part
+
+    @property
+    def _equal_kv_part(self) -> int:
+        return -(-self.kv_bytes_per_token // (self.tensor_parallel_size * self.pipeline_parallel_size))
 
     @property
     def stages(self) -> tuple[LatencyModel, ...]:
@@ -137,7 +158,7 @@ class Profile:
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
             **_first_stage_to_json(self.stage),
-            "kv_cache": {"capacity_tokens": self.kv_capacity_tokens, "bytes_per_token": self.kv_bytes_per_token},
+            "kv_cache": self._kv_cache_to_json(),
             "host_link": asdict(self.host_link),
             "stage_link": _stage_link_to_json(self.stage_link) if self.stage_link else None,
         }
@@ -157,8 +178,16 @@ class Profile:
             content["known_error"] = self.known_error
         return content | {"provenance": self.provenance}
 
+    def _kv_cache_to_json(self) -> dict[str, int]:
+        whole = {"capacity_tokens": self.kv_capacity_tokens, "bytes_per_token": self.kv_bytes_per_token}
+        if self.largest_kv_bytes_per_token is None:
+            return whole
+        return whole | {"largest_bytes_per_token": self.largest_kv_bytes_per_token}
+
     @property
     def _format_version(self) -> int:
+        if self.largest_kv_bytes_per_token is not None:
+            return 6
         if (
             isinstance(self.stage, KernelLatency)
             or self.engine_time.source != "none"
@@ -217,6 +246,7 @@ def _parse(name: str, content: str) -> Profile:
         stage=stage,
         kv_capacity_tokens=data.kv_cache.capacity_tokens,
         kv_bytes_per_token=data.kv_cache.bytes_per_token,
+        largest_kv_bytes_per_token=data.kv_cache.largest_bytes_per_token,
         host_link=data.host_link,
         provenance=data.provenance,
         stage_link=data.stage_link,

@@ -17,10 +17,11 @@ from fastserve.latency.kernel_tables import Curve, KernelTables
 from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Kind
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Version 1 had no `stage_link` and one stage only, version 2 no `curve`, version 3 no `later_stages`, no `all_reduce`
-and no `rendezvous`, version 4 no `kernels`, `engine_time`, `range`, `kind` and `known_error`; their files are still
-read. A profile is written in the lowest version, from 2 on, that can say it.
+and no `rendezvous`, version 4 no `kernels`, `engine_time`, `range`, `kind` and `known_error`, version 5 no
+`largest_bytes_per_token`; their files are still read. A profile is written in the lowest version, from 2 on, that can
+say it.
 """
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -91,6 +92,7 @@ class _Stage(_Keys):
 class _KVCache(_Keys):
     capacity_tokens: Count
     bytes_per_token: Count
+    largest_bytes_per_token: Count | None = None
 
 
 def _check_dtype(dtype: str) -> str:

@@ -175,6 +175,7 @@ def _measure_ranks(config: ProfileConfig, model: ModelConfig, name: str, begin: 
         kind="fitted",
         kv_capacity_tokens=blocks * engine.block_size,
         kv_bytes_per_token=model.kv_bytes_per_token(dtype),
+        largest_kv_bytes_per_token=parallel.rank_kv_bytes_per_token(model, dtype),
         host_link=link,
         provenance=_provenance(config)
         | {

@@ -230,7 +230,10 @@ def _pools(cache: CacheConfig, given: EngineOptions) -> str:
         f"{blocks:,} blocks ({_size(blocks * cache.block_bytes)}) {where}"
         for blocks, where in ((cache.num_gpu_blocks, "on the device"), (cache.num_host_blocks, "in host memory"))
     ]
-    unset = [f"--set {name}=N" for name in ("num_gpu_blocks", "num_host_blocks") if getattr(given, name) is None]
+    chosen = {"num_gpu_blocks": given.num_gpu_blocks, "num_host_blocks": given.num_host_blocks}
+    if given.swap_space_gib_per_gpu is not None:
+        del chosen["num_host_blocks"]
+    unset = [f"--set {name}=N" for name, value in chosen.items() if value is None]
     why = f"; sized by the free memory, {' and '.join(unset)} to choose" if unset else ""
     return f"KV cache: {' and '.join(sizes)}, of {cache.block_size} tokens each{why}"
 

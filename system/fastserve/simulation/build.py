@@ -15,8 +15,8 @@ from fastserve.policies.discovery import make_scheduler
 from fastserve.simulation.executor import SimulatedExecutor
 from fastserve.simulation.range_guard import RangeGuard
 
-HOST_SWAP_BYTES = 56_000_000_000
-"""Host memory for swapped caches if `num_host_blocks` is not set: 56 GB, as in the artifact."""
+SWAP_SPACE_GIB_PER_GPU = 56.0
+"""Host memory that each GPU swaps to if the options do not say, as in the artifact's scripts."""
 
 
 def simulated_engine(
@@ -43,10 +43,13 @@ def simulated_engine(
         ConfigError: an unknown policy or option.
     """
     options = options or EngineOptions()
-    block_bytes = options.block_size * profile.kv_bytes_per_token
+    if options.num_host_blocks is None and options.swap_space_gib_per_gpu is None:
+        options = dataclasses.replace(options, swap_space_gib_per_gpu=SWAP_SPACE_GIB_PER_GPU)
+    num_host_blocks = options.host_blocks(profile.rank_kv_bytes_per_token)
+    assert num_host_blocks is not None
     cache = CacheConfig(
-        num_gpu_blocks=_or_default(options.num_gpu_blocks, profile.kv_capacity_tokens // options.block_size),
-        num_host_blocks=_or_default(options.num_host_blocks, HOST_SWAP_BYTES // block_bytes),
+        num_gpu_blocks=options.num_gpu_blocks or profile.kv_capacity_tokens // options.block_size,
+        num_host_blocks=num_host_blocks,
         block_size=options.block_size,
         bytes_per_token=profile.kv_bytes_per_token,
         prefix_caching=options.prefix_caching,
@@ -72,7 +75,3 @@ def simulated_engine(
     engine = Engine(scheduler, executor, kv, clock, max_model_len=options.max_model_len)
     engine.jumps = not real_time  # A jump would report many tokens at once.
     return engine
-
-
-def _or_default(value: int | None, default: int) -> int:
-    return default if value is None else value

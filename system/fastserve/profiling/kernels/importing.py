@@ -72,6 +72,7 @@ def import_profile(
         stage_link=read.stage_link,
         kv_capacity_tokens=cache_tokens(model, places, read.gpu, read.dtype),
         kv_bytes_per_token=model.kv_bytes_per_token(read.dtype),
+        largest_kv_bytes_per_token=parallel.rank_kv_bytes_per_token(model, read.dtype),
         host_link=HostLink(read.gpu.host_link_bytes_per_s * parallel.world_size, _PCIE_LATENCY_S),
         provenance=provenance,
         context_tokens=model.max_model_len,

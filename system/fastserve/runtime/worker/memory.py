@@ -43,7 +43,7 @@ def require_room(what: str, size: int, device: torch.device) -> None:
     if size > available:
         raise ConfigError(
             f"{what} needs {size / 2**30:.2f} GiB, but {device} has {available / 2**30:.2f} GiB available; "
-            "lower num_gpu_blocks or num_host_blocks, or choose a smaller model or dtype"
+            "lower num_gpu_blocks or num_host_blocks (or swap_space_gib_per_gpu), or choose a smaller model or dtype"
         )
 
 
@@ -75,7 +75,8 @@ def pinned_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     if error != runtime.cudaError.success:
         raise ConfigError(
             f"cannot page-lock {size / 2**30:.2f} GiB of host memory for swapped caches "
-            f"({runtime.cudaGetErrorString(error)}); lower num_host_blocks"
+            f"({runtime.cudaGetErrorString(error)}); lower num_host_blocks or "
+            "swap_space_gib_per_gpu"
         )
     memory.unlock = partial(runtime.cudaHostUnregister, tensor.data_ptr())
     return tensor

@@ -82,7 +82,8 @@ class RankGroup:
             self._require_equal("model", lambda peer: room[peer.rank].fields["digest"], digest)
             self.num_gpu_blocks = config.engine.num_gpu_blocks or min(message.fields["gpu_blocks"] for message in room)
             least = min(message.fields["host_blocks"] for message in room)
-            wanted = config.engine.num_host_blocks
+            part = config.parallel.rank_kv_bytes_per_token(self.model_config, config.source.dtype)
+            wanted = config.engine.host_blocks(part)
             self.num_host_blocks = least if wanted is None else wanted
             for peer in self._peers:
                 self._tell(peer, "load", gpu_blocks=self.num_gpu_blocks, host_blocks=self.num_host_blocks)
