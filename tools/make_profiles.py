@@ -32,6 +32,8 @@ from _kernel_profiles import (
     parts_table,
 )
 
+from fastserve.core.config import ModelConfig
+from fastserve.core.parallel import ParallelConfig
 from fastserve.core.presets import preset
 from fastserve.latency.calibration import (
     CHECKED_SHAPES,
@@ -43,9 +45,10 @@ from fastserve.latency.calibration import (
 from fastserve.latency.communication import HostLink, StageLink
 from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.gpus import A100_40G, A100_80G, RatedGpu
 from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Profile, list_profiles, load_profile
-from fastserve.latency.roofline import A100_40G, A100_80G, Calibration, Gpu, predict, transfer
+from fastserve.latency.roofline import Calibration, predict, transfer
 
 TARGET = Path(__file__).parents[1] / "system/fastserve/latency/profiles"
 ENGINES = ("swifttransformer", "vllm")
@@ -69,13 +72,11 @@ PUBLISHED_CAPACITY = {
     ("opt-175b", 8, 2): 192_784,
 }
 """KV cache in tokens on A100-80GB from DistServe's table, by model, tensor- and pipeline-parallel size."""
-USABLE_BYTES = {A100_80G: 79.6e9, A100_40G: 0.9 * A100_40G.memory_bytes}
-USABLE_REASON = {
-    A100_80G: "79.6 GB usable a GPU, as the published capacities imply",
-    A100_40G: "0.9 of 40 GB usable a GPU, as FastServe's artifact sets",
-}
-"""Bytes of a GPU for weights and cache. For 80 GB, both published one-stage capacities imply about the same: 79.9e9
-bytes (OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
+USABLE_BYTES_80G = 79.6e9
+"""Bytes of an A100-80GB for weights and cache: both published one-stage capacities imply about the same, 79.9e9 bytes
+(OPT-13B TP1) and 79.3e9 (OPT-66B TP4)."""
+ARTIFACT_SHARES = (0.9, 0.01)
+"""Of a GPU's memory, what the artifact takes, and what of it is for activations."""
 ENGINE_TIME = Path(__file__).parents[1] / "workflows/data/artifact_engine_time.json"
 """The own time of the artifact's engine, which tools/fit_engine_time.py fits."""
 ARTIFACT = (
@@ -246,7 +247,7 @@ def _divided(whole: FittedLatency, num_stages: int) -> FittedLatency:
     return FittedLatency(prefill, decode)
 
 
-def _of_measured(fit: Profile, gpu: Gpu, num_stages: int, calibration: Calibration) -> dict:
+def _of_measured(fit: Profile, gpu: RatedGpu, num_stages: int, calibration: Calibration) -> dict:
     provenance = {
         "source": f"{SOURCE}: {fit.name}",
         "method": "the measured fit",
@@ -314,18 +315,39 @@ def _profile(folder: str, engine: str, model: str, tp: int, pp: int, stage: Fitt
     )
 
 
-def _capacity(gpu: Gpu, model: str, tp: int, pp: int) -> tuple[int, str]:
+def _capacity(gpu: RatedGpu, model: str, tp: int, pp: int) -> tuple[int, str]:
     """Tokens of the cache, and where the number comes from."""
     config, num_gpus = preset(model), tp * pp
-    published = PUBLISHED_CAPACITY.get((model, tp, pp)) if gpu is A100_80G else None
+    if gpu is A100_40G:
+        return artifact_cache_tokens(config, tp, pp), (
+            f"by the artifact's formula: {ARTIFACT_SHARES[0]} less {ARTIFACT_SHARES[1]} of "
+            f"{gpu.memory_bytes / 1e9:.1f} GB, less the weights that it counts on a GPU (docs/calibration.md)"
+        )
+    published = PUBLISHED_CAPACITY.get((model, tp, pp))
     if published is not None:
         return published, "published with DistServe (OSDI'24)"
-    bytes_per_token = config.kv_bytes_per_token("float16")
-    free = USABLE_BYTES[gpu] * num_gpus - 2 * config.num_parameters()
-    source = f"estimated: {USABLE_REASON[gpu]}"
-    if gpu is not A100_80G:
-        source += f"; {num_gpus} GPUs' less 2 bytes a weight, over {bytes_per_token} bytes a token"
-    return int(free / bytes_per_token) // BLOCK * BLOCK, source
+    free = USABLE_BYTES_80G * num_gpus - 2 * config.num_parameters()
+    tokens = int(free / config.kv_bytes_per_token("float16")) // BLOCK * BLOCK
+    return tokens, "estimated: 79.6 GB usable a GPU, as the published capacities imply"
+
+
+def artifact_weight_bytes(config: ModelConfig, tp: int, pp: int) -> float:
+    """Bytes of weights in fp16 that the artifact counts on every GPU, whatever the architecture.
+
+    Embeddings of tokens and positions are on each, 12 matrices of hidden x hidden a layer are shared by the shards,
+    and 5 vectors a layer are not. That is OPT; a Llama's larger MLP is not seen.
+    """
+    hidden, layers = config.hidden_size, config.num_layers / pp
+    embeddings = (config.vocab_size + config.max_model_len) * hidden
+    return 2 * (embeddings + layers * (12 * hidden**2 / tp + 5 * hidden))
+
+
+def artifact_cache_tokens(config: ModelConfig, tp: int, pp: int) -> int:
+    """Tokens of cache that the artifact's workers find room for on A100-40GBs, in whole blocks."""
+    taken, of_activations = ARTIFACT_SHARES
+    free = (taken - of_activations) * A100_40G.memory_bytes - artifact_weight_bytes(config, tp, pp)
+    part = ParallelConfig(tp, pp).rank_kv_bytes_per_token(config, "float16")
+    return int(free / part) // BLOCK * BLOCK
 
 
 def error_table(measured: dict[tuple[str, str, int], Profile]) -> list[str]:

@@ -12,7 +12,8 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, Profile, StageLink, list_profiles, load_profile
 from fastserve.latency.calibration import calibrate, relative_errors
-from fastserve.latency.roofline import A100_40G, A100_80G, LARGE_BATCH, Calibration, predict, transfer
+from fastserve.latency.gpus import A100_40G, A100_80G
+from fastserve.latency.roofline import LARGE_BATCH, Calibration, predict, transfer
 
 PEAK = Calibration(weight_read=1.0, kv_read=1.0, decode_flops=1.0, prefill_flops=1.0, attention_flops=1.0)
 OVERHEADS = Calibration(layer_overhead_s=1e-4, small_all_reduce_s=1e-5, step_overhead_s=2e-3, dispatch_overhead_s=9e-3)

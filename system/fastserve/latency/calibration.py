@@ -11,9 +11,10 @@ from fastserve.core.errors import ConfigError
 from fastserve.core.presets import preset
 from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.fitting import Shape
+from fastserve.latency.gpus import A100_80G, RatedGpu
 from fastserve.latency.measured_range import MeasuredRange
 from fastserve.latency.profile import Profile
-from fastserve.latency.roofline import A100_80G, Calibration, Gpu, predict
+from fastserve.latency.roofline import Calibration, predict
 
 FITTED_SHAPES: tuple[Shape, ...] = (
     *(((length,), ()) for length in (64, 128, 256, 512, 1024, 2048)),
@@ -33,7 +34,7 @@ CHECKED_SHAPES: tuple[Shape, ...] = (
 _OWN_OF_VLLM = ("kv_read", "decode_flops", "prefill_flops", "step_overhead_s", "dispatch_overhead_s")
 
 
-def calibrate(measured: Iterable[Profile], gpu: Gpu = A100_80G) -> dict[str, Calibration]:
+def calibrate(measured: Iterable[Profile], gpu: RatedGpu = A100_80G) -> dict[str, Calibration]:
     """Calibration of each engine, `swifttransformer` and `vllm`, on profiles measured on `gpu`.
 
     Both run on the same GPUs, so the weights read, the overhead of a layer, the all-reduce and the attention of prompts
@@ -55,7 +56,7 @@ def calibrate(measured: Iterable[Profile], gpu: Gpu = A100_80G) -> dict[str, Cal
 
 
 def relative_errors(
-    profile: Profile, calibration: Calibration, shapes: Iterable[Shape] = CHECKED_SHAPES, gpu: Gpu = A100_80G
+    profile: Profile, calibration: Calibration, shapes: Iterable[Shape] = CHECKED_SHAPES, gpu: RatedGpu = A100_80G
 ) -> list[float]:
     """Predicted over measured time less one, for each shape."""
     predicted = predict(preset(profile.model), gpu, calibration, profile.tensor_parallel_size)
@@ -82,7 +83,7 @@ def difference_as_engine_time(slower: Profile, faster: Profile) -> EngineTime:
     return EngineTime(per_iteration_s, per_request_s, per_token_s, source="fitted")
 
 
-def _fit(profiles: list[Profile], gpu: Gpu, known: Mapping[str, float]) -> Calibration:
+def _fit(profiles: list[Profile], gpu: RatedGpu, known: Mapping[str, float]) -> Calibration:
     """Non-negative least squares on relative errors over `FITTED_SHAPES`, for what is not `known`."""
     from scipy.optimize import nnls
 

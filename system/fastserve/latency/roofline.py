@@ -27,6 +27,7 @@ from fastserve.core.checks import require_int
 from fastserve.core.config import ModelConfig, dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.latency.fitted import DecodeFit, FittedLatency, PrefillFit
+from fastserve.latency.gpus import RatedGpu
 
 LARGE_BATCH = 95
 """Decode batch from which requests cost their arithmetic in full; the threshold of the measured fits."""
@@ -35,23 +36,6 @@ _NUMBER = dtype_bytes("float16")
 _ALL_REDUCE = {2: (45e-6, 6.13e-6), 4: (60e-6, 8.46e-6), 8: (81e-6, 9.85e-6)}
 """Seconds, and seconds a MiB, of an all-reduce over this many A100s of a node with NVLink: medians of the profiles
 published with Vidur (MLSys'24, MIT), from 1 MiB up. Between the sizes: linear in the logarithm."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A GPU as its vendor describes it."""
-
-    name: str
-    memory_bytes: float
-    bandwidth_bytes_per_s: float
-    flops_per_s: float
-    """Dense fp16 peak."""
-    host_link_bytes_per_s: float
-    """Achieved in one direction, not nominal."""
-
-
-A100_40G = Gpu("NVIDIA A100-SXM4-40GB", 40e9, 1.555e12, 312e12, 25e9)
-A100_80G = Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2.04e12, 312e12, 25e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +59,7 @@ class Calibration:
 
 def predict(
     config: ModelConfig,
-    gpu: Gpu,
+    gpu: RatedGpu,
     calibration: Calibration,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
@@ -124,8 +108,8 @@ def transfer(
     config: ModelConfig,
     calibration: Calibration,
     tensor_parallel_size: int,
-    source: Gpu,
-    target: Gpu,
+    source: RatedGpu,
+    target: RatedGpu,
 ) -> FittedLatency:
     """A fit measured on `source` (one stage) for `target`, a GPU that differs from it in memory bandwidth only.
 
@@ -148,7 +132,7 @@ def transfer(
     )
 
 
-def _weight_read_time(config: ModelConfig, gpu: Gpu, calibration: Calibration, num_gpus: int) -> float:
+def _weight_read_time(config: ModelConfig, gpu: RatedGpu, calibration: Calibration, num_gpus: int) -> float:
     num_bytes = _NUMBER * _read_parameters(config) / num_gpus
     return calibration.weight_read * num_bytes / gpu.bandwidth_bytes_per_s
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.latency.communication import StageLink
+from fastserve.latency.gpus import Gpu
 from fastserve.latency.kernel_tables import KernelTables
-from fastserve.profiling.kernels.gpus import GpuMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class ImportedKernels:
 
     stages: tuple[KernelTables, ...]
     """From the first."""
-    gpu: GpuMemory
+    gpu: Gpu
     engine: str
     """Whose kernels they are, with its version."""
     dtype: str

@@ -16,9 +16,9 @@ import yaml
 from fastserve.core.config import ModelConfig
 from fastserve.core.errors import ConfigError
 from fastserve.core.presets import PRESETS
+from fastserve.latency.gpus import gpu_called
 from fastserve.latency.kernel_tables import Curve, KernelTables
 from fastserve.profiling.kernels.curves import check_unit, curve
-from fastserve.profiling.kernels.gpus import gpu_called
 from fastserve.profiling.kernels.imported import ImportedKernels
 from fastserve.profiling.kernels.rows import Row, read_rows
 

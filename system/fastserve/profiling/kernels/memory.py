@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastserve.core.config import ModelConfig, dtype_bytes
 from fastserve.core.errors import ConfigError
 from fastserve.core.parallel import Place
-from fastserve.profiling.kernels.gpus import GpuMemory
+from fastserve.latency.gpus import Gpu
 
 USED_SHARE = 0.9
 """Of a GPU's memory that an engine takes, as `gpu_memory_utilization` of vLLM says."""
@@ -21,7 +21,7 @@ FORMULA = (
 )
 
 
-def cache_tokens(model: ModelConfig, places: Sequence[Place], gpu: GpuMemory, dtype: str) -> int:
+def cache_tokens(model: ModelConfig, places: Sequence[Place], gpu: Gpu, dtype: str) -> int:
     """Tokens of KV cache by `FORMULA`; `places` are one shard of each stage. ConfigError if not even one block fits."""
     least = None
     for place in places:

@@ -10,7 +10,7 @@ import yaml
 
 from fastserve.core.errors import ConfigError
 from fastserve.latency.communication import StageLink
-from fastserve.profiling.kernels.gpus import GpuMemory
+from fastserve.latency.gpus import Gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class System:
         """Seconds of an operation that moves so many bytes, estimated: these tables hold none."""
         return self.operation_latency_s + num_bytes / (self.memory_bandwidth * self.bandwidth_factor)
 
-    def gpu(self, name: str, memory_gb: float | None) -> GpuMemory:
+    def gpu(self, name: str, memory_gb: float | None) -> Gpu:
         """The GPU, with `memory_gb` in 1e9 bytes instead of the file's if given."""
         memory = self.memory_bytes if memory_gb is None else memory_gb * 1e9
-        return GpuMemory(name, memory, self.pcie_bandwidth)
+        return Gpu(name, memory, self.pcie_bandwidth)
 
     def stage_link(self, num_gpus: int, bytes_per_token: int) -> StageLink:
         """Between two stages of a model on so many GPUs: within a node if they fit one."""
