@@ -1,14 +1,17 @@
 """Rebuild the shipped length tables from the raw data sets, which are not shipped.
 
     python tools/build_trace_tables.py --sharegpt sharegpt_first_turn.csv --azure azure_llm_2023_conv.csv
+    python tools/build_trace_tables.py --sharegpt-opt first_turns_hist.csv --sharegpt-messages message_lengths_pmf.csv
 
-A table is a histogram over prompt × output whose edges are spaced evenly in the logarithm. Each axis has 24 to 48 bins:
-the numbers whose statistics come closest to the data's.
+A table of requests is a histogram over prompt × output whose edges are spaced evenly in the logarithm. Each axis has 24
+to 48 bins: the numbers whose statistics come closest to the data's. A table of numbers that were published as a
+histogram keeps its bins, up to 2,048 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 from collections.abc import Iterator
@@ -19,14 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, RecordedLengths, length_statistics, load_trace
+from harness.workload.traces import LengthFilter, RecordedLengths, length_statistics, load_trace
 from harness.workload.traces.histogram import TABLES
-from harness.workload.traces.lengths import FloatArray, IntArray
+from harness.workload.traces.joint import JointLengths, filtered
+from harness.workload.traces.lengths import CLIENT_FILTER, FloatArray, IntArray
+from harness.workload.traces.sharegpt import FIRST_TURN_FILTER, table_weights
 
 MANIFEST = Path(__file__).resolve().parents[1] / "traces/manifest.json"
 """Says where each data set is published, under what licence, and how to cite it."""
 BIN_COUNTS = range(24, 49)
 """Numbers of bins tried on each axis."""
+LONGEST = 2048
+"""Longest length in a table made of a histogram, in tokens: the models' context."""
+SINGLE, LOG_BINS = 64, 44
+"""A table of message lengths has a bin for each length below `SINGLE`, and this many bins from there to `LONGEST`."""
 
 
 def log_edges(lengths: IntArray, bins: int) -> IntArray:
@@ -90,20 +99,11 @@ def build(name: str, path: Path, kind: str, data_set: str, limits: LengthFilter 
             yield worst_error(achieved, statistics), *edges, counts, achieved
 
     error, prompt_edges, output_edges, counts, achieved = min(grids(), key=lambda grid: grid[0])
-    manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
-    source = next(entry for entry in manifest["data_sets"] if entry["name"] == data_set)
-    filtered = " after the artifact's filter" if limits else ""
+    source = manifest_entry(data_set)
+    after = " after the filter of vLLM's client" if limits else ""
     return {
-        "description": f"{name}: drawn from the histogram of {len(prompt)} requests{filtered}; {source['title']}",
-        "source": f"{source['title']}. {source['citation']}.",
-        "url": source["url"],
-        "licence": source["licence"],
-        "input": {
-            "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "records": len(records),
-            "kept": len(prompt),
-        },
+        "description": f"{name}: drawn from the histogram of {len(prompt)} requests{after}; {source['title']}",
+        **origin(source, path, records=len(records), kept=len(prompt)),
         "filter": asdict(limits) if limits else None,
         "statistics": statistics,
         "table_statistics": achieved,
@@ -112,6 +112,77 @@ def build(name: str, path: Path, kind: str, data_set: str, limits: LengthFilter 
         "prompt_edges": prompt_edges.tolist(),
         "output_edges": output_edges.tolist(),
         "bins": [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)],
+    }
+
+
+def build_first_turns(path: Path) -> dict[str, Any]:
+    """Make the table behind `sharegpt-opt` from a histogram with columns prompt_from, output_from, count.
+
+    Bins with more than `LONGEST` tokens on an axis are counted in `input.records` only.
+    """
+    source = manifest_entry("sharegpt-opt-first-turns")
+    prompt, output, counts = read_columns(path, "prompt_from", "output_from", "count").astype(np.int64)
+    edges = np.unique(np.concatenate([prompt, output]))
+    edges = edges[edges <= LONGEST + 1]
+    assert edges[-1] == LONGEST + 1, f"{path}: no bin begins at {LONGEST + 1}"
+    kept = (prompt <= LONGEST) & (output <= LONGEST)
+    bins = np.stack([*np.searchsorted(edges, [prompt[kept], output[kept]]), counts[kept]], axis=1)
+    bins = bins[np.lexsort((bins[:, 1], bins[:, 0]))]
+    table = {
+        "description": f"sharegpt-opt: drawn from the histogram of {counts.sum():,} first turns; {source['title']}; "
+        f"kept if prompt and output together are at most {LONGEST:,} tokens",
+        **origin(source, path, records=int(counts.sum()), kept=int(counts[kept].sum())),
+        "filter": None,
+        "layout": "bins: [prompt bin, output bin, count], empty ones omitted; bin i is edges[i] to edges[i + 1] - 1",
+        "prompt_edges": edges.tolist(),
+        "output_edges": edges.tolist(),
+        "bins": bins.tolist(),
+    }
+    return {**table, "statistics": JointLengths("", filtered(table_weights(table), FIRST_TURN_FILTER)).statistics()}
+
+
+def build_messages(path: Path) -> dict[str, Any]:
+    """Make the table of message lengths from probabilities with columns tokens, human, assistant."""
+    source = manifest_entry("sharegpt-messages")
+    tokens, human, assistant = read_columns(path, "tokens", "human", "assistant")
+    firsts = np.concatenate([np.arange(1, SINGLE), np.rint(np.geomspace(SINGLE, LONGEST + 1, LOG_BINS + 1))[:-1]])
+    inside = tokens <= LONGEST
+    bins = np.searchsorted(firsts, tokens[inside], side="right") - 1
+    sums = [np.bincount(bins, weights=each[inside], minlength=len(firsts)) for each in (human, assistant)]
+    return {
+        "description": f"lengths of ShareGPT's messages; {source['title']}",
+        **origin(source, path, longest=int(tokens.max())),
+        "filter": None,
+        "statistics": {"mean_human": float(human @ tokens), "mean_assistant": float(assistant @ tokens)},
+        "layout": "bins: [first length, share of the questions, of the answers]; bin i is edges[i] to edges[i + 1] - 1",
+        "edges": [*firsts.astype(int).tolist(), LONGEST + 1],
+        "bins": [
+            [int(first), *(float(f"{share:.6g}") for share in shares)]
+            for first, *shares in zip(firsts, *sums, strict=True)
+        ],
+    }
+
+
+def read_columns(path: Path, *names: str) -> FloatArray:
+    """Read columns of numbers from a CSV file with a header, [columns, rows]."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return np.array([[float(row[name]) for name in names] for row in csv.DictReader(file)]).T
+
+
+def manifest_entry(data_set: str) -> dict[str, Any]:
+    """Look up a data set of the manifest by name."""
+    manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    entry: dict[str, Any] = next(entry for entry in manifest["data_sets"] if entry["name"] == data_set)
+    return entry
+
+
+def origin(source: dict[str, Any], path: Path, **counts: int) -> dict[str, Any]:
+    """Say where a table's numbers come from: the data set, its licence, and the file that was read."""
+    return {
+        "source": f"{source['title']}. {source['citation']}.",
+        "url": source["url"],
+        "licence": source["licence"],
+        "input": {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **counts},
     }
 
 
@@ -128,21 +199,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sharegpt", type=Path, help="CSV with prompt_tokens,output_tokens of ShareGPT first turns")
     parser.add_argument("--azure", type=Path, help="Azure LLM inference trace 2023, conversation, as published")
+    parser.add_argument("--sharegpt-opt", type=Path, help="CSV with prompt_from,output_from,count of first turns")
+    parser.add_argument("--sharegpt-messages", type=Path, help="CSV with tokens,human,assistant, both probabilities")
     parser.add_argument("--out", type=Path, default=Path(str(TABLES)), help="folder (default: the package's)")
     options = parser.parse_args()
-    if not (options.sharegpt or options.azure):
-        parser.error("give --sharegpt, --azure or both")
-    jobs = (
-        ("sharegpt", options.sharegpt, "csv", "sharegpt-first-turn", ARTIFACT_FILTER),
-        ("azure-conv", options.azure, "azure", "azure-2023-conv", None),
-    )
-    for name, path, kind, data_set, limits in jobs:
+    jobs = {
+        "sharegpt": (
+            options.sharegpt,
+            lambda path: build("sharegpt", path, "csv", "sharegpt-first-turn", CLIENT_FILTER),
+        ),
+        "azure_conv": (options.azure, lambda path: build("azure-conv", path, "azure", "azure-2023-conv", None)),
+        "sharegpt_opt": (options.sharegpt_opt, build_first_turns),
+        "sharegpt_messages": (options.sharegpt_messages, build_messages),
+    }
+    if not any(path for path, _ in jobs.values()):
+        parser.error("give at least one of --sharegpt, --azure, --sharegpt-opt, --sharegpt-messages")
+    for stem, (path, make) in jobs.items():
         if path:
-            table = build(name, path, kind, data_set, limits)
-            target = options.out / f"{name.replace('-', '_')}.json"
+            table = make(path)
+            target = options.out / f"{stem}.json"
             write(table, target)
-            error = table["worst_relative_error"]
-            print(f"{target}: {len(table['bins'])} bins, every statistic within {error:.2%} of the data's")
+            error = table.get("worst_relative_error")
+            fit = "" if error is None else f", every statistic within {error:.2%} of the data's"
+            print(f"{target}: {len(table['bins'])} bins{fit}")
 
 
 if __name__ == "__main__":

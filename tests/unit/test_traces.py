@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.core.errors import ConfigError, TraceError
-from harness.workload.traces import ARTIFACT_FILTER, LengthFilter, length_statistics, list_traces, load_trace
+from harness.workload.traces import ARTIFACT_FILTER, CLIENT_FILTER, length_statistics, list_traces, load_trace
 from harness.workload.traces.builtin import BUILTIN
 from harness.workload.traces.formats import FORMATS
 from harness.workload.traces.histogram import TABLES, HistogramLengths
@@ -53,14 +53,14 @@ class TestTables:
         assert drawn == pytest.approx(recorded, rel=0.02, abs=0.004)
 
     @pytest.mark.parametrize("name", ["sharegpt", "alpaca"])
-    def test_artifact_filter_holds_for_every_draw(self, name):
-        assert ARTIFACT_FILTER.keeps(*draw(name)).all()
+    def test_the_clients_filter_holds_for_every_draw(self, name):
+        assert CLIENT_FILTER.keeps(*draw(name)).all()
 
     def test_azure_is_not_filtered(self):
         prompt, _ = draw("azure-conv")
         assert prompt.max() > 4096
 
-    @pytest.mark.parametrize("name", ["sharegpt", "alpaca", "azure_conv"])
+    @pytest.mark.parametrize("name", ["sharegpt", "sharegpt_opt", "sharegpt_messages", "alpaca", "azure_conv"])
     def test_every_file_states_where_it_comes_from(self, name):
         table = json.loads((TABLES / f"{name}.json").read_text())
         assert all(table[field] for field in ("description", "source", "licence", "statistics"))
@@ -101,11 +101,11 @@ class TestTables:
         subprocess.run(command, check=True, capture_output=True)
         first = (tmp_path / "sharegpt.json").read_bytes()
         table = json.loads(first)
-        kept = ARTIFACT_FILTER.keeps(prompt, output)
+        kept = CLIENT_FILTER.keeps(prompt, output)
         assert table["input"]["kept"] == kept.sum()
         assert table["statistics"] == pytest.approx(length_statistics(prompt[kept], output[kept]))
         drawn = HistogramLengths.from_table(table).sample(300_000, rng)
-        assert ARTIFACT_FILTER.keeps(*drawn).all()
+        assert CLIENT_FILTER.keeps(*drawn).all()
         assert drawn[0].mean() == pytest.approx(table["statistics"]["mean_prompt"], rel=0.02)
         unfiltered = json.loads((tmp_path / "azure_conv.json").read_text())
         assert (unfiltered["filter"], unfiltered["input"]["kept"]) == (None, 500)
@@ -236,11 +236,12 @@ class TestReaders:
 
     def test_sharegpt_takes_the_first_human_turn_and_its_answer(self):
         source = load_trace(f"sharegpt:{FIXTURES / 'sharegpt.json'}")
-        records = json.loads((FIXTURES / "sharegpt.json").read_text())[:2]
+        records = json.loads((FIXTURES / "sharegpt.json").read_text())
+        records = [*records[:2], records[4]]  # The last has a prompt of one token, which an answer makes up for.
         turns = [[len(turn["value"].encode()) for turn in record["conversations"][:2]] for record in records]
         assert source.prompt_tokens.tolist() == [-(-human // 4) for human, _ in turns]
         assert source.output_tokens.tolist() == [-(-gpt // 4) for _, gpt in turns]
-        assert "2 of 5 records" in source.description
+        assert "3 of 5 records" in source.description
         assert "APPROXIMATED as UTF-8 bytes / 4" in source.description
 
     @pytest.mark.parametrize(
@@ -267,10 +268,17 @@ class TestReaders:
         assert source.prompt_tokens.tolist() == [*([prompt] if prompt else []), 50]
         assert source.output_tokens.tolist() == [*([6] if prompt else []), 50]
 
-    def test_alpaca_joins_instruction_and_input_and_filters(self):
+    def test_alpaca_joins_instruction_and_input_and_keeps_an_answer_of_one_token(self, tmp_path):
         source = load_trace(f"alpaca:{FIXTURES / 'alpaca.json'}")
-        assert source.prompt_tokens.tolist() == [-(-(35 + 1 + 25) // 4), 10]
-        assert "2 of 3 records" in source.description
+        assert source.prompt_tokens.tolist() == [-(-(35 + 1 + 25) // 4), 10, 6]
+        assert source.output_tokens.tolist() == [8, 15, 1]
+        assert "3 of 3 records" in source.description
+        records = json.loads((FIXTURES / "alpaca.json").read_text())
+        records[1].update(instruction="Why?", output="Because.")
+        records[2].update(output="")
+        path = tmp_path / "short.json"
+        path.write_text(json.dumps(records))
+        assert "1 of 3 records" in load_trace(f"alpaca:{path}").description
 
     def test_real_tokenizer(self, tmp_path):
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -281,10 +289,10 @@ class TestReaders:
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
         path = FIXTURES / "alpaca.json"
         in_spec = load_trace(f"alpaca:{path},tokenizer={tmp_path}")
-        assert in_spec.prompt_tokens.tolist() == [11, 8]
-        assert in_spec.output_tokens.tolist() == [6, 12]
+        assert in_spec.prompt_tokens.tolist() == [11, 8, 5]
+        assert in_spec.output_tokens.tolist() == [6, 12, 1]
         assert f"tokens counted with {tmp_path}" in in_spec.description
-        assert load_trace(f"alpaca:{path}", str(tmp_path)).prompt_tokens.tolist() == [11, 8]
+        assert load_trace(f"alpaca:{path}", str(tmp_path)).prompt_tokens.tolist() == [11, 8, 5]
 
     def test_tokenizer_errors(self, tmp_path):
         with pytest.raises(ConfigError, match="'/nowhere' is not a directory"):
@@ -457,6 +465,8 @@ def test_list_traces_covers_what_load_trace_takes():
     assert [name.split("[")[0].split(":")[0] for name in names] == [
         *(
             "sharegpt",
+            "sharegpt-opt",
+            "sharegpt-client",
             "sharegpt-published",
             "sharegpt-filtered",
             "sharegpt-reweighted",
@@ -473,9 +483,15 @@ def test_list_traces_covers_what_load_trace_takes():
 
 
 def test_filter_bounds_are_inclusive():
-    limits = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048)
     prompt, output = np.array([4, 3, 4, 1024, 1025, 1024]), np.array([4, 4, 3, 1024, 4, 1025])
-    assert limits.keeps(prompt, output).tolist() == [True, False, False, True, False, False]
+    assert CLIENT_FILTER.keeps(prompt, output).tolist() == [True, False, False, True, False, False]
+    assert ARTIFACT_FILTER.keeps(prompt, output).tolist() == [True, True, True, True, False, False]
+
+
+def test_the_artifacts_filter_drops_a_request_only_if_both_lengths_are_short_or_one_is_empty():
+    prompt, output = np.array([3, 3, 100, 1, 100, 0]), np.array([3, 4, 1, 100, 0, 100])
+    assert ARTIFACT_FILTER.keeps(prompt, output).tolist() == [False, True, True, True, False, False]
+    assert not CLIENT_FILTER.keeps(prompt, output).any()
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_the_wheel_has_the_compiled_core_where_a_compiler_is(
 def test_the_lists_are_those_of_the_checkout(fastbench) -> None:
     assert PROFILE in fastbench("profiles")
     assert "fastserve-fcfs" in fastbench("policies")
-    assert "sharegpt-filtered" in fastbench("traces")
+    assert "sharegpt-client" in fastbench("traces")
     assert fastserve.__version__ in fastbench("--version")
 
 
@@ -231,7 +231,7 @@ for trace in sys.argv[1:]:
 
 def test_every_built_in_trace_serves(fastbench, commands: Commands, elsewhere: Path) -> None:
     names = [re.split(r"[\[:]", line)[0].split()[0] for line in fastbench("traces").splitlines() if "PATH" not in line]
-    assert len(names) == 10
+    assert len(names) == 12
     with_options = {"sharegpt-reweighted": "sharegpt-reweighted:output=200", "measured": "measured:rtx4090"}
     specs = [with_options.get(name, name) for name in names]
     said = call_well(commands.python, "-c", RUN_TRACES, *specs, cwd=elsewhere, **commands.environment)

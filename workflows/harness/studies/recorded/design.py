@@ -25,7 +25,7 @@ class Design:
     device: str = "cuda"
     dtype: str = "float16"
     max_batch_sizes: tuple[int, ...] = (16, 64)
-    traces: tuple[str, ...] = ("sharegpt-filtered", "alpaca")
+    traces: tuple[str, ...] = ("sharegpt-client", "alpaca")
     memories: tuple[str, ...] = ("a100-40g", "all")
     """Of the KV cache: "all" that the device has, "tokens:N", or the GPU of a shipped profile, GPU/MODEL-tp1."""
     loads: tuple[float, ...] = (1.3, 2.0, 0.8)

@@ -8,6 +8,7 @@ from harness.workload.traces.conversations import TEXT_FORMATS, TextFormat
 from harness.workload.traces.formats import FORMATS, LengthFormat
 from harness.workload.traces.lengths import (
     ARTIFACT_FILTER,
+    CLIENT_FILTER,
     LengthFilter,
     LengthSource,
     RecordedLengths,
@@ -18,6 +19,7 @@ from harness.workload.traces.text import token_counter
 
 __all__ = [
     "ARTIFACT_FILTER",
+    "CLIENT_FILTER",
     "LengthFilter",
     "LengthSource",
     "RecordedLengths",

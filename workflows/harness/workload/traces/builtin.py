@@ -14,6 +14,7 @@ from harness.workload.options import parse_options
 from harness.workload.traces.histogram import HistogramLengths, ScaledLengths, read_table
 from harness.workload.traces.lengths import LengthFilter, LengthSource
 from harness.workload.traces.measured import KIND, open_measured
+from harness.workload.traces.sharegpt import CLIENT_SHARE, FITTED_SHARE, open_client, open_first_turns
 from harness.workload.traces.synthetic import LONGEST, BimodalLengths, FixedLengths, GeometricLengths, ZipfLengths
 
 _LEAST_CV, _MOST_CV = 0.001, 100.0
@@ -29,7 +30,7 @@ def _histogram(stem: str) -> Callable[[str], LengthSource]:
 
 
 SHAREGPT_FILTERED_MEANS = (228.0, 196.0)
-"""ShareGPT's mean prompt and output under the filter that the artifact shares with vLLM's benchmark client (two turns,
+"""ShareGPT's mean prompt and output under the filter of vLLM's benchmark client (two turns,
 at least 4 tokens each, prompt up to 1024, both up to 2048), from logs of that client: 229.7 and 203.1 over 1,000
 requests (vllm-project/vllm, pull request 18566), 226.8 and 188.2 over 2,000 (sgl-project/sglang, issue 1639)."""
 
@@ -126,19 +127,30 @@ class Builtin:
 
 BUILTIN = {
     "sharegpt": Builtin("sharegpt", "ShareGPT first turns, from a shipped histogram", _histogram("sharegpt")),
+    "sharegpt-opt": Builtin(
+        "sharegpt-opt",
+        "first turns with OPT's tokenizer, the sample of vLLM's paper, 161 in and 338 out",
+        open_first_turns,
+    ),
+    "sharegpt-client": Builtin(
+        f"sharegpt-client[:share={CLIENT_SHARE},filter=and|or]",
+        "the same mixed with a share of entries that begin with an answer, as the paper's clients read them; "
+        f"share={FITTED_SHARE} is fitted to the paper's points; filter=and is the artifact's, or vLLM's client's",
+        open_client,
+    ),
     "sharegpt-published": Builtin(
         "sharegpt-published",
-        "the same, scaled to ShareGPT's published means of 161 in and 338 out",
+        "sharegpt scaled to ShareGPT's published means of 161 in and 338 out",
         _sharegpt_published,
     ),
     "sharegpt-filtered": Builtin(
         "sharegpt-filtered",
-        "the same, reweighted to ShareGPT's means under the artifact's filter, 228 in and 196 out",
+        "sharegpt reweighted to ShareGPT's means under the filter of vLLM's client, 228 in and 196 out",
         _sharegpt_filtered,
     ),
     "sharegpt-reweighted": Builtin(
         "sharegpt-reweighted:prompt=,output=,inverse_output=",
-        "the same, reweighted as little as possible to the means given",
+        "sharegpt reweighted as little as possible to the means given",
         _sharegpt_reweighted,
     ),
     "alpaca": Builtin("alpaca", "Alpaca, geometric lengths with the published means of 19 in and 58 out", _alpaca),

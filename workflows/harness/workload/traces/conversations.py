@@ -60,8 +60,7 @@ def _counted(
     if not kept.any():
         raise TraceError(
             f"{path}: none of its {records} records is a prompt with an answer that passes the artifact's filter "
-            f"(each at least {ARTIFACT_FILTER.min_prompt} tokens, prompt at most {ARTIFACT_FILTER.max_prompt}, "
-            f"together at most {ARTIFACT_FILTER.max_total})"
+            f"({ARTIFACT_FILTER.rule})"
         )
     description = f"{kind}:{path}: {kept.sum()} of {records} records after the artifact's filter; {counter.description}"
     return RecordedLengths(description, prompt[kept], output[kept])

@@ -28,24 +28,38 @@ class LengthSource(Protocol):
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Inclusive bounds in tokens; a request outside them is dropped."""
+    """Inclusive bounds in tokens; a request outside them is dropped, and so is one with nothing to read or to write."""
 
     min_prompt: int
     min_output: int
     max_prompt: int
     max_total: int
+    minima: str = "or"
+    """How the minima apply: "or" drops a request if either length is below its minimum, "and" only if both are."""
 
     def keeps(self, prompt: IntArray, output: IntArray) -> NDArray[np.bool_]:
-        """Mark the requests within the bounds, [n]."""
+        """Mark the requests within the bounds, in the shape that the two arrays broadcast to."""
+        long_prompt, long_output = prompt >= self.min_prompt, output >= self.min_output
+        long_enough = long_prompt | long_output if self.minima == "and" else long_prompt & long_output
+        not_empty = (prompt >= 1) & (output >= 1)
+        kept: NDArray[np.bool_] = (
+            long_enough & not_empty & (prompt <= self.max_prompt) & (prompt + output <= self.max_total)
+        )
+        return kept
+
+    @property
+    def rule(self) -> str:
+        """The bounds in words."""
         return (
-            (prompt >= self.min_prompt)
-            & (output >= self.min_output)
-            & (prompt <= self.max_prompt)
-            & (prompt + output <= self.max_total)
+            f"dropped if the prompt is below {self.min_prompt} {self.minima} the output below {self.min_output}, "
+            f"if the prompt is above {self.max_prompt:,}, or if both together are above {self.max_total:,}"
         )
 
 
-ARTIFACT_FILTER = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048)
+ARTIFACT_FILTER = LengthFilter(min_prompt=4, min_output=4, max_prompt=1024, max_total=2048, minima="and")
+"""The filter of the artifact's benchmark script, which keeps answers of one token (benchmark-serving.py)."""
+CLIENT_FILTER = replace(ARTIFACT_FILTER, minima="or")
+"""The filter of vLLM's benchmark client, and of the artifact's throughput script."""
 
 
 class Columns(NamedTuple):
