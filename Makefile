@@ -29,8 +29,10 @@ setup: .venv/installed  ## build .venv from requirements.txt, once, and the comp
 compile: setup  ## compile the core again after its sources have changed (docs/architecture.md); setup does it too
 
 reproduce: setup  ## run every experiment, draw every figure (figures/), write results/report.html
-	$(SNAKEMAKE)/$(PROFILE) $(QUICKLY)
-	$(SNAKEMAKE)/$(PROFILE) $(QUICKLY) --report results/report.html
+	@$(SNAKEMAKE)/$(PROFILE) $(QUICKLY); status=$$?; \
+	  $(SNAKEMAKE)/$(PROFILE) $(QUICKLY) --report results/report.html $$([ $$status = 0 ] || echo written) || exit; \
+	  [ $$status = 0 ] || echo "error: a job failed, as said above; results/report.html shows all others" >&2; \
+	  exit $$status
 
 smoke: setup  ## the same pipeline on a few small points
 	$(SNAKEMAKE)/smoke -- smoke

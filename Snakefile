@@ -7,7 +7,7 @@
 #   snakemake -c all recorded     what was measured on GPUs (results/recorded), simulated again, compared and drawn
 #   snakemake -c all real-vllm    installs vLLM into .venv-vllm and measures it beside our server; no part of the report
 #   snakemake -c all smoke        a small one of each kind
-#   snakemake --report FILE.html  the report, after any of these
+#   snakemake --report FILE.html  the report, after any of these; with the target `written`, without what failed
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -47,6 +47,11 @@ rule report:
         [result for name in FULL for result in results_of(name)],
         headline_results(),
         recorded_results(),
+
+
+rule written:
+    input:
+        written(),
 
 
 rule headline:
@@ -94,6 +99,7 @@ for _name in EXTERNAL:
 
 localrules:
     report,
+    written,
     headline,
     recorded,
     smoke,

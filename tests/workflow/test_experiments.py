@@ -278,6 +278,10 @@ def test_targets_and_ratios_are_valid_and_optional():
         (lambda e: e.update(slo=0), "slo must be a number above 0, not 0"),
         (lambda e: e.update(slo="0.3"), "slo must be a number above 0, not '0.3'"),
         (lambda e: e.update(metric="mean_latency"), "metric must be a metric of points.csv"),
+        (
+            lambda e: e.update(least_processor_share=95),
+            "least_processor_share must be a number from 0 to 1, not 95",
+        ),
         (lambda e: e["points"][0].update(rate="fast"), "points 1: rate must be a number above 0, not 'fast'"),
         (
             lambda e: e["points"][0].update(num_requests=1.5),

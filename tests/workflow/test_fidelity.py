@@ -1,9 +1,12 @@
+import itertools
 import json
 import threading
 import time
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
@@ -13,7 +16,9 @@ from fastserve.core.errors import ConfigError
 from fastserve.latency import DecodeFit, FittedLatency, PrefillFit, load_profile
 from fastserve.latency.fitting import fit, measure, with_overhead
 from fastserve.runtime.models import build_model, shared_models
-from harness.studies.fidelity import METRICS, measure_fidelity, verdict
+from harness.analysis.pairs import pairs_of, worst_runs_first
+from harness.report.captions import agreement_caption
+from harness.studies.fidelity import METRICS, measure_fidelity
 from harness.studies.fidelity.turns import take_turns
 
 POLICIES = ("fastserve-fcfs", "vllm", "fastserve")
@@ -24,6 +29,7 @@ def experiment(**run):
     trace = "zipf:min=4,max=24"
     return {
         "seeds": [0],
+        "least_processor_share": 0,  # Tests run beside others.
         "run": {"model": "opt-tiny", "load_format": "dummy", "trace": trace, "torch_threads": 1, "settings": settings}
         | run,
         "series": [{"name": policy, "label": policy.upper(), "policy": policy} for policy in POLICIES],
@@ -61,11 +67,59 @@ def test_the_table_is_complete_and_follows_from_the_files(tmp_path):
         assert len(profile["coefficients"]["decode"]) == 2  # one for each batch size
     assert len(digests) == 1
 
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    assert len(pairs) == len(POLICIES) * len(METRICS)
+    assert set(zip(pairs["series"], pairs["load"], pairs["seed"], pairs["metric"], strict=True)) == set(
+        itertools.product(POLICIES, [1.5], [0], METRICS)
+    )
+    assert pairs["error"].abs().is_monotonic_decreasing
+    for pair in pairs.to_dict("records"):
+        run = table[table["series"] == pair["series"]].iloc[0]
+        for kind in ("real", "sim", "error"):
+            assert pair[kind] == pytest.approx(run[f"{kind}_{pair['metric']}"])
+        assert pair["within"] == (abs(pair["error"]) <= 0.1)
 
-def test_the_verdict_needs_both_the_mean_and_the_tail():
-    table = pd.DataFrame({"error_mean_jct_s": [0.09, -0.11, 0.0], "error_p95_jct_s": [-0.1, 0.0, 0.2]})
-    assert list(verdict(table)) == [True, False, False]
-    assert list(verdict(table, bound=0.2)) == [True, True, True]
+
+def runs(*errors):
+    """A table of runs with these errors of mean and P95 completion time; a None is a run without a value."""
+    table = pd.DataFrame({"series": list("abcdef")[: len(errors)], "load": 0.5, "seed": 3})
+    table = table.assign(label=table["series"].str.upper())
+    for i, metric in enumerate(("mean_jct_s", "p95_jct_s")):
+        table[f"real_{metric}"] = 2.0
+        table[f"error_{metric}"] = [each[i] for each in errors]
+        table[f"sim_{metric}"] = 2.0 * (1 + table[f"error_{metric}"].astype(float))
+    return table
+
+
+def test_every_pair_is_in_the_table_the_worst_first():
+    table = runs((0.09, -0.1), (-0.11, 0.0), (0.03, 0.42))
+    pairs = pairs_of(table)
+    assert pairs["error"].tolist() == [0.42, -0.11, -0.1, 0.09, 0.03, 0.0]
+    assert pairs["series"].tolist() == ["c", "b", "a", "a", "c", "b"]
+    assert pairs["within"].tolist() == [False, False, True, True, True, True]
+    assert worst_runs_first(table)["series"].tolist() == ["c", "b", "a"]
+    assert agreement_caption(pairs) == (
+        "Worst pair: C, load 0.5, seed 3, P95 completion time: +42.0%. 4 of 6 pairs (each metric of each run) are "
+        "within 10%; the median error is 9.5%."
+    )
+
+
+def test_a_run_without_a_value_agrees_with_nothing_and_comes_first():
+    table = runs((0.5, 0.0), (None, 0.0))
+    pairs = pairs_of(table)
+    assert (pairs.loc[0, "series"], pairs.loc[0, "within"]) == ("b", False)
+    assert worst_runs_first(table)["series"].tolist() == ["b", "a"]
+    assert "B, load 0.5, seed 3, mean completion time: no value in one of the two. 2 of 4 " in agreement_caption(pairs)
+
+
+@given(st.lists(st.tuples(*[st.floats(-0.99, 5)] * 2), min_size=1, max_size=6))
+def test_no_pair_is_lost_or_averaged(errors):
+    pairs = pairs_of(runs(*errors))
+    assert sorted(pairs["error"]) == sorted(itertools.chain(*errors))
+    assert pairs["error"].abs().is_monotonic_decreasing
+    assert f"{sum(abs(error) <= 0.1 for error in itertools.chain(*errors))} of {2 * len(errors)} pairs" in (
+        agreement_caption(pairs)
+    )
 
 
 def test_an_architecture_is_a_model_of_its_own(tmp_path):
@@ -93,7 +147,7 @@ def test_several_ranks_take_turns_as_well(tmp_path):
     ]
     table = measure_fidelity(config, tmp_path)
     assert table["series"].tolist() == ["stages", "shards"]
-    assert table["processor_share"].isna().all()
+    assert table["processor_share"].between(0, 1).all()
     for row, shape in zip(table.to_dict("records"), ((1, 2), (2, 1)), strict=True):
         assert row["real_mean_jct_s"] > 0
         assert row["sim_mean_jct_s"] > 0

@@ -1,5 +1,6 @@
 # What the rules share: the experiments, checked; the batches their runs are carried out in; the files of each.
 import logging
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -78,7 +79,7 @@ GROUPS = {}
 for _name in FULL:
     GROUPS.setdefault(_name.partition("-")[0], []).append(_name)
 GROUPS = {_name: [_name] for _name in FULL} | GROUPS
-_taken = sorted(({"report", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & GROUPS.keys()))
+_taken = sorted(({"report", "written", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & GROUPS.keys()))
 if _taken:
     raise WorkflowError(f"an experiment's name may not begin with {_taken[0]!r}, which is a target")
 
@@ -108,6 +109,18 @@ def tables_of(name):
         "errors": experiment.figure == "measured",
     }
     return [table for table, is_made in made.items() if is_made]
+
+
+def captions_of(name):
+    """The file with what an experiment's caption says was found."""
+    return f"results/{name if EXPERIMENTS[name].backend == BOTH else 'headline'}/captions.json"
+
+
+def written():
+    """The results of experiments that lack none, and the other results that are there. A failed job removes its own."""
+    experiments = [results_of(name) for name in FULL]
+    others = [[result] for result in headline_results() + recorded_results()]
+    return [result for each in experiments + others if all(map(os.path.exists, each)) for result in each]
 
 
 def headline_results():

@@ -23,7 +23,7 @@ rule draw:
     params:
         code=code_of("draw.py"),
         experiment=definition,
-        finding=lambda wildcards: Finding(wildcards.experiment, "results/headline/captions.json"),
+        finding=lambda wildcards: Finding(wildcards.experiment, captions_of(wildcards.experiment)),
     run:
         WORKERS.script("draw.py", Job(input, output, params, wildcards, log))
 

@@ -40,10 +40,13 @@ rule run_engine:
         "../scripts/run_batch.py"
 
 
-# Measures this machine, then runs the real engine and the simulator on the same requests, in one process.
+# Measures this machine, then runs the real engine and the simulator on the same requests, in one process. It fails on
+# a machine that other programs keep busy; nothing but its own figure depends on it.
 rule measure_fidelity:
     output:
-        "results/{experiment}/points.csv",
+        points="results/{experiment}/points.csv",
+        pairs="results/{experiment}/pairs.csv",
+        captions="results/{experiment}/captions.json",
     log:
         "results/logs/{experiment}-fidelity.log",
     wildcard_constraints:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from joblog import logged
 
 from harness.analysis.files import provenance, read_json, read_table
+from harness.analysis.pairs import pairs_of
 from harness.analysis.points import load_reported
 from harness.experiments.experiment import Experiment
-from harness.report.captions import provenance_caption
+from harness.report.captions import agreement_caption, provenance_caption
 from harness.report.plots import draw, flags_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ with logged(snakemake.log[0]):
     else:
         metas = provenance(Path(run) for run in points["real_run" if "real_run" in points else "run"].unique())
     caption = provenance_caption(experiment, metas, points)
+    if experiment.figure == "fidelity":
+        caption = f"{agreement_caption(pairs_of(points))} {caption}"
     drawn = experiment.model_dump()
     flags = flags_of(drawn, points, capacity)
     for path in draw(drawn, points, capacity, reported, caption, flags, Path(snakemake.output.png).with_suffix("")):

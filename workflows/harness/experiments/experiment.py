@@ -15,6 +15,7 @@ from harness.experiments.files import (
     Positive,
     Seeds,
     Several,
+    Share,
     Slug,
     Text,
     check_differ,
@@ -208,6 +209,8 @@ class Experiment(Keys):
     x: Omittable[Axis] = None
     architecture: Omittable[dict[str, Any]] = None
     """Of a model that is no preset, as in a config.json in Hugging Face format (both, http)."""
+    least_processor_share: Omittable[Share] = None
+    """Share of the processors that other programs must leave, or nothing is reported; 0: any (both; default 0.95)."""
     run: RunPart = RunPart()
     points: Omittable[Several[PointPart]] = None
     paper: PlottedPoints | None = None
@@ -248,6 +251,8 @@ class Experiment(Keys):
             if not rows:
                 raise ValueError(f"panel {panel.name!r}: there are no points; give `points`, here or for all panels")
             check_differ([row.at for row in rows], f"values of x in panel {panel.name!r}")
+        if self.least_processor_share is not None and self.backend != BOTH:
+            raise ValueError(f"least_processor_share needs backend {BOTH!r}, not {self.backend!r}")
         if self.figure in ("ratios", "measured") and (self.over not in names or len(names) < 2):
             known = ", ".join(names)
             raise ValueError(

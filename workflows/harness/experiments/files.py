@@ -59,6 +59,7 @@ else:
 
 Number = Annotated[float, rule("must be a number")]
 Positive = Annotated[float, Field(gt=0), rule("must be a number above 0")]
+Share = Annotated[float, Field(ge=0, le=1), rule("must be a number from 0 to 1")]
 Count = Annotated[int, Field(ge=1), rule("must be a whole number of at least 1")]
 Text = Annotated[str, Field(min_length=1), rule("must be a text of at least one character")]
 NumberOrText = Annotated[int | float | str, rule("must be a number or a text")]

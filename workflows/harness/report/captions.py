@@ -11,8 +11,10 @@ import pandas as pd
 
 from fastserve.latency import EngineTime, load_profile
 from fastserve.latency.outside_range import as_percent
+from harness.analysis.pairs import BOUND
 from harness.experiments.experiment import Experiment
 from harness.experiments.points import points_of
+from harness.report.plots.style import metric_label
 from harness.run.profile_range import BOUNDS_LEFT, SHARE
 from harness.studies.measured.replay import replays_of
 
@@ -60,6 +62,19 @@ def _outside_range(points: pd.DataFrame | None) -> list[str]:
         f"Outside the range that the profile holds for ({bounds}), and extrapolated: up to "
         f"{as_percent(float(outside[SHARE].max()))} of a run's computed time."
     ]
+
+
+def agreement_caption(pairs: pd.DataFrame) -> str:
+    """Name the worst pair of a table of `pairs_of`, how many pairs agree, and the median error."""
+    worst = pairs.iloc[0]
+    run = [worst["label"], *(f"{name} {worst[name]:g}" for name in ("load", "seed") if name in pairs)]
+    metric = metric_label(worst["metric"]).partition(" (")[0]
+    metric = metric if metric[0] == "P" else metric[0].lower() + metric[1:]
+    error = "no value in one of the two" if pd.isna(worst["error"]) else f"{worst['error']:+.1%}"
+    return (
+        f"Worst pair: {', '.join(run)}, {metric}: {error}. {pairs['within'].sum()} of {len(pairs)} pairs (each metric "
+        f"of each run) are within {BOUND:.0%}; the median error is {pairs['error'].abs().median():.1%}."
+    )
 
 
 def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) -> str:

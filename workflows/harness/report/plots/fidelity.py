@@ -12,11 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.pairs import BOUND, worst_runs_first
 from harness.report.plots.page import Page
 from harness.report.plots.style import SeriesStyle, metric_label, series_styles
 from harness.report.plots.tables import Tables
 
-TOLERANCE = 0.1
 _TIMES: Mapping[str, str] = {"mean_jct_s": "full", "p95_jct_s": "right"}
 """Quantities of the left panel, and how its markers are filled."""
 _ERROR_STYLES = (
@@ -32,8 +32,9 @@ _ERROR_STYLES = (
 def draw_fidelity(tables: Tables) -> Page:
     """Draw simulated over real completion times at the left, the errors (simulated - real) / real at the right.
 
-    A run is a line at the right. `points` is the table of comparisons: policy, label, load (or rate), and real_, sim_
-    and error_ of each quantity. Raises ConfigError if one of these is missing for completion times.
+    A run is a line at the right, that with the largest error first. `points` is the table of comparisons: policy,
+    label, load (or rate), and real_, sim_ and error_ of each quantity. Raises ConfigError if one of these is missing
+    for completion times.
     """
     table = tables.points
     for name in (f"{kind}_{quantity}" for quantity in _TIMES for kind in ("real", "sim", "error")):
@@ -46,7 +47,7 @@ def draw_fidelity(tables: Tables) -> Page:
     series = dict.fromkeys(zip(table["label"], table["policy"], strict=True))
     styles = series_styles([{"name": label, "policy": policy} for label, policy in series])
     _draw_times(times, table, styles)
-    _draw_errors(errors, table, quantities)
+    _draw_errors(errors, worst_runs_first(table), quantities)
     page.legend(
         [
             Line2D([], [], color=style.color, marker=style.marker, linestyle="none", markersize=7, label=label)
@@ -66,7 +67,7 @@ def _draw_times(axes: Axes, table: pd.DataFrame, styles: Mapping[str, SeriesStyl
     drawn = np.array([[line.get_xdata(), line.get_ydata()] for line in axes.lines], dtype=float)
     span = np.array([np.nanmin(drawn) / 1.25, np.nanmax(drawn) * 1.25])
     axes.plot(span, span, color="#444444", linewidth=1.2, zorder=1, label="equal")
-    axes.fill_between(span, (1 - TOLERANCE) * span, (1 + TOLERANCE) * span, color="#444444", alpha=0.12, linewidth=0)
+    axes.fill_between(span, (1 - BOUND) * span, (1 + BOUND) * span, color="#444444", alpha=0.12, linewidth=0)
     axes.set(xscale="log", yscale="log", xlim=span, ylim=span, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -79,7 +80,7 @@ def _draw_times(axes: Axes, table: pd.DataFrame, styles: Mapping[str, SeriesStyl
         for quantity, fill in _TIMES.items()
     ]
     axes.legend(
-        handles=[*handles, Line2D([], [], color="#444444", label=f"equal, ±{100 * TOLERANCE:g} %")], loc="upper left"
+        handles=[*handles, Line2D([], [], color="#444444", label=f"equal, ±{100 * BOUND:g} %")], loc="upper left"
     )
 
 
@@ -109,7 +110,7 @@ def _draw_errors(axes: Axes, table: pd.DataFrame, quantities: list[str]) -> None
         )
         line.set_label(metric_label(quantity).partition(" (")[0])
         handles.append(line)
-    axes.axvspan(-TOLERANCE, TOLERANCE, color="#444444", alpha=0.12, linewidth=0)
+    axes.axvspan(-BOUND, BOUND, color="#444444", alpha=0.12, linewidth=0)
     axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
     axes.set_yticks(rows, _run_names(table))
     axes.set_ylim(len(table) - 0.4, -0.6)

@@ -9,9 +9,11 @@ independent of the runs: the profiler has its own worker and times iterations of
 
 Engines of several ranks take turns too. Each run, and the profiler, has its own ranks. They are stopped (SIGSTOP)
 together with the engine's clock when a turn ends, even in the middle of an iteration.
+
+Turns cannot undo what other programs take: on a busy machine the study refuses to begin, or to give a result.
 """
 
-from harness.studies.fidelity.comparison import ALONE, JUDGED, METRICS, verdict
+from harness.studies.fidelity.comparison import METRICS
 from harness.studies.fidelity.study import measure_fidelity
 
-__all__ = ["ALONE", "JUDGED", "METRICS", "measure_fidelity", "verdict"]
+__all__ = ["METRICS", "measure_fidelity"]

@@ -1,4 +1,4 @@
-"""The comparison of a real run with its simulation, and whether the two agree."""
+"""The comparison of a real run with its simulation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from harness.run.config import RunConfig
 from harness.studies.simulations import compared
 
@@ -17,10 +15,6 @@ METRICS = ("mean_jct_s", "p95_jct_s", "mean_normalized_latency_s", "p95_normaliz
 """The compared keys of summary.json."""
 COUNTS = ("preemptions", "iterations")
 """Further keys of summary.json that the table shows."""
-JUDGED = ("mean_jct_s", "p95_jct_s")
-"""Metrics that must agree."""
-ALONE = 0.97
-"""If `processor_share` is below this, other processes took processor time and are part of the errors."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,3 @@ class Pair:
         profile = json.loads((self.folder / "profile.json").read_text(encoding="utf-8"))
         row["processor_share"] = profile["provenance"]["processor_share"]
         return row | {"real_run": (self.folder / "real").as_posix(), "sim_run": (self.folder / "sim").as_posix()}
-
-
-def verdict(table: pd.DataFrame, bound: float = 0.1) -> pd.Series:
-    """For each row, whether mean and P95 completion time of simulation and real run agree within `bound`."""
-    return (table[[f"error_{metric}" for metric in JUDGED]].abs() <= bound).all(axis=1)

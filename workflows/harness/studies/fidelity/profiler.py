@@ -14,6 +14,7 @@ from fastserve.latency.fitting import Shape, StageTimes, by_stage, fit, residual
 from harness.run.config import RunConfig
 from harness.studies.fidelity.bench import Bench, cache_sizes
 from harness.studies.fidelity.turns import Turn
+from harness.studies.processors import Watch
 
 DECODES_IN_A_ROW = 4
 """Decodes that are timed before an iteration with a prompt: a decode between prompts is not what engines run."""
@@ -24,9 +25,10 @@ SENDS_EVERY = 4
 class Profiler:
     """Times a grid of iterations on a bench."""
 
-    def __init__(self, config: RunConfig, shapes: Sequence[Shape], bench: Bench) -> None:
+    def __init__(self, config: RunConfig, shapes: Sequence[Shape], bench: Bench, watch: Watch) -> None:
         self._config = config
         self._bench = bench
+        self._watch = watch
         self._samples: dict[Shape, list[StageTimes]] = {shape: [] for shape in shapes}
         self._sends: dict[int, list[float]] = {}
         self._wall_s = self._processor_s = 0.0
@@ -46,7 +48,10 @@ class Profiler:
         self._sample_sends(repeats=10)
 
     def measure_in_turns(self, turn: Turn) -> None:
-        """Time the grid over and over, as long as there are turns."""
+        """Time the grid over and over, as long as there are turns.
+
+        Raises BusyMachineError if other programs take processors meanwhile.
+        """
         from fastserve.runtime.worker.devices import set_threads
 
         set_threads(self._config.torch_threads)  # Torch keeps a number for each thread, and this is another.
@@ -58,6 +63,7 @@ class Profiler:
                 left_s -= self._sample(decode)
             if not count % SENDS_EVERY:  # At the end of a turn, when ranks that were stopped have found a core again.
                 self._sample_sends(repeats=2)
+            self._watch.look()
             turn.yield_turn()
 
     def forget(self) -> None:
@@ -107,18 +113,21 @@ class Profiler:
                 "overhead_s": overhead_s,
                 "channel_s": channel_s,
                 "stage_link": [{"bytes": size, "seconds": seconds} for size, seconds in sends],
-                "processor_share": self._processor_share,
+                "processor_share": self.processor_share,
                 "residuals": all_residuals[0],
                 "later_residuals": all_residuals[1:],
             },
         )
 
     @property
-    def _processor_share(self) -> float | None:
-        """Processor time over wall time. None for several ranks: those that all-reduce wait for the others."""
-        if self._config.parallel.world_size > 1:
-            return None
-        return min(1.0, self._processor_s / self._wall_s) if self._wall_s else 1.0
+    def processor_share(self) -> float:
+        """Share of the processors that was left to the measurement, at its lowest.
+
+        A single rank computes all the time, so its processor time over its wall time must be 1 too. Of several ranks,
+        those that all-reduce wait for the others.
+        """
+        is_alone = self._config.parallel.world_size == 1 and self._wall_s > 0
+        return min(self._watch.lowest, self._processor_s / self._wall_s if is_alone else 1.0)
 
     def _sample(self, shape: Shape) -> float:
         processor_s = time.thread_time()

@@ -13,12 +13,14 @@ from typing import Any
 import pandas as pd
 
 from harness.analysis.files import write_csv
+from harness.analysis.pairs import pairs_of
 from harness.run.runner import run
 from harness.studies.fidelity.bench import make_bench
 from harness.studies.fidelity.comparison import Pair
 from harness.studies.fidelity.experiment import FidelityExperiment, series_config
 from harness.studies.fidelity.profiler import Profiler, warm_up
 from harness.studies.fidelity.turns import Turn, take_turns
+from harness.studies.processors import LEAST_SHARE, Watch, available_processors, check_share, require_processors
 from harness.studies.simulations import service_rate, simulated
 
 TURN_S = 0.03
@@ -28,7 +30,7 @@ TURN_OF_RANKS_S = 0.1
 
 
 def measure_fidelity(config: Mapping[str, Any], out: Path) -> pd.DataFrame:
-    """Carry out the experiment, write `out`/points.csv and the files behind it, and return the table.
+    """Carry out the experiment, write `out`/points.csv, `out`/pairs.csv and the files behind them; return the first.
 
     `config` is an experiment: `run` (a partial RunConfig of the engine, with all sizes of the cache), `series` (name,
     label, policy, run), `points` (load, num_requests), `seeds` (one), and `architecture` unless the model is a preset:
@@ -42,28 +44,42 @@ def measure_fidelity(config: Mapping[str, Any], out: Path) -> pd.DataFrame:
     4. The real runs and the profiler take turns. `out`/runs/NAME/load-L/profile.json is what the profiler measured
        until that run ended, with the policy's own time added to every iteration; `real` and `sim` are the runs.
 
-    Column `processor_share` is the part of the profiler's time in which it had a processor. On a machine that does
-    nothing else it is 1, and only then is the comparison fair.
+    A row of points.csv is a run, and a row of pairs.csv one metric of one run, the worst first. Column
+    `processor_share` is the share of the processors that other programs left, at its lowest until that run ended.
 
-    Raises ConfigError for bad input.
+    The comparison is fair only on a machine that does nothing else. So the processors are probed before, and watched
+    while it lasts; the tables are written only if at least `least_processor_share` of them was left all the time. A
+    processor for each rank and one for the rest of the machine are needed, or all, where there are fewer.
+
+    Raises ConfigError for bad input, BusyMachineError on a machine that is too busy.
     """
     # Its default, 1024 kernels, is fewer than one for each matrix and number of tokens. Read when torch first computes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     experiment = FidelityExperiment.of(config, out)
     from fastserve.runtime.models import shared_models  # Imports torch.
 
+    least_share = config.get("least_processor_share", LEAST_SHARE)
+    layouts = list(experiment.by_layout())
+    if least_share:
+        require_processors(max(map(_needed_processors, layouts)), least_share)
     pairs: list[Pair] = []
     with shared_models():
-        for of_layout in experiment.by_layout():
-            pairs += _measure(of_layout, out)
+        for of_layout in layouts:
+            pairs += _measure(of_layout, out, Watch(_needed_processors(of_layout), least_share))
     for pair in pairs:
         run(simulated(pair.config, pair.folder / "profile.json"), pair.folder / "sim")
     table = pd.DataFrame([pair.row() for pair in pairs])
+    write_csv(pairs_of(table), out / "pairs.csv")
     write_csv(table, out / "points.csv")
     return table
 
 
-def _measure(experiment: FidelityExperiment, out: Path) -> list[Pair]:
+def _needed_processors(experiment: FidelityExperiment) -> int:
+    """A processor for each rank, and one for the system and for the engine of several ranks."""
+    return min(available_processors(), experiment.layout.world_size + 1)
+
+
+def _measure(experiment: FidelityExperiment, out: Path, watch: Watch) -> list[Pair]:
     """Steps 1 to 4 for one layout of ranks: everything that takes real time."""
     from fastserve.runtime.worker.probe import StageProbe  # Imports torch.
 
@@ -72,7 +88,7 @@ def _measure(experiment: FidelityExperiment, out: Path) -> list[Pair]:
     first_profile = folder / "profile.json"
     config = replace(experiment.config, profile=str(first_profile))
     with closing(make_bench(experiment.config)) as bench:
-        profiler = Profiler(experiment.config, experiment.shapes, bench)
+        profiler = Profiler(experiment.config, experiment.shapes, bench, watch)
         profiler.warm_up(experiment.longest_iteration)
         profiler.measure_all(repeats=3)
         profiler.profile(0.0).save(first_profile)
@@ -83,6 +99,7 @@ def _measure(experiment: FidelityExperiment, out: Path) -> list[Pair]:
             )
             for series in experiment.series
         }
+        watch.look_now()
         pairs = list(_pairs(replace(experiment, config=config), first_profile, out))
 
         def measure_real(pair: Pair, turn: Turn) -> None:
@@ -96,6 +113,8 @@ def _measure(experiment: FidelityExperiment, out: Path) -> list[Pair]:
         profiler.forget()
         length_s = TURN_S if experiment.layout.world_size == 1 else TURN_OF_RANKS_S
         take_turns([partial(measure_real, pair) for pair in pairs], profiler.measure_in_turns, length_s)
+        watch.look_now()
+        check_share(profiler.processor_share, watch.needed, watch.least_share, "in the turns of the measurement")
     return pairs
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
-
 from baselines.external.environment import versions_in
 from baselines.external.process import ServerProcess, free_port
 from baselines.external.vllm import VllmServer
@@ -23,6 +21,7 @@ from fastserve.policies.settings import resolve_settings
 from harness.client.server import contact, message_of
 from harness.run.config import RunConfig
 from harness.run.runner import run
+from harness.studies.processors import machine_busy_s
 from harness.studies.served.experiment import DRAIN_LIMIT_S, VLLM, ServedExperiment, kind_of
 from harness.workload.arrivals import AT_ONCE
 
@@ -154,11 +153,7 @@ class _BusyCores:
         }
 
     def _seconds(self) -> tuple[float, ...]:
-        times = psutil.cpu_times()
-        idle_s = times.idle + getattr(times, "iowait", 0.0)
-        # `user` and `nice` include the time of guests.
-        busy_s = sum(times) - idle_s - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-        return time.perf_counter(), busy_s, self._server.processor_s, time.process_time()
+        return time.perf_counter(), machine_busy_s(), self._server.processor_s, time.process_time()
 
 
 def _our_command(experiment: ServedExperiment, series: Mapping[str, Any], port: int) -> list[str]:
