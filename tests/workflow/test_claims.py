@@ -6,7 +6,7 @@ import pytest
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.capacity import first_upward_crossing
-from harness.analysis.claims import Claims, check_claims, claims_table, relative_difference
+from harness.analysis.claims import COLUMNS, Claims, check_claims, claims_table
 from harness.analysis.measures import Evidence
 from harness.experiments.experiment import Experiment, Series
 from harness.experiments.files import parse_as, read_yaml
@@ -66,35 +66,44 @@ def judged(claim_, table):
 
 def test_a_ratio_of_capacities():
     row = judged(claim(paper=1.5), points(fast=[0.0, 0.4], slow=[0.2, 1.2]))
+    assert tuple(row) == COLUMNS
     assert row["value"] == pytest.approx(1.75 / 1.1, rel=0.01)
-    assert row["low"] <= row["value"] <= row["high"]
-    assert row["relative_difference"] == pytest.approx(row["value"] / 1.5 - 1)
-    assert row["verdict"] == "reproduced"
+    assert row["sample_low"] < row["low"] < row["value"] < row["high"] < row["sample_high"]
+    assert row["retained_effect"] == pytest.approx(math.log(row["value"]) / math.log(1.5))
+    assert (row["num_seeds"], row["verdict"]) == (2, "consistent")
+    assert 0 < row["p_value"] == row["q_value"] < 0.05  # the only one of its family
 
 
 @pytest.mark.parametrize(
     ("paper", "relation", "verdict"),
     [
-        (1.6, "equal", "reproduced"),
-        (1.95, "equal", "reproduced"),
-        (2.5, "equal", "partly"),  # a gain, but not that much
-        ([1.5, 1.7], "equal", "reproduced"),
-        ([2.4, 2.7], "equal", "partly"),
-        (9, "at_most", "reproduced"),
-        (9, "at_least", "partly"),
+        (1.6, "equal", "consistent"),
+        (1.85, "equal", "consistent"),
+        (1.9, "equal", "attenuated"),
+        (3.5, "equal", "direction only"),
+        (1.3, "equal", "direction only"),
+        (0.7, "equal", "contradicted"),
+        ([1.3, 1.7], "equal", "consistent"),
+        ([1.9, 2.7], "equal", "attenuated"),
+        (9, "at_most", "consistent"),
+        (9, "at_least", "direction only"),
+        (1.2, "at_least", "consistent"),
     ],
 )
 def test_verdicts_on_a_gain(paper, relation, verdict):
     assert judged(claim(paper=paper, relation=relation), points([0.0, 0.4], [0.2, 1.2]))["verdict"] == verdict
 
 
-def test_a_gain_that_is_a_loss_is_not_reproduced():
-    assert judged(claim(paper=2), points(fast=[0.2, 1.2], slow=[0.0, 0.4]))["verdict"] == "not"
+def test_a_gain_that_is_a_loss_is_contradicted():
+    row = judged(claim(paper=2), points(fast=[0.2, 1.2], slow=[0.0, 0.4]))
+    assert row["verdict"] == "contradicted"
+    assert row["retained_effect"] < 0
 
 
-def test_a_value_without_a_claim_is_found():
-    row = judged(claim(), points([0.0, 0.4], [0.2, 1.2]))
-    assert (row["verdict"], row["relative_difference"]) == ("found", None)
+def test_only_the_papers_claims_are_judged():
+    for group in ("inconsistency", "suspicion", "beyond"):
+        row = judged(claim(group=group, paper=1.5), points([0.0, 0.4], [0.2, 1.2]))
+        assert (row["verdict"], row["q_value"]) == ("found", None)
 
 
 def test_other_measures():
@@ -136,13 +145,51 @@ def test_what_cannot_be_measured_says_why():
     with pytest.raises(ConfigError, match="give a reason"):
         parsed(claim("none"))
     row = judged(claim("none", paper=31.4, reason="No such fits."), points([0, 0.4], [0, 0.4]))
-    assert (row["verdict"], row["reason"]) == ("cannot be", "No such fits.")
+    assert (row["verdict"], row["reason"]) == ("untestable", "No such fits.")
+    assert all(pd.isna(row[column]) for column in ("num_seeds", "value", "retained_effect", "q_value"))
+
+
+def test_one_seed_leaves_a_claim_untestable_and_says_so():
+    table = points([0.0, 0.4], [0.2, 1.2])
+    row = judged(claim(paper=2), table[table["seed"] == 0])
+    assert (row["verdict"], row["reason"]) == ("untestable", "(one seed gives no interval.)")
 
 
 def test_an_objective_never_reached_is_said():
     row = judged(claim(paper=2), points(fast=[0.0, 0.1], slow=[0.2, 1.2]))
-    assert row["verdict"] == "partly"  # at least a gain of 2 / 1.1
+    assert (row["low"] > 1.7, row["high"], row["verdict"]) == (True, math.inf, "consistent")  # at least 2 / 1.1
+    assert judged(claim(paper=1.2), points(fast=[0.0, 0.1], slow=[0.2, 1.2]))["verdict"] == "direction only"
     assert "within the SLO at every rate" in row["reason"]
+
+
+def test_the_rerun_is_measured_as_ours_is():
+    experiment = EXPERIMENT.model_copy(
+        update={
+            "series": [
+                Series(name=name, label=name, policy=name, paper_system=name.title()) for name in ("fast", "slow")
+            ]
+        }
+    )
+    curves = {("paper", "Fast"): [0.1, 0.5], ("rerun", "Fast"): [0.1, 0.4], ("rerun", "Slow"): [0.2, 1.2]}
+    reported = pd.DataFrame(
+        [
+            {"panel": "", "source": source, "system": system, "rate": rate, "value": value}
+            for (source, system), values in curves.items()
+            for rate, value in enumerate(values, 1)
+        ]
+    )
+    rows = [
+        claim(paper=2),
+        {**claim("capacity", measure={"of": "slow"}), "id": "load"},
+        {**claim(measure={"metric": "p95_jct_s"}), "id": "other-metric"},
+        {**claim("ratio", measure={"x": 1}), "id": "other-measure"},
+    ]
+    ours = points([0.0, 0.4], [0.2, 1.2]).assign(p95_jct_s=1.0)
+    found = claims_table(parsed(*rows), evidence(ours, reported, experiment))["rerun"]
+    assert found[:2].tolist() == pytest.approx([(1 + 2 / 3) / 1.1, 1.1])
+    assert found[2:].isna().all()
+    without = claims_table(parsed(*rows), evidence(ours, reported.iloc[:2], experiment))["rerun"]
+    assert without.isna().all()
 
 
 def test_reasons_quote_other_rows():
@@ -176,8 +223,10 @@ def test_claims_about_what_is_not_there_are_refused(change, message):
         ({"kind": "value"}, "claims 'c': measure.x is missing"),
         ({"kind": "capacity", "measure": {"over": "slow"}}, "unknown key 'over'; valid keys: experiment, panel, of"),
         ({"paper": "much"}, "paper must be a number, or a list of them, not 'much'"),
-        ({"tolerance": 0}, "tolerance must be a number above 0, not 0"),
-        ({"group": "other"}, "group must be one of 'paper', 'suspicion' or 'beyond', not 'other'"),
+        ({"retest_spread": 0}, "retest_spread must be a number above 0, not 0"),
+        ({"tuned": ""}, "tuned must be a text of at least one character, not ''"),
+        ({"tolerance": 0.2}, "unknown key 'tolerance'"),
+        ({"group": "other"}, "group must be one of 'paper', 'inconsistency', 'suspicion' or 'beyond', not 'other'"),
         ({"id": "C 1"}, "claims 'C 1': id must be a name of small letters and digits"),
     ],
 )
@@ -189,15 +238,6 @@ def test_typos_in_claims_are_refused(change, message):
 def test_two_claims_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="ids of claims must differ, 'c' is there twice"):
         parsed(claim(), claim())
-
-
-def test_relative_difference_to_a_range():
-    assert relative_difference(1.5, (1.4, 1.8), "equal") == 0
-    assert relative_difference(0.7, (1.4, 1.8), "equal") == pytest.approx(-0.5)
-    assert relative_difference(2.7, (1.4, 1.8), "equal") == pytest.approx(0.5)
-    assert relative_difference(3, (5, 5), "at_most") == 0
-    assert relative_difference(10, (5, 5), "at_most") == pytest.approx(1)
-    assert relative_difference(None, (1, 1), "equal") is None
 
 
 def crossing(figure, system, bound, **where):
@@ -231,21 +271,23 @@ def test_the_papers_values_are_the_crossings_of_its_own_points(name):
     assert row.paper == pytest.approx(value, rel=0.02, abs=0.005)
 
 
-def test_every_claim_on_a_figure_of_the_paper_has_a_value():
+def test_every_claim_of_the_paper_has_a_value():
     for row in CLAIMS:
-        assert (row.group == "paper") == (row.paper is not None), row.id
+        assert row.group != "paper" or row.paper is not None, row.id
 
 
 def test_the_page_and_the_captions_hold_every_claim(tmp_path):
-    rows = [claim(paper=2, claim="A <gain>"), {**claim(), "id": "d", "group": "beyond"}]
+    rows = [claim(paper=2, claim="A <gain>", tuned="the <skew>"), {**claim(), "id": "d", "group": "beyond"}]
     table = claims_table(parsed(*rows), evidence(points([0.0, 0.4], [0.2, 1.2])))
     page = claims_page(table)
     assert "A &lt;gain&gt;" in page
+    assert "Tuned on these points: the &lt;skew&gt;." in page
     assert page.count("<tr><td>") == 2
     assert "http" not in page
     assert "nan" not in page
     captions = findings(table)
     assert captions["e"].count("\n* ") == 1
+    assert "(the <skew> was tuned on these points)" in captions["e"]
     path = tmp_path / "captions.json"
     finding = Finding("e", str(path))
     assert (finding.text(), repr(finding)) == ("", "Finding('e')")

@@ -589,10 +589,10 @@ def test_the_headline_shows_each_claim_over_the_papers_value():
                 2.2,
                 2.1,
                 2.4,
-                "reproduced",
+                "consistent",
             ),
-            ("A range", 4.0, 9.0, 3.0, 2.0, math.inf, "partly"),
-            ("Never measured", 31.4, 31.4, None, None, None, "cannot be"),
+            ("A range", 4.0, 9.0, 3.0, 2.0, math.inf, "attenuated"),
+            ("Never measured", 31.4, 31.4, None, None, None, "untestable"),
             ("No number of the paper's", None, None, 7.0, 6.0, 8.0, "found"),
         ],
         columns=["claim", "paper_low", "paper_high", "value", "low", "high", "verdict"],
@@ -609,7 +609,7 @@ def test_the_headline_shows_each_claim_over_the_papers_value():
     assert figure.bbox.x0 <= box.x0
     assert box.x1 <= figure.bbox.x1
     said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert said == ["reproduced", "partly", "cannot be", "hollow: reported by the paper"]
+    assert said == ["consistent", "attenuated", "untestable", "hollow: reported by the paper"]
     with pytest.raises(ConfigError, match="'verdict'"):
         headline_of(claims.drop(columns="verdict"))
     with pytest.raises(ConfigError, match="nothing to draw"):

@@ -8,10 +8,8 @@ from fastserve.core.errors import ConfigError
 from harness.analysis.files import read_table, write_csv
 from harness.analysis.intervals import (
     geometric_mean_of_ratios,
-    mean_of_draws,
-    percentile_interval,
+    largest_ratio_of_means,
     ratio_of_means,
-    seed_draws,
 )
 from harness.analysis.points import paired
 from harness.analysis.targets import COLUMNS, targets_table
@@ -75,12 +73,15 @@ def test_a_target_may_be_of_some_panels_and_x():
     assert (row["settings"], row["value"], row["where"]) == (1, pytest.approx(0.8), "a at 2")
 
 
-def test_the_largest_has_the_interval_of_its_setting():
+def test_the_interval_of_the_largest_counts_that_it_was_chosen():
     points = make_points()
     row = row_of(points, statistic="largest")
-    new, old = paired(points, "b", "new", "old", METRIC)
-    estimate = ratio_of_means(new[2], old[2])
+    pairs = [paired(points, panel, "new", "old", METRIC) for panel in ("a", "b")]
+    new, old = (np.column_stack([side[x] for side in sides for x in (1, 2)]) for sides in zip(*pairs, strict=True))
+    estimate = largest_ratio_of_means(new, old)
     assert (row["value"], row["low"], row["high"]) == (estimate.value, estimate.low, estimate.high)
+    alone = ratio_of_means(*(side[2] for side in pairs[1]))
+    assert row["high"] - row["low"] > alone.high - alone.low > 0
     assert row["value"] == pytest.approx(1.2)
     assert (row["settings"], row["met"], row["where"]) == (4, "no", "b at 2")
     assert row_of(points, statistic="largest", at_most=1.2 + 1e-9)["met"] == "yes"
@@ -117,14 +118,11 @@ def test_a_metric_that_is_not_there_is_an_error():
         table_of(make_points(), metric="mean_ttft_s", statistic="largest")
 
 
-def test_a_draw_takes_the_same_seeds_in_all_settings():
-    """Where the seeds of one setting make up for those of another, the mean is certain; drawn apart it would not be."""
-    ups = np.array([1.0, 2.0, 4.0])
-    estimate = geometric_mean_of_ratios(np.column_stack([ups, 1 / ups]), np.ones((3, 2)))
-    draws = seed_draws(3)
-    means = mean_of_draws(np.column_stack([ups, 1 / ups]), draws)
-    expected = np.sqrt(means[:, 0] * means[:, 1])
-    assert (estimate.low, estimate.high) == pytest.approx(percentile_interval(expected, expected))
+def test_a_seed_is_left_out_of_all_settings():
+    """Where the seeds of one setting make up for those of another, the mean is certain; left out apart it is not."""
+    ups = np.array([1.0, 2.0, 3.0])
+    estimate = geometric_mean_of_ratios(np.column_stack([ups, 6 / ups]), np.column_stack([6 / ups, ups]))
+    assert (estimate.low, estimate.high) == pytest.approx((1, 1))
     assert geometric_mean_of_ratios(ups[:, None], np.ones((3, 1))) == ratio_of_means(ups, np.ones(3))
 
 

@@ -91,9 +91,8 @@ def capacity(
     Rates are doubled from --low until the mean of the metric over the seeds exceeds the SLO; then the gap is halved
     until it is within the tolerance. The capacity is where the mean, linear between measured rates, crosses the SLO.
 
-    The interval is of that crossing for seeds drawn with replacement (percentile bootstrap, 95 %). It says how far the
-    capacity depends on the drawn requests. The exit status is 1 if no rate from --low to --high breaks the SLO, or if
-    all do.
+    The interval (95 %) is a jackknife-t over the seeds. It says how far the capacity depends on the drawn requests. The
+    exit status is 1 if no rate from --low to --high breaks the SLO, or if all do.
     """
     from harness.analysis.capacity_result import Objective  # Here, since a run needs neither.
     from harness.analysis.capacity_search import find_capacity

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from harness.analysis.intervals import Estimate, FloatArray, estimate_of, mean_of_draws, percentile_interval, seed_draws
+from harness.analysis.intervals import Bounds, Estimate, FloatArray, Selections, estimate_of, mean_over_seeds, means_of
 
 Curves = tuple[ArrayLike, ArrayLike]
 """Rates [rates] and values over them [seeds, rates]."""
@@ -56,27 +56,28 @@ def capacity_of(
 def capacity_estimate(rates: ArrayLike, values: ArrayLike, bound: float, *, falling: bool = False) -> Estimate:
     """Estimate where the mean curve over seeds, of values [seeds, rates], first leaves its bound.
 
-    The interval over seeds holds the crossings of the mean curves of 95 % of the draws. An end is -inf or inf if the
-    crossing may lie below the lowest or above the highest rate. The estimate is empty if a value is missing (NaN).
+    An end of the interval is open, -inf or inf, if the mean curve of all seeds, or of all but one, does not cross on
+    that side; both are if none of them crosses. The estimate is empty if a value is missing (NaN).
     """
-    y = _by_seed(values)
+    x, y = np.asarray(rates, dtype=float), _by_seed(values)
     if not np.all(np.isfinite(y)):
         return Estimate(None, note="at some rate no request finished")
-    estimate = estimate_of(lambda draws: crossings(rates, mean_of_draws(y, draws), bound, falling=falling), len(y))
-    if estimate.value == np.inf:
-        return replace(estimate, value=None, note="within the SLO at every rate")
-    if estimate.value == -np.inf:
+    estimate = _beyond(x, estimate_of(lambda selections: _bounds(x, y, bound, falling, selections), len(y)))
+    over_all = crossings(x, mean_over_seeds(y), bound, falling=falling)
+    if over_all == np.inf:
+        return replace(estimate, note="within the SLO at every rate")
+    if over_all == -np.inf:
         side = "below" if falling else "above"
-        return replace(estimate, value=None, note=f"{side} the SLO at the lowest rate already")
+        return replace(estimate, note=f"{side} the SLO at the lowest rate already")
     return estimate
 
 
 def ratio_of_capacities(numerator: Curves, denominator: Curves, bound: float, *, falling: bool = False) -> Estimate:
     """Estimate the numerator's capacity over the denominator's; each is (rates, values [seeds, rates]).
 
-    Both must have the same seeds in the same order: a draw takes the same seeds of each (paired). If a draw's capacity
-    lies beyond the measured rates, only a bound of its ratio is known: the interval takes the lower bounds for its low
-    end (at least 0) and the upper bounds for its high end (inf without one).
+    Both must have the same seeds in the same order (paired). If a capacity lies beyond the measured rates, only a bound
+    of the ratio is known: the interval takes the lower bounds for its low end (at least 0) and the upper bounds for its
+    high end (inf without one).
     Raises ValueError unless both have the same number of seeds, and rates above 0.
     """
     sides = {"numerator": numerator, "denominator": denominator}
@@ -86,18 +87,22 @@ def ratio_of_capacities(numerator: Curves, denominator: Curves, bound: float, *,
         raise ValueError(f"a paired ratio needs the same seeds on both sides, not {num_seeds} and {len(curves[1][1])}")
     if any(np.any(rates <= 0) for rates, _ in curves):
         raise ValueError("a ratio of capacities needs rates above 0")
-    of_all = [capacity_estimate(rates, y, bound, falling=falling) for rates, y in curves]
-    note = "; ".join(f"{side} {estimate.note}" for side, estimate in zip(sides, of_all, strict=True) if estimate.note)
-    over, under = (estimate.value for estimate in of_all)
-    value = None if over is None or under is None else over / under
-    if any(estimate.low is None for estimate in of_all):
-        return Estimate(value, note=note)
-    (low, high), (under_low, under_high) = (
-        _bounds(rates, crossings(rates, mean_of_draws(y, seed_draws(num_seeds)), bound, falling=falling))
-        for rates, y in curves
-    )
-    with np.errstate(divide="ignore"):
-        return Estimate(value, *percentile_interval(low / under_high, high / under_low), note)
+    each = [capacity_of(x, mean_over_seeds(y), bound, falling=falling) for x, y in curves]
+    note = "; ".join(f"{side} {reason}" for side, (_, reason) in zip(sides, each, strict=True) if reason)
+    if not all(np.all(np.isfinite(y)) for _, y in curves):
+        return Estimate(None, note=note)
+
+    def ratios(selections: Selections) -> Bounds:
+        (low, high), (under_low, under_high) = (_bounds(x, y, bound, falling, selections) for x, y in curves)
+        with np.errstate(invalid="ignore"):
+            at_least = np.where(np.isinf(low) | np.isinf(under_high), -np.inf, low / under_high)
+            at_most = np.where(np.isinf(high) | np.isinf(under_low), np.inf, high / under_low)
+        return at_least, at_most
+
+    estimate = estimate_of(ratios, num_seeds)
+    ends = {name: getattr(estimate, name) for name in ("low", "sample_low")}
+    at_least_0 = {name: max(end, 0.0) for name, end in ends.items() if end is not None}
+    return replace(estimate, **at_least_0, note="; ".join(filter(None, (note, estimate.note))))
 
 
 def is_monotone(values: ArrayLike) -> bool:
@@ -115,10 +120,19 @@ def largest_fall(values: ArrayLike) -> float:
     return float(np.max((highest - y) / np.where(highest > 0, highest, 1.0)))
 
 
-def _bounds(rates: FloatArray, crossing: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Lower and upper bounds of the capacity: the crossing twice, or the outermost rate and the end beyond it."""
-    low = np.where(crossing == -np.inf, 0.0, np.minimum(crossing, rates[-1]))
-    return low, np.maximum(crossing, rates[0])
+def _bounds(x: FloatArray, y: FloatArray, bound: float, falling: bool, selections: Selections) -> Bounds:
+    """The crossing of each selection's mean curve, [selections, 1] twice; else the outermost rate, and infinity."""
+    at = crossings(x, means_of(y, selections), bound, falling=falling)[:, np.newaxis]
+    return np.minimum(at, x[-1]), np.maximum(at, x[0])
+
+
+def _beyond(x: FloatArray, estimate: Estimate) -> Estimate:
+    """Mark an interval that lies beyond the measured rates as a whole, so that both of its ends are infinite."""
+    if estimate.low == x[-1] and estimate.high == np.inf:
+        return replace(estimate, low=np.inf)
+    if estimate.high == x[0] and estimate.low == -np.inf:
+        return replace(estimate, high=-np.inf)
+    return estimate
 
 
 def _by_seed(values: ArrayLike) -> FloatArray:

@@ -91,7 +91,7 @@ class Result:
 
     @property
     def capacity(self) -> Estimate:
-        """The rate at which the mean over seeds first exceeds the SLO, with an interval over draws of seeds."""
+        """The rate at which the mean over seeds first exceeds the SLO, with its interval over seeds."""
         return capacity_estimate(self.rates, self.values, self.objective.slo)
 
     @property
@@ -119,7 +119,7 @@ class Result:
             else:
                 low = f"below {self.rates[0]:.4g}" if capacity.low == -math.inf else f"{capacity.low:.4g}"
                 high = f"above {self.rates[-1]:.4g}" if capacity.high == math.inf else f"{capacity.high:.4g}"
-                yield f"95 % interval {low} to {high} requests/s, by bootstrap over {len(self.objective.seeds)} seeds"
+                yield f"95 % interval {low} to {high} requests/s, by jackknife-t over {len(self.objective.seeds)} seeds"
         if not is_monotone(mean):
             yield f"not monotone: {metric} falls by up to {largest_fall(mean):.1%} where the rate rises"
         failed, finished = (

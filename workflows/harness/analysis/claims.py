@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +14,17 @@ from pydantic import Field, model_validator
 from fastserve.core.errors import ConfigError
 from harness.analysis.intervals import Estimate
 from harness.analysis.measures import Evidence, Measure, NoMeasure
+from harness.analysis.verdicts import (
+    FOUND,
+    RETEST_SPREAD,
+    RETEST_SPREAD_OVER_VLLM,
+    UNTESTABLE,
+    Range,
+    Relation,
+    q_values,
+    retained_effect,
+    verdict,
+)
 from harness.experiments.experiment import Experiment
 from harness.experiments.files import Keys, Omittable, Positive, Text, check_differ, rule
 
@@ -26,19 +37,20 @@ COLUMNS = (
     "panel",
     "paper_low",
     "paper_high",
+    "rerun",
     "value",
     "low",
     "high",
-    "relative_difference",
+    "sample_low",
+    "sample_high",
+    "num_seeds",
+    "retained_effect",
+    "p_value",
+    "q_value",
     "verdict",
+    "tuned",
     "reason",
 )
-TOLERANCE = 0.2
-"""Relative difference up to which a claim counts as reproduced, unless it says otherwise."""
-REPRODUCED, PARTLY, NOT, CANNOT_BE, FOUND = "reproduced", "partly", "not", "cannot be", "found"
-
-Range = tuple[float, float]
-"""The lowest and the highest value that the paper claims."""
 
 
 class Claim(Keys):
@@ -49,20 +61,36 @@ class Claim(Keys):
         Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*$"),
         rule("must be a name of small letters and digits, with single hyphens between them"),
     ]
-    group: Literal["paper", "suspicion", "beyond"]
+    group: Literal["paper", "inconsistency", "suspicion", "beyond"]
+    """paper: claims that get a verdict. inconsistency: the authors' own numbers against each other."""
     claim: Text
     """In a sentence."""
     source: Text
     """Where it is made."""
     paper: Omittable[Annotated[int | float | list[int | float], rule("must be a number, or a list of them")]] = None
     """The value claimed, or its lowest and highest; left out for a finding of our own."""
-    relation: Literal["equal", "at_most", "at_least"] = "equal"
-    """equal: within the tolerance of the value. at_most, at_least: on its side."""
-    tolerance: Positive = TOLERANCE
-    """Relative difference up to which it is reproduced."""
+    relation: Relation = "equal"
+    """equal: the value itself. at_most, at_least: any value on its side agrees."""
+    retest_spread: Omittable[Positive] = None
+    """How far the authors' own measurements of it differ, in log; left out: 0.15, and 0.2 over vLLM."""
+    tuned: Omittable[Text] = None
+    """The parameter that was tuned on this claim's own points; left out: none was."""
     measure: Measure
     reason: Omittable[str] = None
     """Why it differs; {id} stands for the value of another claim."""
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it is of one series over another."""
+        return not isinstance(self.measure, NoMeasure) and self.measure.is_ratio
+
+    def retest_spread_in(self, experiment: Experiment) -> float:
+        """How far, in log, the authors' own measurements of it differ."""
+        if self.retest_spread is not None:
+            return self.retest_spread
+        over = getattr(self.measure, "over", "")
+        policies = {series.name: series.policy for series in experiment.series}
+        return RETEST_SPREAD_OVER_VLLM if policies.get(over, "").startswith("vllm") else RETEST_SPREAD
 
     @property
     def paper_range(self) -> Range | None:
@@ -124,17 +152,21 @@ def check_claims(claims: Claims, experiments: Mapping[str, Experiment], source: 
 
 
 def claims_table(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> pd.DataFrame:
-    """A row a claim: the paper's value, the measured one with its 95 % interval, the difference, the verdict.
+    """A row a claim: the paper's value, its authors' rerun's, ours with its 95 % interval, and the verdict.
 
-    `paper_low` and `paper_high` differ where the paper gives a range. A row without a paper's value is a finding of
-    our own.
+    `paper_low` and `paper_high` differ where the paper gives a range. `sample_low` to `sample_high` is the 95 %
+    prediction interval of one sample of the paper's size. `q_value` is the p-value of a comparison adjusted for all
+    comparisons of group paper; only these have one. docs/verdicts.md says what follows from them.
     """
-    estimates = {claim.id: _estimate(claim, evidence) for claim in claims}
-    shown = {name: _shown(estimate) for name, estimate in estimates.items()}
+    found = {claim.id: _measured(claim, evidence) for claim in claims}
+    shown = {name: _shown(measured.estimate) for name, measured in found.items()}
+    family = [claim for claim in claims if claim.group == "paper" and claim.is_comparison]
+    adjusted = q_values([found[claim.id].estimate.p_value for claim in family])
+    q_value_of = {claim.id: q_value for claim, q_value in zip(family, adjusted, strict=True)}
     rows = []
     for claim in claims:
-        estimate, paper = estimates[claim.id], claim.paper_range
-        difference = relative_difference(estimate.value, paper, claim.relation)
+        measured, paper = found[claim.id], claim.paper_range
+        estimate = measured.estimate
         rows.append(
             {
                 "id": claim.id,
@@ -145,59 +177,58 @@ def claims_table(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> p
                 "panel": getattr(claim.measure, "panel", None),
                 "paper_low": paper[0] if paper else None,
                 "paper_high": paper[1] if paper else None,
+                "rerun": measured.rerun,
                 "value": estimate.value,
                 "low": estimate.low,
                 "high": estimate.high,
-                "relative_difference": difference,
-                "verdict": verdict(claim, estimate, paper, difference),
-                "reason": " ".join(filter(None, [(claim.reason or "").format(**shown), _note(estimate)])),
+                "sample_low": estimate.sample_low,
+                "sample_high": estimate.sample_high,
+                "num_seeds": measured.num_seeds,
+                "retained_effect": retained_effect(estimate.value, paper, claim.relation, claim.is_comparison),
+                "p_value": estimate.p_value if claim.is_comparison else None,
+                "q_value": q_value_of.get(claim.id),
+                "verdict": _verdict(claim, measured, q_value_of.get(claim.id), evidence),
+                "tuned": claim.tuned,
+                "reason": " ".join(filter(None, [(claim.reason or "").format(**shown), _note(measured)])),
             }
         )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"num_seeds": "Int64"})
 
 
-def relative_difference(value: float | None, paper: Range | None, relation: str) -> float | None:
-    """How far the value is outside what the paper claims, relative to the nearest claimed; 0 if it is inside."""
-    if value is None or paper is None:
-        return None
-    low, high = paper
-    if relation == "at_most":
-        low = -math.inf
-    elif relation == "at_least":
-        high = math.inf
-    if low < high and low <= value <= high:
-        return 0.0
-    nearest = low if value < low else high
-    return value / nearest - 1
+@dataclass(frozen=True)
+class _Measured:
+    """What a claim's measure gives."""
+
+    estimate: Estimate
+    rerun: float | None = None
+    num_seeds: int | None = None
 
 
-def verdict(claim: Claim, estimate: Estimate, paper: Range | None, difference: float | None) -> str:
-    """`reproduced` within the tolerance; `partly` if it differs more and points the same way; else `not`.
-
-    A gain (above 1) points the same way if its whole interval is above 1; any other number within a factor of two.
-    """
+def _measured(claim: Claim, evidence: Mapping[str, Evidence]) -> _Measured:
     if isinstance(claim.measure, NoMeasure):
-        return CANNOT_BE
-    if paper is None:
+        return _Measured(Estimate(None))
+    on = evidence[claim.measure.experiment]
+    return _Measured(claim.measure.estimate(on), claim.measure.rerun(on), claim.measure.num_seeds(on))
+
+
+def _verdict(claim: Claim, measured: _Measured, q_value: float | None, evidence: Mapping[str, Evidence]) -> str:
+    if claim.paper_range is None or claim.group != "paper":
         return FOUND
-    if difference is not None and abs(difference) <= claim.tolerance:
-        return REPRODUCED
-    if claim.measure.is_ratio and paper[0] > 1:
-        least = estimate.value if estimate.low is None else estimate.low
-        same_way = least is not None and least > 1
-    else:
-        same_way = difference is not None and 0.5 <= 1 + difference <= 2
-    return PARTLY if same_way else NOT
-
-
-def _estimate(claim: Claim, evidence: Mapping[str, Evidence]) -> Estimate:
     if isinstance(claim.measure, NoMeasure):
-        return Estimate(None)
-    return claim.measure.estimate(evidence[claim.measure.experiment])
+        return UNTESTABLE
+    return verdict(
+        claim.paper_range,
+        claim.relation,
+        measured.estimate,
+        is_comparison=claim.is_comparison,
+        q_value=q_value,
+        retest_spread=claim.retest_spread_in(evidence[claim.measure.experiment].experiment),
+    )
 
 
-def _note(estimate: Estimate) -> str:
-    return f"({estimate.note}.)" if estimate.note else ""
+def _note(measured: _Measured) -> str:
+    alone = "one seed gives no interval" if measured.num_seeds == 1 else ""
+    return " ".join(f"({note}.)" for note in (measured.estimate.note, alone) if note)
 
 
 def _shown(estimate: Estimate) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -12,8 +11,8 @@ import pandas as pd
 from pydantic import Field
 
 from harness.analysis.capacity import capacity_estimate, capacity_of, ratio_of_capacities
-from harness.analysis.intervals import Estimate, mean_estimate, ratio_of_means
-from harness.analysis.points import FALLING, PAPER, by_seed
+from harness.analysis.intervals import Estimate, largest_ratio_of_means, mean_estimate, ratio_of_means
+from harness.analysis.points import FALLING, PAPER, RERUN, by_seed
 from harness.experiments.experiment import Experiment, x_key
 from harness.experiments.files import Keys, Number, NumberOrText, Omittable
 
@@ -43,7 +42,15 @@ class OnPoints(Keys):
 
     @abstractmethod
     def estimate(self, on: Evidence) -> Estimate:
-        """The value and its 95 % interval over seeds."""
+        """The value, its 95 % interval over seeds, and where one sample of the paper's size lies."""
+
+    def rerun(self, on: Evidence) -> float | None:
+        """The same measure on the points of the authors' rerun; None without such points."""
+        return None
+
+    def num_seeds(self, on: Evidence) -> int | None:
+        """How many seeds it is measured with; None if on points of the authors."""
+        return len(self.curves(on, self.of))
 
     def metric_on(self, on: Evidence) -> str:
         """The metric it is about."""
@@ -81,6 +88,16 @@ class AtBound(OnPoints):
         table = self.curves(on, series)
         return table.columns.to_numpy(float), table.to_numpy()
 
+    def rerun_load(self, on: Evidence, series: str) -> float | None:
+        """The load at which the authors' rerun of a series leaves the bound; None without points or crossing."""
+        panel = on.experiment.panels[0].name if self.panel is None else self.panel
+        if self.metric_on(on) != on.experiment.metric:
+            return None
+        theirs = _plotted_points(panel, series, on, RERUN)
+        if theirs.empty:
+            return None
+        return capacity_of(theirs["rate"], theirs["value"], self.bound_on(on), falling=self.is_falling(on))[0]
+
 
 class Capacity(AtBound):
     """The load at the bound."""
@@ -90,6 +107,10 @@ class Capacity(AtBound):
     def estimate(self, on: Evidence) -> Estimate:
         """In requests per second."""
         return capacity_estimate(*self.loads(on, self.of), self.bound_on(on), falling=self.is_falling(on))
+
+    def rerun(self, on: Evidence) -> float | None:
+        """In requests per second."""
+        return self.rerun_load(on, self.of)
 
 
 class CapacityRatio(AtBound):
@@ -104,6 +125,11 @@ class CapacityRatio(AtBound):
         """Above 1, `of` carries more."""
         curves = self.loads(on, self.of), self.loads(on, self.over)
         return ratio_of_capacities(*curves, self.bound_on(on), falling=self.is_falling(on))
+
+    def rerun(self, on: Evidence) -> float | None:
+        """Above 1, `of` carries more."""
+        of, over = (self.rerun_load(on, series) for series in (self.of, self.over))
+        return None if of is None or over is None else of / over
 
 
 class Value(OnPoints):
@@ -154,9 +180,8 @@ class LargestRatio(OnPoints):
     over: str
 
     def estimate(self, on: Evidence) -> Estimate:
-        """With the interval where it is largest."""
-        over, of = self.curves(on, self.over), self.curves(on, self.of)
-        return _largest(ratio_of_means(over[x].to_numpy(), of[x].to_numpy()) for x in of.columns if x in over.columns)
+        """Without a unit; the interval holds the largest true ratio, whichever x has it."""
+        return _largest_ratio(self.curves(on, self.over), self.curves(on, self.of))
 
 
 class LargestShare(OnPoints):
@@ -167,9 +192,9 @@ class LargestShare(OnPoints):
     """The other metric."""
 
     def estimate(self, on: Evidence) -> Estimate:
-        """In per cent, with the interval where it is largest."""
-        part, whole = 100 * self.curves(on, self.of), self.curves(on, self.of, self.share_of)
-        return _largest(ratio_of_means(part[x].to_numpy(), whole[x].to_numpy()) for x in part.columns)
+        """In per cent; the interval holds the largest true share, whichever x has it."""
+        part, whole = self.curves(on, self.of), self.curves(on, self.of, self.share_of)
+        return _largest_ratio(100 * part, whole, on_logs=False)
 
 
 class Reported(AtBound):
@@ -178,9 +203,12 @@ class Reported(AtBound):
     kind: Literal["reported"]
     panel: str
 
+    def num_seeds(self, on: Evidence) -> None:
+        """Unknown: how many runs a point of the paper has is not said."""
+
     def estimate(self, on: Evidence) -> Estimate:
         """In requests per second; the paper gives no intervals."""
-        theirs = _reported_points(self.panel, self.of, on)
+        theirs = _plotted_points(self.panel, self.of, on, PAPER)
         value, note = capacity_of(theirs["rate"], theirs["value"], self.bound_on(on))
         return Estimate(value, note=note)
 
@@ -194,9 +222,12 @@ class ReportedSorted(AtBound):
     kind: Literal["reported_sorted"]
     panel: str
 
+    def num_seeds(self, on: Evidence) -> None:
+        """Unknown, as above."""
+
     def estimate(self, on: Evidence) -> Estimate:
         """In requests per second; the paper gives no intervals."""
-        theirs = _reported_points(self.panel, self.of, on).sort_values("value", kind="stable")
+        theirs = _plotted_points(self.panel, self.of, on, PAPER).sort_values("value", kind="stable")
         return Estimate(float(np.interp(self.bound_on(on), theirs["value"], theirs["rate"])))
 
 
@@ -221,11 +252,17 @@ Measure = Annotated[
 ]
 
 
-def _largest(estimates: Iterable[Estimate]) -> Estimate:
-    return max(estimates, key=lambda estimate: -np.inf if estimate.value is None else estimate.value)
+def _largest_ratio(over: pd.DataFrame, under: pd.DataFrame, *, on_logs: bool = True) -> Estimate:
+    """The largest ratio of two metrics' means [seeds, x], over every x at which each seed has both."""
+    over, under = over.align(under, join="inner", axis=1)
+    complete = over.notna().all() & under.notna().all() & (under.mean() != 0)
+    return largest_ratio_of_means(over.loc[:, complete], under.loc[:, complete], on_logs=on_logs)
 
 
-def _reported_points(panel: str, series: str, on: Evidence) -> pd.DataFrame:
+def _plotted_points(panel: str, series: str, on: Evidence, source: str) -> pd.DataFrame:
+    """What the paper, or its authors' rerun, has for a series; empty if nothing."""
     systems = {each.name: each.paper_system for each in on.experiment.series}
-    theirs = on.reported[on.reported["source"] == PAPER]
+    if on.reported.empty or systems[series] is None:
+        return on.reported.iloc[:0]
+    theirs = on.reported[on.reported["source"] == source]
     return theirs[(theirs["panel"] == panel) & (theirs["system"] == systems[series])]

@@ -121,8 +121,8 @@ def paired(points: pd.DataFrame, panel: str, of: str, over: str, metric: str) ->
 def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """Find, for each panel and series, the load at which the metric first leaves its bound, and the authors'.
 
-    `capacity` is of the mean over seeds; `low` to `high` is its 95 % bootstrap interval over seeds. If the bound is not
-    crossed, `capacity` is empty and `note` gives the side. An open end of an interval is infinite.
+    `capacity` is of the mean over seeds; `low` to `high` is its 95 % interval over seeds. If the bound is not crossed,
+    `capacity` is empty and `note` gives the side. An open end of an interval is infinite.
     """
     metric = experiment.metric
     falling = metric.startswith(FALLING)

@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.analysis.intervals import Estimate, geometric_mean_of_ratios, ratio_of_means
+from harness.analysis.intervals import (
+    Estimate,
+    geometric_mean_of_ratios,
+    largest_ratio_of_means,
+    ratio_of_means,
+)
 from harness.analysis.points import paired
 from harness.experiments.experiment import Experiment, Target, x_key
 
@@ -27,6 +32,8 @@ COLUMNS = (
     "met",
     "where",
 )
+STATISTICS = {"geometric_mean": geometric_mean_of_ratios, "largest": largest_ratio_of_means}
+"""What a target bounds: a statistic of the ratios of means in its settings."""
 Setting = tuple[str, str]
 """A panel and a value of x."""
 Pair = tuple[np.ndarray, np.ndarray]
@@ -36,9 +43,9 @@ Pair = tuple[np.ndarray, np.ndarray]
 def targets_table(experiment: Experiment, points: pd.DataFrame) -> pd.DataFrame:
     """A row a target: the ratio with its 95 % interval over seeds, and whether it is within the bound.
 
-    `settings` counts the combinations of panel and x. `where` is the one with the largest ratio; a `largest` has its
-    interval. Without a value in every setting the target is `unknown`. Raises ConfigError for a metric that the points
-    lack.
+    `settings` counts the combinations of panel and x. `where` is the one with the largest ratio; the interval of a
+    `largest` covers that it was chosen. Without a value in every setting the target is `unknown`. Raises ConfigError
+    for a metric that the points lack.
     """
     rows = [_row(target, _settings(target, experiment, points)) for target in experiment.targets]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -63,10 +70,8 @@ def _row(target: Target, settings: Mapping[Setting, Pair]) -> dict[str, Any]:
     if values and len(values) == len(settings):
         worst = max(values, key=values.__getitem__)
         where = " at ".join(part for part in worst if part)
-        estimate = ratios[worst]
-        if target.statistic == "geometric_mean":
-            of, over = (np.column_stack(side) for side in zip(*settings.values(), strict=True))
-            estimate = geometric_mean_of_ratios(of, over)
+        of, over = (np.column_stack(side) for side in zip(*settings.values(), strict=True))
+        estimate = STATISTICS[target.statistic](of, over)
     met = "unknown" if estimate.value is None else "yes" if estimate.value <= target.at_most else "no"
     return {
         "claim": target.claim,

@@ -35,7 +35,7 @@ def provenance_caption(
     requests = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     text = [f"{requests} requests a point, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."]
     if len(seeds) > 1:
-        text.append("Mean over seeds; bands and bars are 95 % bootstrap intervals.")
+        text.append("Mean over seeds; bands and bars are 95 % intervals (jackknife-t).")
     profiles = list(dict.fromkeys(config.profile for config in configs if config.profile))
     if profiles:
         hardware = dict.fromkeys(load_profile(name).hardware for name in profiles)
@@ -143,6 +143,8 @@ def findings(claims: pd.DataFrame) -> dict[str, str]:
             line = f"* {row.claim}: **{three_digits(row.value) or 'unknown'}**{_interval(row)}"
             if pd.notna(row.paper_low):
                 line += f", the paper {claimed(row)}: *{row.verdict}*"
+                if isinstance(row.tuned, str):
+                    line += f" ({row.tuned} was tuned on these points)"
             lines.append(f"{line}. {row.reason if isinstance(row.reason, str) else ''}".rstrip())
         texts[str(experiment)] = "\n".join(lines)
     return texts
@@ -165,14 +167,19 @@ class Finding:
 
 
 def _interval(row: Any) -> str:
-    return "" if pd.isna(row.low) else f" ({three_digits(row.low)} to {three_digits(row.high)})"
+    return "" if pd.isna(row.low) else f" ({span(row.low, row.high)})"
 
 
 def claimed(row: Any) -> str:
     """The paper's value or range in a row of the table of claims; empty for a finding beyond the paper."""
     if pd.isna(row.paper_low) or row.paper_low == row.paper_high:
         return three_digits(row.paper_low)
-    return f"{three_digits(row.paper_low)} to {three_digits(row.paper_high)}"
+    return span(row.paper_low, row.paper_high)
+
+
+def span(low: float, high: float) -> str:
+    """Format an interval of the table of claims; a missing one is empty, and an infinite end is open."""
+    return "" if pd.isna(low) else f"{three_digits(low)} to {three_digits(high)}"
 
 
 def three_digits(value: float) -> str:

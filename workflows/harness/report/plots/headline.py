@@ -14,15 +14,25 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.verdicts import (
+    ATTENUATED,
+    CONSISTENT,
+    CONTRADICTED,
+    DIRECTION_ONLY,
+    INFLATED,
+    UNTESTABLE,
+)
 from harness.report.plots.elements import paper_handle
 from harness.report.plots.page import Page
 from harness.report.plots.style import SMALL
 
 VERDICTS: Mapping[str, tuple[str, str]] = {
-    "reproduced": ("#009E73", "o"),
-    "partly": ("#E69F00", "s"),
-    "not": ("#D55E00", "X"),
-    "cannot be": ("#7F7F7F", "x"),
+    CONSISTENT: ("#009E73", "o"),
+    ATTENUATED: ("#E69F00", "s"),
+    INFLATED: ("#56B4E9", "^"),
+    DIRECTION_ONLY: ("#CC79A7", "D"),
+    CONTRADICTED: ("#D55E00", "X"),
+    UNTESTABLE: ("#7F7F7F", "x"),
 }
 """Colour and marker of each verdict on a claim."""
 _NEEDED = ("claim", "paper_low", "paper_high", "value", "low", "high", "verdict")
