@@ -279,14 +279,25 @@ def test_every_claim_of_the_paper_has_a_value():
 def test_the_page_and_the_captions_hold_every_claim(tmp_path):
     rows = [claim(paper=2, claim="A <gain>", tuned="the <skew>"), {**claim(), "id": "d", "group": "beyond"}]
     table = claims_table(parsed(*rows), evidence(points([0.0, 0.4], [0.2, 1.2])))
-    page = claims_page(table)
+    counts = {
+        "experiment": "e",
+        "seeds_a_side": [5, 10],
+        "comparisons": [1000, 10],
+        "wins": [47, 0],
+        "wins_adjusted": 0,
+    }
+    itself = pd.DataFrame(counts)
+    page = claims_page(table, itself)
+    assert "5 seeds a side: 4.7 % of 1,000 intervals show a difference" in page
     assert "A &lt;gain&gt;" in page
     assert "Tuned on these points: the &lt;skew&gt;." in page
     assert page.count("<tr><td>") == 2
     assert "http" not in page
     assert "nan" not in page
-    captions = findings(table)
-    assert captions["e"].count("\n* ") == 1
+    captions = findings(table, itself)
+    assert captions["e"].count("\n* ") == 3
+    assert "10 seeds a side: 0.0 % of 10 intervals" in captions["e"]
+    assert findings(table, itself.iloc[:0])["e"].count("\n* ") == 1
     assert "(the <skew> was tuned on these points)" in captions["e"]
     path = tmp_path / "captions.json"
     finding = Finding("e", str(path))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from benchmarks.interval_coverage import CASES, coverage
 from harness.analysis.intervals import (
     ON_PLAIN_SCALE,
     Estimate,
@@ -91,6 +92,22 @@ def test_the_interval_of_the_largest_covers_that_it_was_chosen(values):
     assert largest_ratio_of_means(values[:, :1], ones[:, :1]) == alone[0]
     expected = mean_estimate(values.max(axis=1))
     assert (largest.sample_low, largest.sample_high) == pytest.approx((expected.sample_low, expected.sample_high))
+
+
+@pytest.mark.parametrize("num_seeds", [5, 20])
+@pytest.mark.parametrize(
+    ("case", "least", "most"),
+    [("ratio", 0.92, 0.97), ("load", 0.89, 0.97), ("loads", 0.92, 0.97), ("largest", 0.93, 1)],
+)
+def test_intervals_hold_the_truth_about_as_often_as_they_say(case, least, most, num_seeds):
+    held = coverage(CASES[case], num_seeds, repetitions=1000)
+    assert least <= held["jackknife-t"] <= most
+    assert 0.93 <= held["prediction"] <= 0.98
+
+
+def test_the_bootstrap_of_five_seeds_and_of_what_was_chosen_would_not():
+    assert coverage(CASES["ratio"], 5, repetitions=1000)["bootstrap"] < 0.88
+    assert coverage(CASES["largest"], 20, repetitions=1000)["bootstrap"] < 0.75
 
 
 def test_selections_are_of_whole_seeds():

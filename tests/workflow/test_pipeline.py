@@ -79,7 +79,7 @@ def test_from_experiments_to_figures_verdicts_and_report(tmp_path):
     write_claims(tmp_path)
     first = snakemake(tmp_path, PYTHONPATH=watch_scripts(tmp_path / "loaded"))
     assert first.returncode == 0, first.stderr
-    steps = {"collect", "capacity", "targets", "claims", "draw", "draw_headline"}
+    steps = {"collect", "capacity", "targets", "against_itself", "claims", "draw", "draw_headline"}
     assert scripts_watched(tmp_path / "loaded") == steps
     assert "Execute" not in first.stderr  # one line of progress alone
 

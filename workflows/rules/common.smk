@@ -64,6 +64,8 @@ try:
     EXPERIMENTS = EXTERNAL | FULL | SMOKE
     # A quick look gives no verdict.
     CLAIMS = read_claims(None if CONFIG.quick else CONFIG.claims)
+    # What claims may be made of a load on: each series is compared with itself there.
+    WITH_LOADS = [name for name in CLAIMS.experiments if FULL[name].slo is not None]
     POINTS = {name: tuple(points_of(experiment)) for name, experiment in EXPERIMENTS.items()}
     # Those beyond the paper last: a run that they share with a figure of the paper belongs to the figure's batches.
     BATCHES = batches_of(
@@ -79,7 +81,9 @@ GROUPS = {}
 for _name in FULL:
     GROUPS.setdefault(_name.partition("-")[0], []).append(_name)
 GROUPS = {_name: [_name] for _name in FULL} | GROUPS
-_taken = sorted(({"report", "written", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & GROUPS.keys()))
+_taken = sorted(
+    ({"report", "written", "headline", "smoke", "recorded"} & GROUPS.keys()) | (EXTERNAL.keys() & GROUPS.keys())
+)
 if _taken:
     raise WorkflowError(f"an experiment's name may not begin with {_taken[0]!r}, which is a target")
 
@@ -127,7 +131,8 @@ def headline_results():
     """The table of claims, as numbers, as a page and as a figure."""
     if not CLAIMS.claims:
         return []
-    return ["results/headline/claims.csv", "results/headline/claims.html", "figures/headline.png"]
+    tables = [f"results/headline/{name}" for name in ("claims.csv", "claims.html", "a-a.csv")]
+    return [*tables, "figures/headline.png"]
 
 
 def recorded_results():

@@ -52,9 +52,29 @@ rule targets:
         WORKERS.script("targets.py", Job(input, output, params, wildcards, log))
 
 
+rule against_itself:
+    input:
+        points=[f"results/{name}/points.csv" for name in WITH_LOADS],
+    output:
+        report(
+            "results/headline/a-a.csv",
+            category="Headline",
+            labels={"result": "Each series against itself"},
+            caption="../report/against_itself.rst",
+        ),
+    log:
+        "results/logs/against-itself.log",
+    params:
+        code=code_of("against_itself.py"),
+        experiments={name: FULL[name].as_written() for name in WITH_LOADS},
+    run:
+        WORKERS.script("against_itself.py", Job(input, output, params, wildcards, log))
+
+
 rule claims:
     input:
         points=[f"results/{name}/points.csv" for name in CLAIMS.experiments],
+        against_itself="results/headline/a-a.csv",
         reported=REPORTED_POINTS,
         rerun=RERUN_POINTS,
     output:

@@ -50,9 +50,10 @@ def estimate_of(statistic: Statistic, num_seeds: int, *, on_logs: bool = True) -
 
     `on_logs` is for statistics that are above 0; if a value is not, the note says that no logs were taken.
 
-    With several settings their intervals hold all of them at once (Šidák's t), so that the interval of the largest
-    covers that it was chosen. An end is open if the statistic of all seeds, or of all but one, has no bound on that
-    side; an end for a sample, if that of one seed has none.
+    The largest of several tends to be too large, never too small. So with several settings the low end, the largest
+    low end, holds for all of them at once (Šidák's t). The high end is that of one: the largest high end is above the
+    truth whenever that of the truly largest setting is. An end is open if the statistic of all seeds, or of all but
+    one, has no bound on that side; an end for a sample, if that of one seed has none.
     """
     everyone = np.arange(num_seeds)
     whole = np.array(statistic(everyone[np.newaxis]))[:, 0]
@@ -84,10 +85,10 @@ def leave_one_out(num_seeds: int) -> Selections:
 
 
 def t_quantile(num_seeds: int, num_settings: int = 1) -> float:
-    """Student's t that `num_settings` independent intervals stay within, all of them, with probability LEVEL."""
+    """Student's t that the largest of `num_settings` independent ones exceeds with half the probability 1 - LEVEL."""
     from scipy.special import stdtrit  # Slow to import, and a run needs no intervals.
 
-    return float(stdtrit(num_seeds - 1, (1 + LEVEL ** (1 / num_settings)) / 2))
+    return float(stdtrit(num_seeds - 1, ((1 + LEVEL) / 2) ** (1 / num_settings)))
 
 
 def _jackknife_t(
@@ -105,21 +106,23 @@ def _jackknife_t(
         from_first = scaled - scaled[:, :1]  # So that equal values have an error of exactly 0.
         error = np.sqrt((num_seeds - 1) * from_first.var(axis=1))
         error[~np.isfinite(left_out).all(axis=1)] = np.inf
-        away = _DOWN_AND_UP * t_quantile(num_seeds, num_settings) * error
+        t = np.array([[t_quantile(num_seeds, num_settings)], [t_quantile(num_seeds)]])
+        away = _DOWN_AND_UP * t * error
         ends = whole * np.exp(away) if on_logs else whole + away
         low, high = np.where(np.isinf(error) | np.isinf(whole), _DOWN_AND_UP * np.inf, ends).max(axis=1)
         distance = np.log(whole) if on_logs else whole - 1
         above, below = np.where(distance == 0, 0, distance / error).max(axis=1)
-    away_from_1 = above if above > 0 else -below if below < 0 else 0.0
-    return float(low), float(high), _p_value(away_from_1, num_seeds, num_settings)
+    return float(low), float(high), _p_value(above, below, num_seeds, num_settings)
 
 
-def _p_value(t: float, num_seeds: int, num_settings: int) -> float:
-    """The probability that the largest of independent |t| in `num_settings` settings is at least t."""
+def _p_value(above: float, below: float, num_seeds: int, num_settings: int) -> float:
+    """Twice the smaller of two: that the largest t exceeds `above`, and that one setting's t is less than `below`."""
     from scipy.special import stdtr  # Slow to import, and a run needs no intervals.
 
-    with np.errstate(divide="ignore"):  # A p-value of 1.
-        return float(-np.expm1(num_settings * np.log1p(-2 * stdtr(num_seeds - 1, -t))))
+    # Of -above, not of above, so that small ones keep their digits.
+    with np.errstate(divide="ignore"):
+        is_gain = -np.expm1(num_settings * np.log1p(-stdtr(num_seeds - 1, -above)))
+    return float(min(1, 2 * is_gain, 2 * stdtr(num_seeds - 1, below)))
 
 
 def _prediction(samples: FloatArray, on_logs: bool) -> tuple[float | None, float | None]:

@@ -133,8 +133,11 @@ def _own_time(time: EngineTime) -> str:
     return f"{time.source}, {' and '.join(said)}" if said else "not modelled"
 
 
-def findings(claims: pd.DataFrame) -> dict[str, str]:
-    """Map each experiment to the verdicts on the claims that it measures, as reStructuredText."""
+def findings(claims: pd.DataFrame, itself: pd.DataFrame) -> dict[str, str]:
+    """Map each experiment to the verdicts on the claims that it measures, as reStructuredText.
+
+    `itself` (`harness.analysis.against_itself.shares`) adds how often its series differ from themselves.
+    """
     texts: dict[str, str] = {}
     for experiment, rows in claims.dropna(subset=["experiment"]).groupby("experiment", sort=False):
         lines = []
@@ -146,8 +149,23 @@ def findings(claims: pd.DataFrame) -> dict[str, str]:
                 if isinstance(row.tuned, str):
                     line += f" ({row.tuned} was tuned on these points)"
             lines.append(f"{line}. {row.reason if isinstance(row.reason, str) else ''}".rstrip())
+        lines += [f"* {line}" for line in false_alarms(itself[itself["experiment"] == experiment])]
         texts[str(experiment)] = "\n".join(lines)
     return texts
+
+
+def false_alarms(itself: pd.DataFrame) -> list[str]:
+    """Say how often series differ from themselves: a sentence for each number of seeds."""
+    total = itself.groupby("seeds_a_side")[["comparisons", "wins", "wins_adjusted"]].sum()
+    lines = []
+    row: Any
+    for row in total.itertuples():
+        plain, adjusted = (f"{100 * wins / row.comparisons:.1f} %" for wins in (row.wins, row.wins_adjusted))
+        lines.append(
+            f"A series against itself, {row.Index} seeds a side: {plain} of {row.comparisons:,} intervals show a "
+            f"difference (5 % should), and {adjusted} do after adjustment for their number."
+        )
+    return lines
 
 
 class Finding:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.report.captions import claimed, span, three_digits
+from harness.report.captions import claimed, false_alarms, span, three_digits
 
 _TITLES = {
     "paper": "Claims of the paper",
@@ -38,13 +38,18 @@ small{color:#666}
 """
 
 
-def claims_page(claims: pd.DataFrame) -> str:
-    """Write the table of `harness.analysis.claims.claims_table` as HTML, with a section for each group."""
+def claims_page(claims: pd.DataFrame, itself: pd.DataFrame) -> str:
+    """Write the table of `harness.analysis.claims.claims_table` as HTML, with a section for each group.
+
+    Below it stands how often series differ from themselves (`harness.analysis.against_itself.shares`).
+    """
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Claims</title><style>{_STYLE}</style><body>"]
     for group, rows in claims.groupby("group", sort=False):
         parts.append("<h2>{}</h2><table><tr>{}".format(escape(_TITLES[str(group)]), "<th>".join(["", *_HEADINGS])))
         parts += [_row(row) for row in rows.itertuples()]
         parts.append("</table>")
+    if alarms := false_alarms(itself):
+        parts += ["<h2>How often a difference is shown where none is</h2>", *(f"<p>{escape(line)}" for line in alarms)]
     return "".join(parts) + "\n"
 
 
