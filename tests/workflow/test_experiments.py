@@ -232,6 +232,15 @@ def test_panels_and_series_take_what_they_do_not_say_from_their_namesakes():
         linked({"x": {"same_points_as": "nobody"}})
 
 
+def test_an_experiment_takes_its_points_from_one_that_takes_them_from_another():
+    chain = {"a": tiny(slo=0.2), "b": {"same_points_as": "a", "slo": 0.4}, "c": {"same_points_as": "b", "title": "C"}}
+    last = linked(chain)["c"]
+    assert (last["slo"], last["title"], last["series"]) == (0.4, "C", chain["a"]["series"])
+    for circle in ({"a": {"same_points_as": "a"}}, {"a": {"same_points_as": "b"}, "b": {"same_points_as": "a"}}):
+        with pytest.raises(ConfigError, match="which takes its points from"):
+            linked(circle)
+
+
 def test_targets_and_ratios_are_valid_and_optional():
     assert parsed(tiny()).targets == parsed(tiny(targets=[])).targets == ()
     targets = [TARGET, TARGET | {"at": [2, "1"], "at_most": 1}]

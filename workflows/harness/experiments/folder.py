@@ -57,20 +57,31 @@ def linked(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
     """Resolve `same_points_as`: what an experiment does not say is taken from the one it names.
 
     If it lists panels or series, it has those, and each takes what it does not say from its namesake. Raises
-    ConfigError for an experiment that is not there.
+    ConfigError for an experiment that is not there, and for experiments that name each other.
     """
-    resolved = {}
-    for name, content in contents.items():
-        source_name = content.get("same_points_as")
-        if source_name is not None and source_name not in list(contents):
-            known = ", ".join(contents)
-            raise ConfigError(f"experiment {name!r}: same_points_as names {source_name!r}; there are: {known}")
-        source = contents[source_name] if source_name else {}
-        resolved[name] = {**source, **content}
-        for key in ("panels", "series"):
-            namesakes = {part.get("name"): part for part in _parts(source, key)}
-            if own := _parts(content, key):
-                resolved[name][key] = [{**namesakes.get(part.get("name"), {}), **part} for part in own]
+    return {name: _resolved(name, contents, ()) for name in contents}
+
+
+def _resolved(name: str, contents: Mapping[str, Mapping[str, Any]], askers: tuple[str, ...]) -> dict[str, Any]:
+    """The content of one experiment; `askers` are the experiments that take theirs from it."""
+    content = contents[name]
+    source_name = content.get("same_points_as")
+    if source_name is None:
+        return dict(content)
+    if source_name not in list(contents):
+        known = ", ".join(contents)
+        raise ConfigError(f"experiment {name!r}: same_points_as names {source_name!r}; there are: {known}")
+    if source_name in (*askers, name):
+        raise ConfigError(
+            f"experiment {name!r}: same_points_as names {source_name!r}, which takes its points from {name!r}; "
+            "give one of them points of its own"
+        )
+    source = _resolved(source_name, contents, (*askers, name))
+    resolved = {**source, **content}
+    for key in ("panels", "series"):
+        namesakes = {part.get("name"): part for part in _parts(source, key)}
+        if own := _parts(content, key):
+            resolved[key] = [{**namesakes.get(part.get("name"), {}), **part} for part in own]
     return resolved
 
 
