@@ -248,7 +248,13 @@ def crossing(figure, system, bound, **where):
     return first_upward_crossing(rows.request_rate_per_s, rows.value, bound)
 
 
-SYSTEMS = {"vllm": "vLLM", "fastserve-fcfs": "FastServe-FCFS", "reactive": "Reactive", "recompute": "Recompute"}
+SYSTEMS = {
+    "vllm": "vLLM",
+    "vllm-400": "vLLM",
+    "fastserve-fcfs": "FastServe-FCFS",
+    "reactive": "Reactive",
+    "recompute": "Recompute",
+}
 DATASETS = {"s": "sharegpt", "a": "alpaca"}
 
 

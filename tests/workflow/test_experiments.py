@@ -382,7 +382,9 @@ def test_rates_of_figure_11_are_the_papers():
         (reported.figure == "fig11") & (reported.dataset == "sharegpt") & (reported.model == "opt-13b")
     ]
     rates = {point.rate for point in panel.points}
-    assert rates - {8} <= set(of_fastserve.request_rate_per_s)  # 8 is ours, to find a crossing between 6 and 10
+    papers = set(of_fastserve.request_rate_per_s)
+    # 8 is ours, to find a crossing between 6 and 10; beyond the paper's highest, ours go on to where curves cross.
+    assert {rate for rate in rates if rate <= max(papers)} - {8} <= papers
 
 
 def test_an_edited_policy_gives_its_runs_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

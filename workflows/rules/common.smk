@@ -109,6 +109,7 @@ def tables_of(name):
     made = {
         "points": True,
         "capacity": experiment.slo is not None,
+        "comparisons": bool(experiment.comparisons),
         "targets": bool(experiment.targets),
         "errors": experiment.figure == "measured",
     }

@@ -34,6 +34,22 @@ rule capacity:
         WORKERS.script("capacity.py", Job(input, output, params, wildcards, log))
 
 
+rule comparisons:
+    input:
+        points="results/{experiment}/points.csv",
+        reported=REPORTED_POINTS,
+        rerun=RERUN_POINTS,
+    output:
+        "results/{experiment}/comparisons.csv",
+    log:
+        "results/logs/{experiment}-comparisons.log",
+    params:
+        code=code_of("comparisons.py"),
+        experiment=definition,
+    run:
+        WORKERS.script("comparisons.py", Job(input, output, params, wildcards, log))
+
+
 rule targets:
     input:
         points="results/{experiment}/points.csv",

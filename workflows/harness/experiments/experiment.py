@@ -142,6 +142,8 @@ class Series(Keys):
     server: Omittable[Literal["fastserve", "vllm", "vllm-chunked"]] = None
     """Whose server it is (http): ours, or vLLM's, whose policy is its own."""
     run: RunPart = RunPart()
+    by_panel: dict[Slug, RunPart] = Field(default_factory=dict)
+    """A further part of the configuration, in some panels."""
     paper_system: Omittable[str] = None
     """Name in the tables of the authors' points, if they show such a system."""
     variant: bool = False
@@ -150,6 +152,15 @@ class Series(Keys):
     """Points with a larger x are not run, since the series is far beyond its bound there; or so by panel."""
     not_in: Annotated[tuple[Slug, ...], Field(strict=False)] = ()
     """Panels the series is not run in."""
+
+
+class Comparison(Keys):
+    """The load of one series over another's: a row of comparisons.csv for each panel that has both."""
+
+    label: Text
+    """What differs, in the table and the figure."""
+    of: Slug
+    over: Slug
 
 
 class Target(Keys):
@@ -184,7 +195,17 @@ class Experiment(Keys):
     note: str = ""
     """A sentence for the caption of the figure."""
     figure: Literal[
-        "load", "slo", "capacity", "sweep", "breakdown", "deciles", "bars", "fidelity", "ratios", "measured"
+        "load",
+        "slo",
+        "capacity",
+        "sweep",
+        "breakdown",
+        "deciles",
+        "bars",
+        "fidelity",
+        "ratios",
+        "comparisons",
+        "measured",
     ]
     """How it is drawn: harness/report/plots has a file for each. measured: runs that others measured on GPUs, which the
     traces of the panels name, and simulations of them (harness/studies/measured)."""
@@ -204,6 +225,8 @@ class Experiment(Keys):
     was measured."""
     targets: Annotated[tuple[Target, ...], Field(strict=False)] = ()
     """[] where another experiment's targets are not to be taken."""
+    comparisons: Annotated[tuple[Comparison, ...], Field(strict=False)] = ()
+    """Loads of series over others', which a figure of `comparisons` shows."""
     slo: Positive | None = None
     """Bound on the metric, in its unit, for the capacity; a lower bound for SLO attainment; null for none."""
     x: Omittable[Axis] = None
@@ -258,6 +281,13 @@ class Experiment(Keys):
             raise ValueError(
                 f"over: figures {self.figure!r} need a series over which to show others, not {self.over!r}: {known}"
             )
+        for each in self.series:
+            _check_known(list(each.by_panel), [panel.name for panel in self.panels], "panels")
+        if (self.comparisons or self.figure == "comparisons") and not (self.comparisons and self.slo):
+            raise ValueError("comparisons are of loads within the SLO: give both `comparisons` and `slo`")
+        check_differ([comparison.label for comparison in self.comparisons], "labels of comparisons")
+        for comparison in self.comparisons:
+            _check_known((comparison.of, comparison.over), names, "series")
         for target in self.targets:
             try:
                 self._check_target(target)

@@ -50,7 +50,7 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
     for panel in experiment.panels:
         for series in experiment.series:
             for row in experiment.points_of(series, panel):
-                parts = (experiment.run, panel.run, series.run, row)
+                parts = (experiment.run, panel.run, series.run, series.by_panel.get(panel.name, RunPart()), row)
                 config = _merged(experiment.backend, series.policy, parts)
                 is_common = config.history is not None and series.run.history is None
                 if is_common and not find_policy(config.policy).learns:

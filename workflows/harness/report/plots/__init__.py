@@ -18,6 +18,7 @@ from fastserve.core.errors import ConfigError
 from harness.report.plots.bars import draw_bars
 from harness.report.plots.breakdown import draw_breakdown
 from harness.report.plots.capacity import draw_capacity
+from harness.report.plots.comparisons import draw_comparisons
 from harness.report.plots.deciles import draw_deciles
 from harness.report.plots.fidelity import draw_fidelity
 from harness.report.plots.flags import flags_of
@@ -55,6 +56,7 @@ KINDS: Mapping[str, Callable[[Tables], Page]] = {
     "bars": draw_bars,
     "fidelity": draw_fidelity,
     "ratios": draw_ratios,
+    "comparisons": draw_comparisons,
 }
 """The kinds of figures, by their names in experiments."""
 RECORDED_VIEWS: Mapping[str, Callable[[pd.DataFrame, str], Page]] = {
