@@ -46,6 +46,7 @@ rule report:
     input:
         [result for name in FULL for result in results_of(name)],
         headline_results(),
+        page_results(),
         recorded_results(),
 
 

@@ -23,7 +23,6 @@ from harness.studies.measured.policies import METRICS, describe_policies, polici
 from harness.studies.measured.replay import ITERATIONS, MEASURED, SIMULATED, replay
 from harness.studies.measured.table import read_requests, statistic_of, with_quantities
 from harness.workload.traces.measured import measured_run
-from tools.write_gpu_truth import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = pd.read_csv(ROOT / "workflows/data/llmservingsim_errors.csv")
@@ -240,7 +239,7 @@ def test_the_page_shows_what_the_shipped_experiment_gives(tmp_path):
     experiment = read_experiments(ROOT / "workflows/config/experiments/gpu-truth.yaml")["gpu-truth"]
     table = errors_page(with_peer(replay(experiment, tmp_path).errors, PEER))
     page = (ROOT / "docs/gpu-truth.md").read_text(encoding="utf-8")
-    assert table in page, "run snakemake's target gpu-truth, then python tools/write_gpu_truth.py"
+    assert table in page, "run `make reproduce`, then python tools/write_pages.py"
 
 
 @pytest.mark.parametrize(("profile", "gpu"), [("rtx4090", "RTX 4090"), ("rtxpro6000", "RTX PRO 6000")])
@@ -251,15 +250,3 @@ def test_the_profiles_state_the_errors_of_the_page(profile, gpu):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {gpu} | {quantity} |")]
         error = row.split(" | ")[4].replace("%", " %")
         assert f"{quantity} {error}" in known, "change RECORDED_ERRORS in tools/_kernel_profiles.py"
-
-
-def test_the_tool_puts_both_tables_into_the_page_and_nothing_else():
-    page = (ROOT / "docs/gpu-truth.md").read_text(encoding="utf-8")
-    changed = with_tables(page, "| a |\n\n| b |\n")
-    assert [line for line in changed.splitlines() if line in ("| a |", "| b |")] == ["| a |", "| b |"]
-    tables = [line for line in page.splitlines() if line.startswith("| RTX") or line.startswith("| GPU | ")]
-    rest = [line for line in page.splitlines() if line not in changed.splitlines()]
-    assert set(rest) <= {*tables, *(line for line in page.splitlines() if line.startswith("|---"))}
-    assert with_tables(changed, "| a |\n\n| b |\n") == changed
-    with pytest.raises(ConfigError, match="has no place for the table of policies"):
-        with_tables(page.replace("<!-- policies", "<!-- "), "| a |\n\n| b |\n")

@@ -21,6 +21,7 @@ from harness.experiments.imports import code_digest
 from harness.experiments.points import points_of
 from harness.pipeline.workers import Job, Workers
 from harness.report.captions import Finding
+from harness.report.pages.render import page_name, templates
 from harness.studies.agreement import recorded_folders
 
 BASE = Path(workflow.basedir)
@@ -124,7 +125,7 @@ def captions_of(name):
 def written():
     """The results of experiments that lack none, and the other results that are there. A failed job removes its own."""
     experiments = [results_of(name) for name in FULL]
-    others = [[result] for result in headline_results() + recorded_results()]
+    others = [[result] for result in headline_results() + page_results() + recorded_results()]
     return [result for each in experiments + others if all(map(os.path.exists, each)) for result in each]
 
 
@@ -134,6 +135,21 @@ def headline_results():
         return []
     tables = [f"results/headline/{name}" for name in ("claims.csv", "claims.html", "a-a.csv")]
     return [*tables, "figures/headline.png"]
+
+
+# Pages of docs with fresh numbers (workflows/report/pages); they are about the shipped experiments.
+SHIPPED = BASE / "workflows/config/experiments"
+PAGE_TEMPLATES = [
+    str(path)
+    for path in templates(BASE / "workflows/report/pages")
+    if CLAIMS.claims and located(CONFIG.experiments).samefile(SHIPPED)
+]
+SIMULATED = [name for name in FULL if EXPERIMENTS[name].backend not in (BOTH, SERVED)]
+
+
+def page_results():
+    """Every page with fresh numbers."""
+    return [f"results/{page_name(Path(template))}" for template in PAGE_TEMPLATES]
 
 
 def recorded_results():

@@ -19,10 +19,7 @@ with logged(snakemake.log[0]):
     points = points_table(snakemake.wildcards.experiment, experiment, results)
     write_csv(points, Path(snakemake.output.points))
     runs = [results[run] for run in points["run"].unique()]
-    made_by = {(run["meta"]["commit"], str(run["meta"]["hardware"])): run["meta"] for run in runs}
-    write_json(
-        [{key: meta[key] for key in ("commit", "hardware")} for meta in made_by.values()],
-        Path(snakemake.output.provenance),
-    )
+    made_by = [{key: run["meta"][key] for key in ("commit", "core", "hardware")} for run in runs]
+    write_json(list({str(each): each for each in made_by}.values()), Path(snakemake.output.provenance))
     seconds = sum(run["seconds"] for run in runs)
     print(f"wrote {snakemake.output.points}: {len(points)} points, whose runs took {seconds:.0f} s")

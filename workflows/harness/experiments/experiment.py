@@ -233,7 +233,7 @@ class Experiment(Keys):
     architecture: Omittable[dict[str, Any]] = None
     """Of a model that is no preset, as in a config.json in Hugging Face format (both, http)."""
     least_processor_share: Omittable[Share] = None
-    """Share of the processors that other programs must leave, or nothing is reported; 0: any (both; default 0.95)."""
+    """Share of the processors that other programs must leave, or nothing is reported; 0: any (both; default 0.9)."""
     run: RunPart = RunPart()
     points: Omittable[Several[PointPart]] = None
     paper: PlottedPoints | None = None

@@ -44,7 +44,7 @@ def provenance_caption(
     if experiment.backend != "sim":
         text.append(f"Measured on {', '.join(dict.fromkeys(_machine(meta) for meta in metas))}.")
     text += [experiment.note] if experiment.note else []
-    commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
+    commits = dict.fromkeys(short_commit(meta.get("commit")) for meta in metas)
     text.append(f"Commit {', '.join(commits) or 'unknown'}.")
     return " ".join(text)
 
@@ -81,7 +81,7 @@ def recorded_caption(table: pd.DataFrame, metas: Sequence[Mapping[str, Any]]) ->
     """Describe recorded runs, from their table and their meta.json: model, requests, machine, date, commit."""
     counts, run = table["num_requests"], metas[0]["configuration"]
     machines = dict.fromkeys(_machine(meta) for meta in metas)
-    commits = dict.fromkeys(_short(meta.get("commit")) for meta in metas)
+    commits = dict.fromkeys(short_commit(meta.get("commit")) for meta in metas)
     dates = sorted(meta["created_at"][:10] for meta in metas)
     return " ".join(
         [
@@ -213,7 +213,7 @@ def _machine(meta: Mapping[str, Any]) -> str:
     return f"{name} ({hardware.get('cores', '?')} cores{count})"
 
 
-def _short(commit: str | None) -> str:
+def short_commit(commit: str | None) -> str:
     """The first ten digits of a commit, and whether the code had changes."""
     if not commit:
         return "unknown"

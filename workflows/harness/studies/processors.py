@@ -17,7 +17,7 @@ import psutil
 
 from fastserve.core.errors import FastServeError
 
-LEAST_SHARE = 0.95
+LEAST_SHARE = 0.9
 """Share of the needed processors that must be left to a measurement, unless it says otherwise."""
 PROBE_S = 2.0
 """Seconds of a probe: long against a time slice of the scheduler."""
@@ -122,7 +122,7 @@ def check_share(share: float, needed: int, least_share: float, when: str) -> Non
     """Raise BusyMachineError, with value, bound and remedy, if a share of processors is too small to measure."""
     if share < least_share:
         raise BusyMachineError(
-            f"this machine is too busy to measure: {when} other programs left {share:.0%} of the {needed} processors "
+            f"this machine is too busy to measure: {when} other programs left {share:.1%} of the {needed} processors "
             f"that it needs, and at least {least_share:.0%} must be left; nothing is reported. Stop the other programs "
             f"(top shows them; now: {', '.join(busiest()) or 'none'}) and run the same command again"
         )
