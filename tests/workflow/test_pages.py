@@ -1,6 +1,5 @@
 """Pages whose numbers come out of tables: the committed ones, and what templates may ask of results."""
 
-import json
 import re
 
 import numpy as np
@@ -10,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.against_itself import against_itself_table
 from harness.analysis.claims import Claims, claims_table
+from harness.analysis.comparisons import comparisons_table
 from harness.analysis.files import write_csv, write_json
 from harness.analysis.measures import Evidence
 from harness.analysis.points import capacity_table, load_reported
@@ -45,6 +46,8 @@ ONE_EXPERIMENT = {
     "load_difference",
     "table_of",
     "loads_table",
+    "comparison",
+    "comparisons_table",
     "ratio",
     "ratios_table",
     "value_at",
@@ -73,6 +76,7 @@ EXPERIMENT = {
         {"name": "fcfs", "label": "FCFS", "policy": "fastserve-fcfs", "paper_system": "FastServe-FCFS"},
         {"name": "fastserve", "label": "FastServe", "policy": "fastserve", "paper_system": "FastServe"},
     ],
+    "comparisons": [{"label": "over FCFS", "of": "fastserve", "over": "fcfs"}],
     "targets": [
         {"claim": "T", "metric": "mean_jct_s", "of": "fastserve", "over": "fcfs", "statistic": "largest", "at_most": 1}
     ],
@@ -121,6 +125,8 @@ def results(tmp_path):
     reported = load_reported(*PLOTTED, experiment)
     write_csv(points(), folder / "tiny/points.csv")
     write_csv(capacity_table("tiny", experiment, points(), reported), folder / "tiny/capacity.csv")
+    write_csv(comparisons_table(experiment, points(), reported), folder / "tiny/comparisons.csv")
+    write_csv(against_itself_table({"tiny": (experiment, points())}), folder / "headline/a-a.csv")
     write_csv(targets_table(experiment, points()), folder / "tiny/targets.csv")
     claims = Claims.model_validate({"claims": CLAIMS}).claims
     evidence = {"tiny": Evidence(experiment, points(), reported)}
@@ -159,6 +165,9 @@ EVERYTHING = """{{ provenance }}
 {{ value_at("tiny", "b", "fcfs", 4, "mean_jct_s") }}; {{ ratio("tiny", of="fastserve", over="fcfs", at=4) }}
 {{ ratio("tiny", of="fastserve", over="fcfs", panels="b", statistic="largest") }}
 {{ ratios_table("tiny", {"FastServe": "fastserve"}, "fcfs", {"A": "a", "B": "b"}, at=4) }}
+{{ comparison("tiny", "a", "over FCFS") }}
+{{ comparisons_table("tiny") }}
+{{ false_alarms() }}
 {{ ready_table("tiny", 2) }}
 """
 
@@ -174,7 +183,9 @@ def test_the_committed_pages_are_the_templates_filled_with_the_committed_tables(
 
 
 def test_the_committed_tables_say_where_they_come_from():
-    assert re.match(r"Commit [0-9a-f]{10}.*; seeds \d.*; (compiled|pure).* core\.$", Recorded(TABLES).provenance)
+    assert re.match(
+        r"Commit [0-9a-f]{10}.*; seeds a claim: \d.*; (compiled|pure).* core\.$", Recorded(TABLES).provenance
+    )
     lines = {
         path.read_text(encoding="utf-8").partition("\n")[0] for path in TABLES.iterdir() if path.stem != "fidelity"
     }
@@ -189,7 +200,7 @@ def test_templates_have_no_number_with_an_interval():
 
 def test_every_function_gives_what_is_in_the_tables(results, rendered):
     lines = rendered(EVERYTHING, results).splitlines()
-    assert lines[0] == "Commit 0123456789; seeds 0 to 2 (1 experiments); compiled core."
+    assert lines[0] == "Commit 0123456789; seeds a claim: 3 (1 claims); compiled core."
     table = results.claims().set_index("id").loc["gain"]
     assert table["value"] == pytest.approx(1.5, abs=0.02)
     said = f"{table['value']:.2f} ({table['low']:.2f} to {table['high']:.2f})"
@@ -203,7 +214,11 @@ def test_every_function_gives_what_is_in_the_tables(results, rendered):
         "| claim | paper | ours (95 %) | one sample (95 %) | effect retained | verdict |" in text
     )  # No rerun: no column.
     assert "| Lost | 3 | not measured |  |  | untestable |" in text
-    load = results.loads("tiny").iloc[0]
+    assert f"{said}\n| panel | load of one over another | paper | ours (95 %) | to paper |" in text
+    assert f"| OPT-13B | over FCFS | 2.03 | {said} | {percent(table['value'] / 2.03366 - 1)} |" in text
+    assert "| OPT-13B \\| again | over FCFS |  | 1.50 (1.4" in text
+    assert "A series against itself, 1 seeds a side: " not in text  # Three seeds are too few.
+    load = results.table("capacity", "tiny").iloc[0]
     assert f"{load['capacity']:.2f} ({load['low']:.2f} to {load['high']:.2f}); " in text
     assert percent(load["capacity"] / load["paper_capacity"] - 1) in text
     assert "| panel | FCFS | FastServe |" in text
@@ -404,4 +419,10 @@ def test_measured_pairs_are_added_run_by_run(tmp_path):
 
 def test_a_page_may_be_rendered_again_and_again(results, rendered):
     assert rendered(EVERYTHING, results) == rendered(EVERYTHING, results)
-    assert json.dumps(sorted(results.taken)) == '["capacity", "measures", "targets"]'
+    assert {name for name, parts in results.taken.items() if parts} == {
+        "capacity",
+        "comparisons",
+        "targets",
+        "measures",
+        "a-a",
+    }

@@ -90,7 +90,7 @@ rule against_itself:
 rule pages:
     input:
         templates=PAGE_TEMPLATES,
-        claims="results/headline/claims.csv",
+        headline=["results/headline/claims.csv", "results/headline/a-a.csv"],
         tables=[f"results/{name}/{table}.csv" for name in SIMULATED for table in tables_of(name)],
         ready=[f"results/{name}/tables.md" for name in SIMULATED if EXPERIMENTS[name].figure == "measured"],
         provenance=[f"results/{name}/provenance.json" for name in SIMULATED],

@@ -12,12 +12,12 @@ import pandas as pd
 from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from harness.report.pages.results import Results
-from harness.report.pages.source import Row, find, key_of, tables_in
+from harness.report.pages.source import AGAINST_ITSELF, MEASURES, TABLES, Row, find, key_of, tables_in
 
-TABLES = ("claims", "capacity", "targets", "measures")
-"""Tables of results, written anew each time."""
 FIDELITY = "fidelity"
 """Pairs that were measured in real time on one machine: runs are added to it."""
+_KEYS = {MEASURES: "measure"}
+"""The column by which rows are found, of tables that are not by experiment."""
 _TEXT = dict.fromkeys(("panel", "title", "series", "label", "experiment", "at", "measure"), str)
 
 
@@ -25,7 +25,10 @@ class Recorded:
     """The tables in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self._tables = {name: read_recorded(folder / f"{name}.csv")[0] for name in (*TABLES, FIDELITY)}
+        self._tables = {
+            name: read_recorded(folder / f"{name}.csv")[0]
+            for name in ("claims", *TABLES, MEASURES, AGAINST_ITSELF, FIDELITY)
+        }
         self._folder = folder
         self.provenance = read_recorded(folder / "claims.csv")[1]
 
@@ -33,17 +36,19 @@ class Recorded:
         """See `Source`."""
         return self._tables["claims"]
 
-    def loads(self, experiment: str) -> pd.DataFrame:
+    def table(self, name: str, experiment: str) -> pd.DataFrame:
         """See `Source`."""
-        return self._of_experiment("capacity", experiment)
+        table = self._tables[name]
+        self._require(table["experiment"], experiment, f"{name} of experiment")
+        return table[table["experiment"] == experiment]
 
-    def targets(self, experiment: str) -> pd.DataFrame:
+    def against_itself(self) -> pd.DataFrame:
         """See `Source`."""
-        return self._of_experiment("targets", experiment)
+        return self._tables[AGAINST_ITSELF]
 
     def estimate(self, measure: Mapping[str, Any]) -> Row:
         """See `Source`."""
-        table, key = self._tables["measures"], key_of(measure)
+        table, key = self._tables[MEASURES], key_of(measure)
         self._require(table["measure"], key, "measure")
         return dict(table[table["measure"] == key].iloc[0])
 
@@ -56,11 +61,6 @@ class Recorded:
     def fidelity(self) -> pd.DataFrame:
         """See `Source`."""
         return self._tables[FIDELITY]
-
-    def _of_experiment(self, name: str, experiment: str) -> pd.DataFrame:
-        table = self._tables[name]
-        self._require(table["experiment"], experiment, f"{name} of experiment")
-        return table[table["experiment"] == experiment]
 
     def _require(self, names: Iterable[str], name: str, what: str) -> None:
         try:
@@ -76,14 +76,14 @@ def record(results: Results, folder: Path) -> None:
     """Write what pages have taken of the results to `folder`: a table of each kind, and all claims."""
     write_recorded(results.claims(), results.provenance, folder / "claims.csv")
     for name, parts in results.taken.items():
-        table = pd.concat(parts.values(), ignore_index=True) if parts else pd.DataFrame(columns=_columns(name))
+        table = (
+            pd.concat(parts.values(), ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=[_KEYS.get(name, "experiment")])
+        )
         write_recorded(table, results.provenance, folder / f"{name}.csv")
     for experiment, text in results.taken_texts.items():
         _write(text, results.provenance, folder / f"{experiment}.md")
-
-
-def _columns(name: str) -> list[str]:
-    return ["measure", "value", "low", "high"] if name == "measures" else ["experiment"]
 
 
 def read_recorded(path: Path) -> tuple[pd.DataFrame, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.against_itself import shares
 from harness.analysis.files import read_json, read_table
 from harness.analysis.measures import Evidence, Measure, NoMeasure
 from harness.analysis.points import load_reported
@@ -17,7 +18,7 @@ from harness.analysis.targets import targets_table
 from harness.experiments.experiment import Experiment, Target
 from harness.experiments.files import Keys, parse_as
 from harness.report.captions import short_commit
-from harness.report.pages.source import OVERALL, Row, find, key_of, tables_in
+from harness.report.pages.source import AGAINST_ITSELF, MEASURES, OVERALL, TABLES, Row, find, key_of, tables_in
 
 
 class _Measured(Keys):
@@ -44,7 +45,7 @@ class Results:
         self._plotted = plotted
         self._fidelity = recorded_fidelity
         self._evidence: dict[str, Evidence] = {}
-        self.taken: dict[str, dict[str, pd.DataFrame]] = {"capacity": {}, "targets": {}, "measures": {}}
+        self.taken: dict[str, dict[str, pd.DataFrame]] = {name: {} for name in (*TABLES, MEASURES, AGAINST_ITSELF)}
         """What pages have asked for: tables by experiment, and a row for each measure."""
         self.taken_texts: dict[str, str] = {}
         """The same of tables that are ready, by experiment."""
@@ -57,43 +58,37 @@ class Results:
         made_by = [each for name in names for each in read_json(self._folder / name / "provenance.json")]
         commits = dict.fromkeys(short_commit(each["commit"]) for each in made_by)
         cores = dict.fromkeys(each.get("core", "unknown") for each in made_by)
-        by_seeds: dict[str, int] = {}
-        for name in names:
-            seeds = self._experiments[name].seeds
-            said = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-            by_seeds[said] = by_seeds.get(said, 0) + 1
-        counts = [f"{said} ({count} experiments)" for said, count in by_seeds.items()]
-        return f"Commit {', '.join(commits)}; seeds {', '.join(counts)}; {', '.join(cores)} core."
+        by_seeds = claims["num_seeds"].dropna().astype(int).value_counts().sort_index(ascending=False)
+        seeds = [f"{count} ({claims} claims)" for count, claims in by_seeds.items()]
+        return f"Commit {', '.join(commits)}; seeds a claim: {', '.join(seeds)}; {', '.join(cores)} core."
 
     def claims(self) -> pd.DataFrame:
         """See `Source`."""
         return self._table(self._folder / "headline" / "claims.csv")
 
-    def loads(self, experiment: str) -> pd.DataFrame:
+    def table(self, name: str, experiment: str) -> pd.DataFrame:
         """See `Source`."""
-        if experiment not in self.taken["capacity"]:
+        if experiment not in self.taken[name]:
             find(self._experiments, experiment, "experiment")
-            table = self._table(self._folder / experiment / "capacity.csv")
+            table = self._table(self._folder / experiment / f"{name}.csv").assign(experiment=experiment)
             titles = {panel.name: panel.title or str(panel.x or "") for panel in self._experiments[experiment].panels}
-            table.insert(2, "title", table["panel"].map(titles))
-            self.taken["capacity"][experiment] = table
-        return self.taken["capacity"][experiment]
+            self.taken[name][experiment] = table.assign(title=table["panel"].map(titles))
+        return self.taken[name][experiment]
 
-    def targets(self, experiment: str) -> pd.DataFrame:
+    def against_itself(self) -> pd.DataFrame:
         """See `Source`."""
-        if experiment not in self.taken["targets"]:
-            find(self._experiments, experiment, "experiment")
-            table = self._table(self._folder / experiment / "targets.csv")
-            self.taken["targets"][experiment] = table.drop(columns="panel").assign(experiment=experiment)
-        return self.taken["targets"][experiment]
+        if not self.taken[AGAINST_ITSELF]:
+            table = self._table(self._folder / "headline" / f"{AGAINST_ITSELF}.csv")
+            self.taken[AGAINST_ITSELF] = {"": shares(table)}
+        return self.taken[AGAINST_ITSELF][""]
 
     def estimate(self, measure: Mapping[str, Any]) -> Row:
         """See `Source`."""
         key = key_of(measure)
-        if key not in self.taken["measures"]:
+        if key not in self.taken[MEASURES]:
             row = {"measure": key, **self._estimate(measure)}
-            self.taken["measures"][key] = pd.DataFrame([row])
-        return dict(self.taken["measures"][key].iloc[0])
+            self.taken[MEASURES][key] = pd.DataFrame([row])
+        return dict(self.taken[MEASURES][key].iloc[0])
 
     def ready_tables(self, experiment: str) -> list[str]:
         """See `Source`."""

@@ -15,6 +15,10 @@ Row = Mapping[str, Any]
 Names = str | Sequence[str] | None
 """One name, several, or all."""
 
+MEASURES, AGAINST_ITSELF = "measures", "a-a"
+"""Names of the recorded tables that no single experiment has."""
+TABLES = ("capacity", "comparisons", "targets")
+"""Tables of an experiment."""
 OVERALL = "overall"
 """The kind of a measure that has a target's keys: a ratio of two series over many settings."""
 
@@ -29,11 +33,11 @@ class Source(Protocol):
     def claims(self) -> pd.DataFrame:
         """Every claim and its verdict, as in results/headline/claims.csv."""
 
-    def loads(self, experiment: str) -> pd.DataFrame:
-        """The capacities of an experiment, as in capacity.csv, with a column `title` of the panel."""
+    def table(self, name: str, experiment: str) -> pd.DataFrame:
+        """One of `TABLES` of an experiment, as results/EXPERIMENT/NAME.csv, with the `title` of each row's panel."""
 
-    def targets(self, experiment: str) -> pd.DataFrame:
-        """The targets of an experiment, as in targets.csv."""
+    def against_itself(self) -> pd.DataFrame:
+        """How often series differ from themselves: `harness.analysis.against_itself.shares`."""
 
     def estimate(self, measure: Mapping[str, Any]) -> Row:
         """A measure's `value`, `low` and `high`. Its keys are those of a claim's measure, or of a target's.

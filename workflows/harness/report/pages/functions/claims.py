@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from fastserve.core.errors import ConfigError
+from harness.report.captions import false_alarms
 from harness.report.pages.numbers import claimed, interval, percent, short, with_interval, without_empty_columns
 from harness.report.pages.source import Names, Source, find, only
 
@@ -131,6 +132,10 @@ class ClaimFunctions:
                 for row in rows
             ],
         )
+
+    def false_alarms(self) -> str:
+        """How often a series differs from itself, in sentences: a check of the intervals."""
+        return " ".join(false_alarms(self._source.against_itself()))
 
     def _claim(self, name: str) -> dict[str, Any]:
         table = self._source.claims()

@@ -46,7 +46,7 @@ class LoadFunctions:
 
         `rows` is the header of the first column.
         """
-        table = self._source.loads(experiment)
+        table = self._source.table("capacity", experiment)
         labels = dict.fromkeys(table["label"])
         lines = []
         for panel in dict.fromkeys(table["panel"]):
@@ -62,7 +62,7 @@ class LoadFunctions:
     def loads_table(self, experiment: str, series: Sequence[str] | None = None) -> str:
         """A row for each panel and series: the paper's load, the rerun's, ours with its interval, both distances."""
         lines, last = [], None
-        for row in self._source.loads(experiment).to_dict("records"):
+        for row in self._source.table("capacity", experiment).to_dict("records"):
             if series is not None and row["series"] not in series:
                 continue
             title = "" if row["panel"] == last else f"{_title(row)}: {row['slo']:g}"
@@ -79,7 +79,7 @@ class LoadFunctions:
 
         `experiments` maps the headers of our columns to them.
         """
-        tables = {header: self._source.loads(name) for header, name in experiments.items()}
+        tables = {header: self._source.table("capacity", name) for header, name in experiments.items()}
         whole = tables[list(tables)[-1]]
         found = {header: table.set_index(["panel", "series"]) for header, table in tables.items()}
         theirs, lines, last = whole.set_index(["panel", "series"]), [], None
@@ -96,8 +96,32 @@ class LoadFunctions:
             lines.append([title, row["label"], short(truth["paper_capacity"]), short(truth["rerun_capacity"]), *ours])
         return markdown(["load (requests/s) at", "policy", "paper", "rerun", *found], lines)
 
+    def comparison(self, experiment: str, panel: str, label: str) -> str:
+        """The ratio of two series' loads, by the label of the comparison, with its interval: "2.60 (2.50 to 2.70)"."""
+        table = self._source.table("comparisons", experiment)
+        find(table["panel"], panel, f"panel of {experiment}")
+        own = table[table["panel"] == panel]
+        find(own["label"], label, f"comparison in panel {panel!r} of {experiment}")
+        row = own[own["label"] == label].iloc[0]
+        return with_interval(row["ratio"], row["low"], row["high"]) or str(row["note"])
+
+    def comparisons_table(self, experiment: str, labels: Sequence[str] | None = None) -> str:
+        """A row for each panel and comparison: the paper's ratio, the rerun's, ours, and both distances."""
+        lines, last = [], None
+        for row in self._source.table("comparisons", experiment).to_dict("records"):
+            if labels is not None and row["label"] not in labels:
+                continue
+            ours = with_interval(row["ratio"], row["low"], row["high"]) or str(row["note"])
+            theirs = [row["paper_ratio"], row["rerun_ratio"]]
+            distances = ["" if pd.isna(each) else percent(row["ratio"] / each - 1) for each in theirs]
+            title = "" if row["panel"] == last else _title(row)
+            last = row["panel"]
+            lines.append([title, row["label"], *map(short, theirs), ours, *distances])
+        header = ["panel", "load of one over another", "paper", "rerun", "ours (95 %)", "to paper", "to rerun"]
+        return without_empty_columns(header, lines)
+
     def _load(self, experiment: str, panel: str, series: str) -> dict[str, Any]:
-        table = self._source.loads(experiment)
+        table = self._source.table("capacity", experiment)
         find(table["panel"], panel, f"panel of {experiment}")
         own = table[table["panel"] == panel]
         find(own["series"], series, f"series in panel {panel!r} of {experiment}")
@@ -106,7 +130,7 @@ class LoadFunctions:
 
 def _title(row: Mapping[Any, Any]) -> str:
     """The title of a panel: of its axis, if it stands on one."""
-    return next(str(row[key]) for key in ("title", "panel_x", "panel") if not pd.isna(row[key]) and row[key] != "")
+    return next(str(row[key]) for key in ("title", "panel_x", "panel") if not pd.isna(row.get(key)) and row[key] != "")
 
 
 def _cell(row: Mapping[Any, Any], against: str | None) -> str:

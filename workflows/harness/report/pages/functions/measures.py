@@ -42,7 +42,7 @@ class MeasureFunctions:
                 row["where"] if isinstance(row["where"], str) else "",
             ]
             for name in experiments
-            for row in self._source.targets(name).to_dict("records")
+            for row in self._source.table("targets", name).to_dict("records")
         ]
         return markdown(["target", "bound", "ratio (95 %)", "", "largest in"], lines)
 
@@ -112,7 +112,7 @@ class MeasureFunctions:
         return tables[number - 1]
 
     def _target(self, experiment: str, claim: str) -> dict[str, Any]:
-        table = self._source.targets(experiment)
+        table = self._source.table("targets", experiment)
         find(table["claim"], claim, f"target of {experiment}")
         return dict(table[table["claim"] == claim].iloc[0])
 
