@@ -192,6 +192,19 @@ def test_the_rerun_is_measured_as_ours_is():
     assert without.isna().all()
 
 
+@pytest.mark.parametrize("is_above", [True, False])
+def test_an_open_prediction_interval_is_said(is_above):
+    """One seed alone does not cross; the mean curves do."""
+    table = points(fast=[0.0, 0.4], slow=[0.2, 1.2])
+    changed = "fast" if is_above else "slow"
+    table.loc[(table["series"] == changed) & (table["seed"] == 1) & (table["x"] == 2), "mean_normalized_latency_s"] = (
+        0.29
+    )
+    row = judged(claim(paper=9 if is_above else 0.01), table)
+    assert (row["sample_high"] == math.inf, row["sample_low"] == 0) == (is_above, not is_above)
+    assert (row["verdict"], "the prediction interval is open" in row["reason"]) == ("consistent", True)
+
+
 def test_reasons_quote_other_rows():
     rows = [claim(paper=2, reason="Because of {other}."), {**claim(), "id": "other"}]
     table = claims_table(parsed(*rows), evidence(points([0.0, 0.4], [0.2, 1.2])))

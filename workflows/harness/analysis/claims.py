@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -227,8 +228,13 @@ def _verdict(claim: Claim, measured: _Measured, q_value: float | None, evidence:
 
 
 def _note(measured: _Measured) -> str:
-    alone = "one seed gives no interval" if measured.num_seeds == 1 else ""
-    return " ".join(f"({note}.)" for note in (measured.estimate.note, alone) if note)
+    """What limits the measure, as sentences."""
+    estimate = measured.estimate
+    notes = [estimate.note, "one seed gives no interval" if measured.num_seeds == 1 else ""]
+    ends = estimate.sample_low, estimate.sample_high
+    if estimate.value and (math.inf in ends or -math.inf in ends or ends[0] == 0):  # A ratio is at least 0.
+        notes.append("the prediction interval is open: the curve of some seed alone does not cross the bound")
+    return " ".join(f"({note}.)" for note in notes if note)
 
 
 def _shown(estimate: Estimate) -> str:
