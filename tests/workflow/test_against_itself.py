@@ -43,8 +43,8 @@ def test_sides_share_no_seed_and_are_the_same_at_every_call():
     assert [len(one) for one, _ in drawn] == [5] * NUM_SPLITS + [10] * NUM_SPLITS
     assert all(len({*one, *other}) == 2 * len(one) for one, other in drawn)
     assert all(np.array_equal(a, b) for a, b in zip(drawn, splits(20), strict=True) for a, b in [(a[0], b[0])])
-    assert [len(one) for one, _ in splits(5)] == [2] * NUM_SPLITS
-    assert list(splits(3)) == list(splits(0)) == []
+    assert [len(one) for one, _ in splits(7)] == [3] * NUM_SPLITS
+    assert list(splits(5)) == list(splits(0)) == []
 
 
 def test_a_series_rarely_differs_from_itself():
@@ -74,7 +74,7 @@ def test_intervals_that_are_too_narrow_are_found_out(monkeypatch):
     assert (total["share"] > 0.1).all()
 
 
-@pytest.mark.parametrize(("changes", "num_seeds"), [({"slo": None}, 20), ({}, 3), ({}, 0)])
+@pytest.mark.parametrize(("changes", "num_seeds"), [({"slo": None}, 20), ({}, 5), ({}, 0)])
 def test_what_has_no_load_or_too_few_seeds_has_no_rows(changes, num_seeds):
     found = points(num_seeds) if num_seeds else points(1).iloc[:0]
     keys = {key: value for key, value in changes.items() if value is not None}

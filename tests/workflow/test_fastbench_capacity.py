@@ -123,7 +123,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
         *SEARCH, "--slo", 1, "--seeds", "2", "--tolerance", "0.5", "--metric", "p95_jct_s", "--out", tmp_path
     )
     assert outcome.exit_code == 0, outcome.output
-    assert "no interval: it needs two seeds" in outcome.stdout
+    assert "no interval: it needs 3 seeds" in outcome.stdout
     assert json.loads((tmp_path / "capacity.json").read_text())["interval"] is None
 
 
@@ -231,7 +231,8 @@ def made_up(values: dict[float, list[float]], failed: int = 0) -> Result:
         for rate, row in ((rate, list(enumerate(row))) for rate, row in values.items())
     }
     unfinished = "request 3: too long" if failed else ""
-    return Result(Objective(0.3, METRIC, (0, 1)), summaries, {"commit": None}, unfinished)
+    seeds = tuple(range(len(next(iter(values.values())))))
+    return Result(Objective(0.3, METRIC, seeds), summaries, {"commit": None}, unfinished)
 
 
 def test_what_casts_doubt_on_a_result_is_said(tmp_path: Path) -> None:
@@ -257,13 +258,13 @@ def test_a_bound_that_is_touched_is_met() -> None:
 
 
 def test_an_open_end_is_said(tmp_path: Path) -> None:
-    result = made_up({1.0: [0.1, 0.1], 2.0: [0.1, 0.1], 4.0: [0.9, 0.2]})
+    result = made_up({1.0: [0.1] * 3, 2.0: [0.1] * 3, 4.0: [0.9, 0.2, 0.2]})
     assert "above 4 requests/s" in "\n".join(result.describe())
     result.write(tmp_path)
     low, high = json.loads((tmp_path / "capacity.json").read_text())["interval"]
     assert high is None
     assert 0 < low < 4
-    assert "interval below 1 to" in "\n".join(made_up({1.0: [0.5, 0.05], 2.0: [0.6, 0.2]}).describe())
+    assert "interval below 1 to" in "\n".join(made_up({1.0: [0.65, 0.05, 0.05], 2.0: [0.6, 0.4, 0.4]}).describe())
 
 
 @given(

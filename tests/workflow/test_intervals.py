@@ -21,10 +21,10 @@ from harness.analysis.intervals import (
 )
 
 few = settings(max_examples=100)
-SAMPLES = arrays(float, st.integers(2, 12), elements=st.floats(0.5, 10))
+SAMPLES = arrays(float, st.integers(3, 12), elements=st.floats(0.5, 10))
 
 
-@pytest.mark.parametrize("num_seeds", [2, 5, 12])
+@pytest.mark.parametrize("num_seeds", [3, 5, 12])
 def test_of_a_mean_of_logs_the_interval_is_the_textbooks(num_seeds):
     """The log of a geometric mean is a mean, and the jackknife-t of a mean is Student's interval."""
     logs = np.random.default_rng(3).normal(size=num_seeds)
@@ -56,7 +56,7 @@ def test_what_may_be_0_is_estimated_on_the_plain_scale_and_says_so():
     assert (estimate.low, estimate.high) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval()))
     assert estimate.note == ON_PLAIN_SCALE
     assert mean_estimate(values + 1).note == ""
-    assert mean_estimate([0.0, 0.0]) == Estimate(0.0, 0.0, 0.0, ON_PLAIN_SCALE, 0.0, 0.0, 0.0)  # surely not 1
+    assert mean_estimate([0.0] * 3) == Estimate(0.0, 0.0, 0.0, ON_PLAIN_SCALE, 0.0, 0.0, 0.0)  # surely not 1
 
 
 @few
@@ -139,10 +139,11 @@ def test_what_has_no_bound_opens_the_end_on_that_side(is_above):
 
 def test_what_cannot_be_told():
     assert mean_estimate([2.5]) == Estimate(2.5)
+    assert mean_estimate([2.5, 3.5]) == Estimate(3.0)
     assert mean_estimate([2.5, np.nan]) == Estimate(None, note="not every seed has a value")
     assert ratio_of_means([1, 2], [np.nan, 1]).value is None
     assert ratio_of_means([1, 2], [0, 0]) == Estimate(None, note="the denominator is 0")
-    assert ratio_of_means([1, 2], [0, 2]) == Estimate(1.5)  # without the second seed there is no ratio
+    assert ratio_of_means([1, 1, 1], [0, 0, 2]) == Estimate(1.5)  # without the last seed there is no ratio
     assert ratio_of_means([3], [2]) == Estimate(1.5)
     assert largest_ratio_of_means(np.empty((3, 0)), np.empty((3, 0))).value is None
 

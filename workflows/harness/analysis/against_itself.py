@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from harness.analysis.capacity import ratio_of_capacities
-from harness.analysis.intervals import LEVEL
+from harness.analysis.intervals import LEAST_SEEDS, LEVEL
 from harness.analysis.points import FALLING, by_seed
 from harness.analysis.verdicts import FALSE_DISCOVERY_RATE, q_values
 from harness.experiments.experiment import Experiment
@@ -26,7 +26,7 @@ def against_itself_table(experiments: Mapping[str, tuple[Experiment, pd.DataFram
     Takes experiments and their points. Seeds are drawn for two sides that share none, the same for all series. `wins`
     counts the ratios whose interval excludes 1: 5 % of the comparisons, if the intervals are right. `wins_adjusted`
     counts those left when all comparisons of one draw are adjusted together, as the claims are. An experiment without
-    an SLO, or with fewer than four seeds, has no rows.
+    an SLO, or with fewer than six seeds, has no rows.
     """
     rows = [row for name, (experiment, points) in experiments.items() for row in _rows(name, experiment, points)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -37,7 +37,7 @@ def splits(num_seeds: int) -> Iterator[Sides]:
     rng = np.random.default_rng(0)
     sizes = [size for size in SEEDS_A_SIDE if 2 * size <= num_seeds] or [num_seeds // 2]
     for size in sizes:
-        for _ in range(NUM_SPLITS if size > 1 else 0):
+        for _ in range(NUM_SPLITS if size >= LEAST_SEEDS else 0):
             drawn = rng.permutation(num_seeds)
             yield drawn[:size], drawn[size : 2 * size]
 

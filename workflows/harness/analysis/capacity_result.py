@@ -15,7 +15,7 @@ import numpy as np
 from fastserve.core.errors import ConfigError
 from fastserve.core.files import atomic_write
 from harness.analysis.capacity import capacity_estimate, is_monotone, largest_fall
-from harness.analysis.intervals import LEVEL, Estimate, FloatArray, mean_over_seeds
+from harness.analysis.intervals import LEAST_SEEDS, LEVEL, Estimate, FloatArray, mean_over_seeds
 from harness.run.profile_range import range_warning
 from harness.run.replaced import replacement_note
 from harness.run.summary import PERCENTILES, SUMMARIZED, why_late
@@ -115,7 +115,7 @@ class Result:
             yield f"capacity {capacity.value:.4g} requests/s"
             yield f"{metric} is within {bound} at {within:.4g} requests/s, above it at {beyond:.4g}"
             if capacity.low is None or capacity.high is None:
-                yield "no interval: it needs two seeds"
+                yield f"no interval: it needs {LEAST_SEEDS} seeds"
             else:
                 low = f"below {self.rates[0]:.4g}" if capacity.low == -math.inf else f"{capacity.low:.4g}"
                 high = f"above {self.rates[-1]:.4g}" if capacity.high == math.inf else f"{capacity.high:.4g}"

@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from fastserve.core.errors import ConfigError
-from harness.analysis.intervals import Estimate
+from harness.analysis.intervals import LEAST_SEEDS, Estimate
 from harness.analysis.measures import Evidence, Measure, NoMeasure
 from harness.analysis.verdicts import (
     FOUND,
@@ -230,7 +230,8 @@ def _verdict(claim: Claim, measured: _Measured, q_value: float | None, evidence:
 def _note(measured: _Measured) -> str:
     """What limits the measure, as sentences."""
     estimate = measured.estimate
-    notes = [estimate.note, "one seed gives no interval" if measured.num_seeds == 1 else ""]
+    too_few = measured.num_seeds is not None and measured.num_seeds < LEAST_SEEDS
+    notes = [estimate.note, f"no interval: it needs {LEAST_SEEDS} seeds" if too_few else ""]
     ends = estimate.sample_low, estimate.sample_high
     if estimate.value and (math.inf in ends or -math.inf in ends or ends[0] == 0):  # A ratio is at least 0.
         notes.append("the prediction interval is open: the curve of some seed alone does not cross the bound")

@@ -23,6 +23,8 @@ Bounds = tuple[FloatArray, FloatArray]
 Statistic = Callable[[Selections], Bounds]
 """Maps selections to the bounds of each one's statistic in each setting [selections, settings]."""
 LEVEL = 0.95
+LEAST_SEEDS = 3
+"""Fewer give no interval: with two, t is 12.7, and an interval of a latency would span orders of magnitude."""
 ON_PLAIN_SCALE = "the interval is on the plain scale, since a value is not above 0"
 _DOWN_AND_UP = np.array([[-1.0], [1.0]])
 
@@ -31,7 +33,7 @@ _DOWN_AND_UP = np.array([[-1.0], [1.0]])
 class Estimate:
     """A value over all seeds and its interval. An unknown value or end is None, and `note` gives the reason.
 
-    An end of -inf or inf is open: it lies beyond the measured range. Fewer than two seeds give no interval.
+    An end of -inf or inf is open: it lies beyond the measured range. Fewer than three seeds give no interval.
     """
 
     value: float | None
@@ -59,7 +61,7 @@ def estimate_of(statistic: Statistic, num_seeds: int, *, on_logs: bool = True) -
     whole = np.array(statistic(everyone[np.newaxis]))[:, 0]
     least, most = whole.max(axis=1)
     value = float(least) if least == most else None
-    if num_seeds < 2:
+    if num_seeds < LEAST_SEEDS:
         return Estimate(value)
     left_out = np.array(statistic(leave_one_out(num_seeds)))
     samples = np.array(statistic(everyone[:, np.newaxis])).max(axis=2)

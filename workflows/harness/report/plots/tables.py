@@ -23,7 +23,7 @@ class Curve:
     """A metric over x for one series: the mean over seeds at each x, and its 95 % interval.
 
     `x` holds numbers in rising order, then categories in the table's order. The mean is NaN if a seed has no value; the
-    interval is NaN then, and for fewer than two seeds.
+    interval is NaN then, and for fewer than three seeds.
     """
 
     x: tuple[X, ...]
