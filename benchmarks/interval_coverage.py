@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.analysis.against_itself import splits
 from harness.analysis.capacity import capacity_estimate, crossings, ratio_of_capacities
 from harness.analysis.intervals import (
+    LEVEL,
     Estimate,
     FloatArray,
     Selections,
@@ -25,7 +27,7 @@ from harness.analysis.intervals import (
 )
 
 SEEDS = (5, 10, 20)
-REPETITIONS, DRAWS = 4000, 1000
+REPETITIONS, DRAWS, SETS = 4000, 1000, 200
 COMMON, OWN = 0.4, 0.3
 """Standard deviations, in log, of what a seed does to all that is measured with it, and of what it does to each."""
 RATES = np.arange(1.0, 17)
@@ -135,6 +137,25 @@ def coverage(case: Case, num_seeds: int, repetitions: int) -> dict[str, float]:
     return {name: count / repetitions for name, count in held.items()}
 
 
+def false_alarms(num_sets: int) -> dict[int, FloatArray]:
+    """The share of wins of a series against itself, by seeds a side: for each of the sets of 20 seeds.
+
+    It is what results/headline/a-a.csv holds for one series, whose loads are made up here.
+    """
+    rng = np.random.default_rng(0)
+    shares: dict[int, list[float]] = {}
+    for _ in range(num_sets):
+        curves = CURVE * noise(rng, 20, len(RATES), OWN)[0]
+        wins: dict[int, list[bool]] = {}
+        for sides in splits(20):
+            one, other = ((RATES, curves[side]) for side in sides)
+            p_value = ratio_of_capacities(one, other, BOUND).p_value
+            wins.setdefault(len(sides[0]), []).append(p_value is not None and p_value <= 1 - LEVEL)
+        for size, won in wins.items():
+            shares.setdefault(size, []).append(float(np.mean(won)))
+    return {size: np.array(found) for size, found in shares.items()}
+
+
 def _scaled(factors: tuple[FloatArray, FloatArray], over: object, under: object) -> tuple[FloatArray, FloatArray]:
     return factors[0] * np.asarray(over), factors[1] * np.asarray(under)
 
@@ -147,6 +168,11 @@ def main() -> None:
         for num_seeds in SEEDS:
             shares = " | ".join(f"{100 * share:.1f} %" for share in rows(case, num_seeds).values())
             print(f"| {case.name} | {num_seeds} | {shares} |")
+    for size, found in false_alarms(SETS).items():
+        print(
+            f"a load against itself, {size} seeds a side, {SETS} sets of 20 seeds: {100 * found.mean():.1f} % of "
+            f"intervals exclude 1; by set {100 * found.std():.1f} points (standard deviation)"
+        )
 
 
 if __name__ == "__main__":
