@@ -87,25 +87,27 @@ rule against_itself:
         WORKERS.script("against_itself.py", Job(input, output, params, wildcards, log))
 
 
-rule pages:
-    input:
-        templates=PAGE_TEMPLATES,
-        headline=["results/headline/claims.csv", "results/headline/a-a.csv"],
-        tables=[f"results/{name}/{table}.csv" for name in SIMULATED for table in tables_of(name)],
-        ready=[f"results/{name}/tables.md" for name in SIMULATED if EXPERIMENTS[name].figure == "measured"],
-        provenance=[f"results/{name}/provenance.json" for name in SIMULATED],
-        reported=REPORTED_POINTS,
-        rerun=RERUN_POINTS,
-    output:
-        pages=page_results() or ["results/no-pages"],
-    log:
-        "results/logs/pages.log",
-    params:
-        code=code_of("pages.py"),
-        project=str(BASE),
-        experiments={name: FULL[name].as_written() for name in SIMULATED},
-    run:
-        WORKERS.script("pages.py", Job(input, output, params, wildcards, log))
+if PAGE_TEMPLATES:
+
+    rule pages:
+        input:
+            templates=PAGE_TEMPLATES,
+            headline=["results/headline/claims.csv", "results/headline/a-a.csv"],
+            tables=[f"results/{name}/{table}.csv" for name in SIMULATED for table in tables_of(name)],
+            ready=[f"results/{name}/tables.md" for name in SIMULATED if EXPERIMENTS[name].figure == "measured"],
+            provenance=[f"results/{name}/provenance.json" for name in SIMULATED],
+            reported=REPORTED_POINTS,
+            rerun=RERUN_POINTS,
+        output:
+            pages=page_results(),
+        log:
+            "results/logs/pages.log",
+        params:
+            code=code_of("pages.py"),
+            project=lambda wildcards: str(BASE),
+            experiments={name: FULL[name].as_written() for name in SIMULATED},
+        run:
+            WORKERS.script("pages.py", Job(input, output, params, wildcards, log))
 
 
 rule claims:

@@ -14,6 +14,7 @@ from harness.experiments.experiment import x_key
 from harness.report.plots.deciles import DECILES
 from harness.report.plots.style import percent
 from harness.report.plots.tables import Tables, ordered
+from harness.studies.processors import LEAST_SHARE
 
 OTHERS = 0.1
 """Other processes that keep more cores than this busy while servers are measured cause a warning."""
@@ -24,7 +25,7 @@ _OVER_LOAD = ("load", "slo", "capacity")
 def flags_of(experiment: Mapping[str, Any], points: pd.DataFrame, capacity: pd.DataFrame | None) -> list[str]:
     """List the warnings: curves that are not monotone, missing values, failed requests."""
     if experiment["figure"] == "fidelity":
-        return []
+        return list(_crowded(points))
     tables = Tables(experiment, points, capacity)
     flags = [*_not_monotone(tables), *_missing(tables), *_unpaired(tables), *_failed(tables), *_disturbed(tables)]
     if experiment["figure"] == "bars" and "preemptions" in points and not points["preemptions"].any():
@@ -118,6 +119,12 @@ def _disturbed(tables: Tables) -> Iterator[str]:
                 f"In {len(disturbed)} of {len(others)} runs other processes used up to "
                 f"{disturbed.max():.1f} cores: repeat on an idle machine"
             )
+
+
+def _crowded(runs: pd.DataFrame) -> Iterator[str]:
+    """Say so if other programs took processors while real runs were measured, as an experiment may allow."""
+    if "processor_share" in runs and (share := runs["processor_share"].min()) < LEAST_SHARE:
+        yield f"Other programs left {percent(share)} of the processors: the errors are partly theirs"
 
 
 def _metrics(tables: Tables) -> list[str]:
