@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastserve.core.config import SchedulerConfig
-from fastserve.core.request import Request
+from fastserve.core.errors import ConfigError
+from fastserve.core.request import SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager, Location
 from fastserve.latency import LatencyModel
 from fastserve.policies.skip_join_mlfq import SkipJoinMLFQ, SkipJoinMLFQOptions
 from fastserve.scheduler import NeedOrder, register
+from fastserve.scheduler.batch import Terms
 from fastserve.scheduler.moving import MoveAhead
 from fastserve.scheduler.need import InServiceOrder
 from fastserve.scheduler.options import Reserve
@@ -37,6 +39,27 @@ class ArtifactOptions(SkipJoinMLFQOptions):
     first_iteration: Literal["shipped", "profiled"] = "shipped"
     """The shipped profile says that every first iteration is shorter than the first quantum, at any length, so that
     every request joins the highest queue and skip-join does nothing; `profiled` takes true times instead."""
+    admission_gate: float = 0.1
+    """With swap=proactive: a request that has never run does not start while a smaller share of the host's blocks is
+    free; 0: no gate."""
+    wait_for_swaps: bool = False
+    """With swap=proactive: whether the batch runs without requests whose caches are away or on their way, as under
+    `fastserve`. The released engine's step never waits for a copy: a request runs at once, whatever its copy does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.admission_gate <= 1:
+            raise ConfigError(f"admission_gate must be a share from 0 to 1, got {self.admission_gate!r}")
+
+    @property
+    def only_simulated(self) -> str:
+        """A real engine would compute with caches that are not there."""
+        if self.wait_for_swaps or self.swap != "proactive":
+            return ""
+        return (
+            "wait_for_swaps=false, as released, lets requests run before their caches have been copied, which gives "
+            "wrong tokens on a real engine: for simulations only; set wait_for_swaps=true"
+        )
 
 
 class MoveTail(MoveAhead):
@@ -75,6 +98,58 @@ class MoveTail(MoveAhead):
                 if not self._start(request, kv.blocks_for(request.num_tokens), reserve):
                     return
 
+    def _may_leave(self, victim: Request) -> bool:
+        """A request that is due and found no room may leave, too: all that run are in the batch."""
+        return not (victim.in_flight or victim in self.batch.requests or victim in self.batch.lost)
+
+
+class MoveAtOnce(MoveTail):
+    """The same where no step waits for a copy: a cache counts as moved when its copy starts.
+
+    So requests get their places whatever their caches do: an offered request is swapped in and runs at once, in room
+    that the tail of the order leaves at once. The copies take their time on the link, and nothing depends on it.
+    """
+
+    offers_swapped_out = True
+
+    def find_room(self, request: Request, num_tokens: int, terms: Terms) -> bool:
+        """Get the request onto the GPU. Whatever it lacks, reserve included, the requests at the tail give up."""
+        kv = self._kv
+        if request in self.batch.lost:
+            return False
+        needed = kv.blocks_to_hold(request, num_tokens)
+        short = needed + self.reserve(self.now) - kv.num_free_gpu_blocks
+        if short > 0:
+            for victim in self._need.victims(self.now):
+                if not self._queue.is_before(request, victim):
+                    break
+                if self._may_leave(victim):
+                    short -= kv.num_blocks(victim)
+                    if not self.evict(victim, or_drop=False) or short <= 0:
+                        break
+        if needed > kv.num_free_gpu_blocks:
+            return False
+        if request.cache_state == SWAPPED_OUT:
+            self._begin_swap_in(request)
+        else:
+            self._extend(request, num_tokens)
+        return True
+
+    def move(self) -> None:
+        """Beside the batch the reserve is filled, or the front of the order swapped in."""
+        self.move_ahead(exchange=True)
+
+    def _begin_swap_in(self, request: Request) -> None:
+        super()._begin_swap_in(request)
+        self._kv.complete(self.swap_in[-1])
+        self.changed.append(request)
+
+    def _begin_swap_out(self, victim: Request) -> bool:
+        if not super()._begin_swap_out(victim):
+            return False
+        self._kv.complete(self.swap_out[-1])
+        return True
+
 
 @register
 class FastServeArtifact(SkipJoinMLFQ):
@@ -86,7 +161,6 @@ class FastServeArtifact(SkipJoinMLFQ):
 
     name = "fastserve-artifact"
     Options = ArtifactOptions
-    Mover = MoveTail
     options: ArtifactOptions
 
     def __init__(
@@ -94,6 +168,7 @@ class FastServeArtifact(SkipJoinMLFQ):
     ) -> None:
         super().__init__(config, kv, latency, options)
         self._decisions_to_check = options.starvation_check_every
+        self._is_gate_closed = False
         # More than the quantum, not all of it.
         self._used_up = [*(quantum * (1 + 1e-9) for quantum in self.quanta[:-1]), math.inf]
 
@@ -108,6 +183,20 @@ class FastServeArtifact(SkipJoinMLFQ):
     def overdue(self, now: float) -> Sequence[Request]:
         """Requests that have waited `alpha_s`, and requests that have never run."""
         return [r for r in self.waiting if r.wait_ends_s <= now or not r.num_output_tokens]
+
+    def prepare(self, now: float) -> None:
+        """Look at the gate, once for all requests of a decision."""
+        if self.swap == "proactive":
+            least = self.options.admission_gate * self.kv.config.num_host_blocks
+            self._is_gate_closed = self.kv.num_free_host_blocks < least
+
+    def admits(self, request: Request) -> bool:
+        """Every request while the gate is open; then only requests that have run and lost their cache."""
+        return not self._is_gate_closed or request.num_output_tokens > 0
+
+    def mover_class(self) -> type[MoveAhead]:
+        """The tail moves, with or without waiting for its copies."""
+        return MoveTail if self.options.wait_for_swaps else MoveAtOnce
 
     def need_order(self) -> NeedOrder:
         """In the order of service."""

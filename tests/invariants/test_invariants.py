@@ -34,6 +34,8 @@ class Scenario:
     num_stages: int = 1
     prefix_caching: bool = False
     v1: bool = False
+    wait_for_swaps: bool = True
+    admission_gate: float = 0.0
 
 
 def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
@@ -53,12 +55,15 @@ def scenarios(policies: st.SearchStrategy[str]) -> st.SearchStrategy[Scenario]:
         num_stages=st.sampled_from([1, 1, 2, 3]),
         prefix_caching=st.booleans(),
         v1=st.booleans(),
+        wait_for_swaps=st.booleans(),
+        admission_gate=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     )
 
 
 def run(scenario: Scenario) -> tuple[CheckedEngine, list[Job]]:
     """Drive the engine as `Engine.run` does, with aborts in between."""
-    wanted = {"swap": scenario.swap, "alpha_s": scenario.alpha_s, "v1": scenario.v1}
+    names = ("swap", "alpha_s", "v1", "wait_for_swaps", "admission_gate")
+    wanted = {name: getattr(scenario, name) for name in names}
     known = option_names(find_policy(scenario.policy).Options)
     options = {name: value for name, value in wanted.items() if name in known}
     if scenario.policy == "vllm" and scenario.swap in ("proactive", "none"):

@@ -25,6 +25,8 @@ class CheckedEngine(Engine):
             return decide(now)
 
         self.scheduler.decide = look_and_decide  # type: ignore[method-assign]
+        # `wait_for_swaps=false` of fastserve-artifact: what a block holds is not known then, only whose it is.
+        self._waits_for_copies = not self.scheduler.policy.options.only_simulated
         self._held: dict[tuple[Direction, int], tuple[Request, int, int]] = {}
         """What each block holds, on the side that a transfer in this direction leaves: so many tokens of the request's
         block with this index."""
@@ -40,7 +42,8 @@ class CheckedEngine(Engine):
             assert request.num_computed_tokens + num_scheduled <= held, (
                 f"I3: no room for the tokens of {request.request_id}"
             )
-            self._check_held(request)
+            if self._waits_for_copies:
+                self._check_held(request)
             self._hold(request, request.num_computed_tokens + num_scheduled)
         assert len({id(request) for request in iteration.requests}) == len(iteration.requests)
         assert len(iteration.requests) <= self.scheduler.config.max_batch_size
@@ -100,13 +103,16 @@ class CheckedEngine(Engine):
     def _check_no_request_idles(self, iteration: Iteration) -> None:
         """I8, for the requests that each policy calls ready.
 
-        A request is ready if its cache is on the GPU. Requests without a cache are ready in order, up to the first that
+        A request is ready if its cache is on the GPU. Requests without a cache that the policy admits are ready in
+        order, up to the first that
         finds no room (a later request must not take what that one waits for) or until too many exceed the token
         budget. Where prompts go first, no other request is ready during an iteration for prompts.
         """
         scheduler = self.scheduler
         if len(iteration.requests) >= scheduler.config.max_batch_size or scheduler.policy.name == "run-to-completion":
             return
+        if (iteration.swap_out or iteration.swap_in) and not self._waits_for_copies:
+            return  # What moves beside the batch, once that is filled, counts as moved by the same decision.
         chosen = {request.request_id for request in iteration.requests}
         dropped = [drop.request for drop in iteration.dropped]
         left_out = [request for request in self._order if request.request_id not in chosen]
@@ -138,7 +144,9 @@ class CheckedEngine(Engine):
             if request.in_flight:
                 continue
             if request.cache_state == SWAPPED_OUT:
-                admitting = admitting and scheduler.policy.swap == "proactive"
+                admitting = admitting and scheduler.policy.swap == "proactive" and self._waits_for_copies
+                continue
+            if request.cache_state == NO_CACHE and not scheduler.policy.admits(request):
                 continue
             if request.cache_state == NO_CACHE and (not admitting or request in dropped):
                 admitting = False

@@ -128,6 +128,8 @@ def check_short_of_cache(
     # With a pool as tiny as the others', the artifact finds hardly anyone to move, and is left to drop.
     blocks = 16 if (policy, swap) == ("fastserve-artifact", "proactive") else num_gpu_blocks
     options |= {} if swap == "as it is" else {"swap": swap}
+    if policy == "fastserve-artifact":
+        options["wait_for_swaps"] = True
     sizes = {"num_requests": num_requests, "num_tokens": num_tokens, "num_gpu_blocks": blocks}
     tokens, counts = generate(directory, policy, options, device, **sizes, **arguments)
     assert tokens == [row[:num_tokens] for row in expected[:num_requests]]

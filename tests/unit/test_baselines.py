@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from fastserve.core.errors import ConfigError
 from fastserve.core.request import RESIDENT, SWAPPED_OUT, Request
 from fastserve.engine import EngineView
 from fastserve.kvcache import Location
@@ -270,6 +271,11 @@ def artifact(options: dict | None = None, **sizes: int) -> Scheduler:
     return make_engine("fastserve-artifact", options, **sizes).scheduler
 
 
+def waiting(**sizes: int) -> Scheduler:
+    """One whose batch runs without the requests whose caches are away."""
+    return artifact({"wait_for_swaps": True}, **sizes)
+
+
 def test_artifact_joins_the_highest_queue_at_any_length() -> None:
     shipped, profiled = artifact(), artifact(PROFILED)
     # First iterations of 11, 20, 40, 70 ms. The quanta are 10, 20, 40, 80 ms.
@@ -350,7 +356,7 @@ def test_artifact_reserves_a_block_for_each_place(blocks: int, batch: int, reser
 
 
 def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:
-    scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
+    scheduler = waiting(num_gpu_blocks=16, max_batch_size=2)
     kv = scheduler.kv
     away = place(scheduler, "away", 0, 3, SWAPPED_OUT, level=0)
     for name, level, prompt in (("a", 0, 7), ("b", 0, 7), ("x", 1, 15), ("y", 2, 15), ("z", 2, 15)):
@@ -372,7 +378,7 @@ def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:
 
 
 def test_artifact_swaps_in_in_queue_order() -> None:
-    scheduler = artifact(num_gpu_blocks=32, max_batch_size=3)
+    scheduler = waiting(num_gpu_blocks=32, max_batch_size=3)
     # Last in level 2 first to be placed: the order is by queue, not by who went first. 1 block each; 3 are kept.
     for name, level in (("e", 2), ("d", 1), ("c", 1), ("b", 0), ("a", 3)):
         place(scheduler, name, 0, 3, SWAPPED_OUT, level)
@@ -382,7 +388,7 @@ def test_artifact_swaps_in_in_queue_order() -> None:
 
 
 def test_artifact_brings_nobody_in_who_would_take_the_reserve_or_overtake() -> None:
-    scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
+    scheduler = waiting(num_gpu_blocks=16, max_batch_size=2)
     big = place(scheduler, "big", 0, 11, SWAPPED_OUT, level=1)  # 3 blocks
     place(scheduler, "small", 0, 3, SWAPPED_OUT, level=2)  # 1 block
     place(scheduler, "runs", 0, 47, RESIDENT, level=0)  # 12 blocks of 16
@@ -390,3 +396,59 @@ def test_artifact_brings_nobody_in_who_would_take_the_reserve_or_overtake() -> N
     # 4 are free, 2 of them kept. big does not fit, and small, behind it, is not looked at.
     assert iteration.swap_in == iteration.swap_out == ()
     assert scheduler.kv.location(big) is Location.HOST
+
+
+def test_artifact_swaps_out_who_is_due_and_found_no_room() -> None:
+    """Else nobody could leave where every request is due, and caches would be dropped."""
+    scheduler = waiting(num_gpu_blocks=8, max_batch_size=4)
+    # 8 of 8 blocks are taken, and each needs another for its next token.
+    for name in "ab":
+        place(scheduler, name, 0, 16, RESIDENT)
+    iteration = scheduler.schedule(0.0)
+    assert iteration.requests == iteration.dropped == ()
+    assert names(transfer.request for transfer in iteration.swap_out) == ("b",)
+
+
+@pytest.mark.parametrize(("gate", "starts"), [(0.1, False), (0.05, True), (0, True)])
+@pytest.mark.parametrize("wait", [False, True])
+def test_artifact_starts_no_request_while_the_host_is_nearly_full(gate: float, starts: bool, wait: bool) -> None:
+    options = {"admission_gate": gate, "wait_for_swaps": wait}
+    scheduler = artifact(options, num_gpu_blocks=80, num_host_blocks=60, max_batch_size=2)
+    place(scheduler, "away", 0, 4 * 56, SWAPPED_OUT, level=2)  # Leaves 4 of 60 blocks: 7 %.
+    place(scheduler, "new", 0, 8, level=0)
+    place(scheduler, "runs", 0, 7, RESIDENT, level=1)
+    lost = place(scheduler, "lost", 0, 8, level=1)
+    lost.num_tokens += 1  # It has run, and lost its cache.
+    assert names(scheduler.schedule(0.0).requests) == (("new", "runs") if starts else ("runs", "lost"))
+
+
+def test_artifact_runs_who_is_away_at_once() -> None:
+    scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
+    kv = scheduler.kv
+    away = place(scheduler, "away", 0, 3, SWAPPED_OUT, level=0)
+    for name, level, prompt in (("a", 0, 7), ("b", 0, 7), ("x", 1, 15), ("y", 2, 15), ("z", 2, 15)):
+        place(scheduler, name, 0, prompt, RESIDENT, level)
+    # No block is free; 1 is needed and 2 are to be kept. z leaves 4, and its room is there.
+    iteration = scheduler.schedule(0.0)
+    assert names(iteration.requests) == ("away", "a")
+    assert names(transfer.request for transfer in iteration.swap_in) == ("away",)
+    assert names(transfer.request for transfer in iteration.swap_out) == ("z",)
+    assert kv.location(away) is Location.GPU
+    assert (kv.num_free_gpu_blocks, kv.num_transfers) == (3, 0)
+    # When the copies end, nothing changes.
+    for transfer in (*iteration.swap_in, *iteration.swap_out):
+        scheduler.complete(transfer, 0.001)
+    kv.check_invariants()
+    assert kv.num_free_gpu_blocks == 3
+
+
+@pytest.mark.parametrize("gate", [-0.1, 1.5])
+def test_a_gate_is_a_share(gate: float) -> None:
+    with pytest.raises(ConfigError, match="admission_gate must be a share from 0 to 1, got"):
+        artifact({"admission_gate": gate})
+
+
+def test_a_real_engine_waits_for_its_copies() -> None:
+    llm = pytest.importorskip("fastserve.llm")
+    with pytest.raises(ConfigError, match=r"'fastserve-artifact': wait_for_swaps=false.*set wait_for_swaps=true"):
+        llm.LLM("opt-tiny", load_format="dummy", policy="fastserve-artifact")

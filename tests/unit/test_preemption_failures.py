@@ -35,6 +35,8 @@ MANY = [(f"{i}", 0.02 * i, 4 + 7 * (i % 4), 8 + 5 * (i % 5)) for i in range(14)]
 
 def options_for(policy: str, swap: str | None, **more: object) -> dict[str, object]:
     options = dict(more) if policy in ("fastserve", "mlfq", "fastserve-artifact") else {}
+    if policy == "fastserve-artifact":
+        options["wait_for_swaps"] = True  # As every other policy; the invariants are tested without, too.
     return options if swap is None else {"swap": swap, **options}
 
 
@@ -126,7 +128,7 @@ def oracle(engine: Engine) -> Scheduler:
 @pytest.mark.parametrize(("policy", "swap"), [(p, s) for p, s in EVERY if p in SWAPPING])
 @pytest.mark.parametrize("host", [0, 100])
 def test_evicting_when_admission_is_still_impossible(policy: str, swap: str, host: int) -> None:
-    options = {"swap": swap, "reserve": "none"}
+    options = options_for(policy, swap) | {"reserve": "none"}
     engine = make_engine(policy, options, num_gpu_blocks=10, num_host_blocks=host)
     scheduler = oracle(engine)
     # 6 + 2 of 10 blocks are taken. The newcomer needs 5: with the 2 of the one behind it, it would have 4.

@@ -323,9 +323,10 @@ PROACTIVE = ["fastserve", "mlfq", "fixed-priority", "gittins", "srpt", "fastserv
 @pytest.mark.parametrize("policy", PROACTIVE)
 @pytest.mark.parametrize("budget", [1, 4, 8])
 def test_the_budget_bounds_what_is_on_its_way(policy: str, budget: int) -> None:
-    engine = make_engine(
-        policy, {"swap": "proactive", "swap_budget_blocks": budget}, num_gpu_blocks=24, max_batch_size=3
-    )
+    options = {"swap": "proactive", "swap_budget_blocks": budget}
+    if policy == "fastserve-artifact":
+        options["wait_for_swaps"] = True
+    engine = make_engine(policy, options, num_gpu_blocks=24, max_batch_size=3)
     kv, submit = engine.kv, engine.executor.submit
     largest = 0
     seen = []

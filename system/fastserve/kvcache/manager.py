@@ -36,7 +36,7 @@ SWAPPING_IN: Final = Location.SWAPPING_IN
 class Transfer:
     """One request's cache in transfer between the pools: block source[i] is copied to block destination[i]."""
 
-    __slots__ = ("destination", "direction", "num_bytes", "request", "source")
+    __slots__ = ("destination", "direction", "is_complete", "num_bytes", "request", "source")
 
     def __init__(
         self,
@@ -51,6 +51,8 @@ class Transfer:
         self.source = source
         self.destination = destination
         self.num_bytes = num_bytes
+        self.is_complete = False
+        """Whether the cache counts as moved: since the copy has ended, or since its policy does not wait for that."""
 
 
 class KVCacheManager:
@@ -187,6 +189,7 @@ class KVCacheManager:
     def complete(self, transfer: Transfer) -> None:
         """The copy has ended: free the side it left, and all of it if the request ended meanwhile."""
         request = transfer.request
+        transfer.is_complete = True
         self.num_transfers -= 1
         if transfer.direction is OUT:
             self.num_vacating_blocks -= len(request.gpu_blocks)

@@ -27,6 +27,11 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of range; subclasses call `super().__post_init__()`."""
 
+    @property
+    def only_simulated(self) -> str:
+        """Why only a simulation can run the policy with these options, for people; empty: a real engine can too."""
+        return ""
+
 
 @dataclass(frozen=True)
 class MemoryOptions(PolicyOptions):

@@ -138,6 +138,14 @@ class Policy(ABC):
         """Which request needs its cache when, for proactive swapping: here, in the order of service."""
         return InServiceOrder(self.queue)
 
+    def admits(self, request: Request) -> bool:
+        """Whether a request without a cache may get one in this decision; one that may not is passed over."""
+        return True
+
+    def mover_class(self) -> type[MoveAhead]:
+        """What moves caches when `swap` is proactive."""
+        return MoveAhead
+
     # -- optional: jumps over identical decisions ------------------------------------------------------------------
 
     def steady_until(self, now: float, is_clear: bool) -> float:
@@ -168,8 +176,6 @@ class Policy(ABC):
     """Whether every row of an iteration is padded to the longest."""
     keeps_places: ClassVar[bool] = False
     """Whether a request left out of an iteration keeps its place in the batch as long as it keeps its cache."""
-    Mover: ClassVar[type[MoveAhead]] = MoveAhead
-    """What moves caches when `swap` is proactive."""
 
     def fill(self, batch: Batch) -> bool:
         """Fill the batch by another rule than the order of service, and return True; here, False."""

@@ -9,7 +9,7 @@ import numpy as np
 from fastserve.core.compiled import mypyc_attr
 from fastserve.core.config import SchedulerConfig
 from fastserve.core.errors import ConfigError
-from fastserve.core.request import SWAPPED_OUT, Request, RequestStatus
+from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request, RequestStatus
 from fastserve.kvcache import Direction, KVCacheManager, Transfer
 from fastserve.scheduler.batch import BEYOND_BUDGET, NO_ROOM, Batch, FindCached
 from fastserve.scheduler.iteration import Iteration, IterationResult
@@ -43,6 +43,7 @@ class Scheduler:
         # A policy pays only for the hooks that it has.
         self._prepares = self._limits_waits or type(policy).prepare is not Policy.prepare
         self._fills = type(policy).fill is not Policy.fill
+        self._gates = type(policy).admits is not Policy.admits
         # By name: a class attribute of a subclass in plain Python is not where compiled code looks.
         self._max_passed_over: int = getattr(policy, "max_passed_over")  # noqa: B009
         self._is_clear = False
@@ -88,11 +89,12 @@ class Scheduler:
 
     def complete(self, transfer: Transfer, duration_s: float) -> None:
         """A transfer has ended, after so many seconds on the link."""
-        self.kv.complete(transfer)
-        request = transfer.request
-        if transfer.direction is Direction.IN and self._requests.get(request.request_id) is request:
-            self.queue.refile(request)
-            request.num_tokens_at_swap_in = request.num_computed_tokens
+        if not transfer.is_complete:
+            self.kv.complete(transfer)
+            request = transfer.request
+            if transfer.direction is Direction.IN and self._requests.get(request.request_id) is request:
+                self.queue.refile(request)
+                request.num_tokens_at_swap_in = request.num_computed_tokens
         self.policy.on_transfer(transfer, duration_s)
 
     # -- decisions -------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ class Scheduler:
         wanted = Wanted(True, mover.offers_swapped_out)
         num_passed_over = 0
         for request in self.queue.candidates(wanted):
-            if request.in_flight:
+            if request.in_flight or (self._gates and not self._is_admitted(request)):
                 continue
             if not batch.take_if_ready(request):
                 outcome = batch.offer(request, policy.terms(request, batch))
@@ -167,7 +169,7 @@ class Scheduler:
         for request in self.queue.candidates(wanted):
             if batch.is_full:
                 return
-            if request in batch.requests:
+            if request in batch.requests or (self._gates and not self._is_admitted(request)):
                 continue
             outcome = batch.offer(request, policy.terms(request, batch))
             if outcome is NO_ROOM:
@@ -177,12 +179,17 @@ class Scheduler:
                 if num_passed_over > self._max_passed_over:
                     wanted.without_cache = False
 
+    def _is_admitted(self, request: Request) -> bool:
+        return request.cache_state != NO_CACHE or self.policy.admits(request)
+
     def _force(self, batch: Batch) -> None:
         """Nothing can run and nothing moves: make room for the first request in order by dropping other caches."""
-        first = next((request for request in self.queue.in_order() if request.cache_state != SWAPPED_OUT), None)
-        if first is not None:
+        for first in self.queue.in_order():
+            if first.cache_state == SWAPPED_OUT or (self._gates and not self._is_admitted(first)):
+                continue
             self.mover.force(first)
             self._fill_up(batch, True)
+            return
 
     def _close(self, batch: Batch, now: float) -> Iteration:
         """Tell queue and policy what was decided, and return it."""
@@ -294,7 +301,7 @@ def make_mover(policy: Policy) -> CacheMover:
         raise ConfigError(
             f"policy {policy.name!r}: swap=proactive needs more options; derive {name} from MemoryOptions"
         )
-    return policy.Mover(
+    return policy.mover_class()(
         kv,
         queue,
         policy.need_order(),

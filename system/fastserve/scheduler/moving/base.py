@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from fastserve.core.compiled import mypyc_attr
-from fastserve.core.request import NO_CACHE, SWAPPED_OUT, Request
+from fastserve.core.request import NO_CACHE, RESIDENT, SWAPPED_OUT, Request
 from fastserve.kvcache import KVCacheManager, Transfer
 from fastserve.kvcache.errors import OutOfBlocksError
 from fastserve.scheduler.batch import Batch, Terms
@@ -84,7 +84,8 @@ class CacheMover(ABC):
         for victim in self._queue.victims():
             if needed <= self._kv.num_free_gpu_blocks:
                 break
-            if victim is not request and not victim.in_flight:
+            # A cache may have left by this decision already.
+            if victim is not request and not victim.in_flight and victim.cache_state == RESIDENT:
                 self._drop(victim)
         self.batch.offer(request)
 
