@@ -39,7 +39,7 @@ ONE_CLAIM = {
     "reason",
     "span",
 }
-"""Functions whose first argument is the id of a claim."""
+"""Functions whose texts are ids of claims."""
 ONE_EXPERIMENT = {
     "capacity",
     "load",
@@ -294,14 +294,16 @@ def test_templates_name_claims_and_experiments_that_there_are():
     config = ROOT / "workflows/config"
     claims = {each["id"] for each in read_yaml(config / "claims.yaml")["claims"]}
     experiments = {path.stem for path in (config / "experiments").glob("*.yaml")}
+    unknown = []
     for template in templates(TEMPLATES):
-        calls = re.findall(r"\b(\w+)\(\s*\"([^\"]+)\"", template.read_text(encoding="utf-8"))
-        for function, name in calls:
-            if function in ONE_CLAIM:
-                assert name in claims, f"{template.name}: {function}({name!r})"
-            elif function in ONE_EXPERIMENT:
-                assert name in experiments, f"{template.name}: {function}({name!r})"
-        assert {function for function, _ in calls} <= ONE_CLAIM | ONE_EXPERIMENT | {"measured", "measured_number"}
+        for i, line in enumerate(template.read_text(encoding="utf-8").splitlines(), 1):
+            calls = re.findall(r"\b(\w+)\(((?:\s*\"[^\"]+\",?)+)", line)
+            assert {function for function, _ in calls} <= ONE_CLAIM | ONE_EXPERIMENT | {"measured", "measured_number"}
+            for function, texts in calls:
+                names = re.findall(r"\"([^\"]+)\"", texts)
+                names, known = (names, claims) if function in ONE_CLAIM else (names[:1], experiments)
+                unknown += [f"{template.name}:{i}: {name}" for name in names if name not in known]
+    assert not unknown, "not in workflows/config: " + ", ".join(unknown)
 
 
 @pytest.mark.parametrize(
