@@ -425,6 +425,35 @@ def test_free_swapping_weighs_nothing() -> None:
     assert (weights[:, RESIDENT] == weights[:, SWAPPED_OUT]).all()
 
 
+def test_a_token_costs_a_place_or_its_part_of_the_cache() -> None:
+    # 4 places, 10 ms an iteration. The cache has 32 blocks of 4 tokens, of which 4 are kept free: 112 tokens are 28 for
+    # each place. So a context of 56 tokens takes half of the machine, and one of 28 or less a quarter.
+    engine = make_engine("gittins", {"prices_memory": True}, num_gpu_blocks=32)
+    assert engine.scheduler.policy._price(56).of_token[0] == pytest.approx(0.010 / 2)
+    assert engine.scheduler.policy._price(28).of_token[0] == pytest.approx(0.010 / 4)
+    assert engine.scheduler.policy._price(7).of_token[0] == pytest.approx(0.010 / 4)
+    # With room for all, memory costs nothing.
+    engine = make_engine("gittins", {"prices_memory": True}, num_gpu_blocks=1000)
+    assert engine.scheduler.policy._price(56).of_token[0] == pytest.approx(0.010 / 4)
+
+
+def test_of_equal_answers_the_one_that_holds_less_memory_is_worth_more() -> None:
+    def worth_of_long_prompt(prices_memory: bool) -> np.ndarray:
+        """Index after a prompt of 64 tokens over that after one of 8, answers of 4 tokens, by stage, on the GPU."""
+        lengths = [(64, 4), (8, 4)] * 200
+        engine = warm(lengths, {"prices_memory": prices_memory, "alpha_s": "none"}, num_gpu_blocks=32)
+        policy = engine.scheduler.policy
+        for prompt, _ in lengths[:2]:
+            policy._refresh(kind_of_prompt(prompt))
+        weights = np.array(engine.scheduler.queue._log_weights).reshape(-1, 1 + len(STAGES), 3)[:, 1:4, RESIDENT]
+        return np.exp(weights[kind_of_prompt(64)] - weights[kind_of_prompt(8)])
+
+    assert worth_of_long_prompt(False) == pytest.approx(np.ones(3), rel=0.05)
+    # A prompt in the middle of the kind has 76 tokens, and at most 4 are added: 2.7 to 2.9 places of 28 tokens each.
+    assert prompt_of_kind(kind_of_prompt(64)) == 76
+    assert ((worth_of_long_prompt(True) > 28 / 80) & (worth_of_long_prompt(True) < 28 / 76 * 1.05)).all()
+
+
 def test_those_who_waited_too_long_come_first_only_if_they_fit_a_batch() -> None:
     for num_waiting, first in ((3, True), (9, False)):
         engine = make_engine("gittins", {"alpha_s": 0.3}, max_batch_size=4)

@@ -14,17 +14,13 @@ from harness.run.config import RunConfig
 from harness.run.runner import run
 from harness.studies.simulations import service_rate
 
+LOADED = ("own-policy", "own-policy-steady", "own-policy-bounds", "own-policy-raised", "own-policy-raised-bounds")
 EXPERIMENTS = read_experiments(Path(__file__).parents[2] / "workflows/config/experiments")
 
 
 @pytest.mark.parametrize("panel", [panel.name for panel in EXPERIMENTS["own-policy"].panels])
 def test_loads_are_shares_of_the_rate_that_fcfs_serves(panel: str, tmp_path: Path) -> None:
-    points = [
-        point
-        for name in ("own-policy", "own-policy-steady", "own-policy-bounds")
-        for point in points_of(EXPERIMENTS[name])
-        if point.panel == panel
-    ]
+    points = [point for name in LOADED for point in points_of(EXPERIMENTS[name]) if point.panel == panel]
     config = points[0].config
     fcfs = replace(config, policy="fastserve-fcfs", arrivals="poisson", settings={}, history=None, history_requests=0)
     served = statistics.median(service_rate(replace(fcfs, seed=seed), 400, tmp_path / f"{seed}") for seed in range(3))

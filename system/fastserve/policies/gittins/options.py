@@ -26,6 +26,9 @@ class GittinsOptions(PreemptiveOptions):
     """Finished requests after which an old one counts 1/e: enough to know a distribution and to follow its changes."""
     switching_cost: float = 1.0
     """Share of the measured time of a swap that counts against a swapped-out request; 0 makes swapping free."""
+    prices_memory: bool = False
+    """Whether a token is priced by the scarcer of what it takes: its place in the batch, or its context's part of the
+    cache. Otherwise by its place."""
     max_passed_over: int = 16
     """Prompts beyond the token budget that a decision passes over before it tries no more of them; bounds its cost."""
 

@@ -35,8 +35,10 @@ class _Costs(NamedTuple):
 
     contexts: np.ndarray
     """Tokens in the cache."""
+    shares: np.ndarray
+    """Of the machine that a request takes, while it runs and while its cache moves."""
     of_token: np.ndarray
-    """Of a token: its share of a full batch."""
+    """Of a token: its share of a full batch's iteration."""
     of_setup: np.ndarray
     """Before the first token, by cache state: of computing the prompt and what was produced, beside a batch of their
     like, or of moving the cache."""
@@ -141,12 +143,26 @@ class Gittins(Policy):
     def _price(self, num_prompt_tokens: int) -> _Costs:
         time, places = self.latency.iteration_time, self.config.max_batch_size
         contexts = [num_prompt_tokens + start for start in STAGES.starts]
-        of_token = np.array([time((), (context,) * places) for context in contexts]) / places
+        shares = np.array([self._share(context) for context in contexts])
+        of_token = np.array([time((), (context,) * places) for context in contexts]) * shares
         others = (num_prompt_tokens,) * (places - 1)
         without = time((), (*others, num_prompt_tokens))
         of_setup = np.zeros((len(STAGES), 3))
         of_setup[:, NO_CACHE] = [max(0.0, time((context,), others) - without) for context in contexts]
-        return _Costs(np.array(contexts), of_token, of_setup)
+        return _Costs(np.array(contexts), shares, of_token, of_setup)
+
+    def _share(self, context: int) -> float:
+        """Share of the machine that a request with a context of so many tokens takes: of the places, or of the cache.
+
+        While the batch is full and the cache is not, a place is what others wait for; where contexts are so long that
+        fewer requests than `max_batch_size` fit the cache, it is memory. In both a price of the other would be wrong.
+        """
+        of_places = 1 / self.config.max_batch_size
+        if not self._options.prices_memory:
+            return of_places
+        kv = self.kv
+        usable = kv.config.num_gpu_blocks - self._options.most_reserved(kv.config.num_gpu_blocks)
+        return max(of_places, context / (usable * kv.block_size))
 
     def _is_stale(self, kind: int) -> bool:
         seen, memory = self._refreshed_at[kind], self._options.memory_requests
@@ -162,9 +178,9 @@ class Gittins(Policy):
         if kind not in self._costs:
             self._costs[kind] = self._price(prompt_of_kind(kind))
         costs = self._costs[kind]
-        # While a cache moves out and in, its place in the batch stands empty at worst.
+        # While a cache moves out and in, its share of the machine is idle at worst.
         moving_s = 2 * token_transfer_s * costs.contexts
-        costs.of_setup[:, SWAPPED_OUT] = self._options.switching_cost * moving_s / self.config.max_batch_size
+        costs.of_setup[:, SWAPPED_OUT] = self._options.switching_cost * moving_s * costs.shares
         self._queue.set_index(kind, self._index.compute(hazards, costs.of_token, costs.of_setup))
 
     # -- the life of a request ---------------------------------------------------------------------------------
