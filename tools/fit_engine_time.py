@@ -2,10 +2,10 @@
 
     python tools/fit_engine_time.py            fit, write workflows/data/artifact_engine_time.json and the profiles
     python tools/fit_engine_time.py --check    fit, print, and write nothing
-    python tools/fit_engine_time.py --trace T  the same with other lengths, to see how much depends on them
+    python tools/fit_engine_time.py --trace T  fit with other lengths, and add the times to the file; no profile changes
     python tools/fit_engine_time.py --transfers   FastServe's loads too, were each transfer to take the host time
 
-Run it again when the profiles of `a100-40g` change: the fit rests on them. It takes two to three minutes. Only
+Run it again when the profiles of `a100-40g` change: the fit rests on them. It takes three to four minutes. Only
 FastServe-FCFS of OPT-13B on ShareGPT is fitted, at batch caps of 16, 64 and 128; docs/reproduction.md judges the rest.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import make_profiles
 import numpy as np
 
+from fastserve.core.errors import ConfigError
 from fastserve.latency.engine_time import EngineTime
 from fastserve.latency.profile import Profile
 from harness.analysis.capacity import capacity_of
@@ -53,6 +54,8 @@ PREDICTED_TRANSFERS_S = (0.0, 1e-3, 3e-3)
 PREDICTED_PANELS, PREDICTED_SERIES = ("batch-16", "batch-64"), ("fastserve", "fastserve-artifact")
 RESTS_ON = ("coefficients", "kernels", "kv_cache", "host_link")
 """Keys of a profile's file that a fit rests on."""
+OTHER_LENGTHS = "with_other_lengths"
+"""Key of the fits with other lengths, which show how lengths and own time make up for each other."""
 SEEDS = (0, 1, 2)
 TRANSFER_TIMES_S = (0.0, 1e-3, 2e-3, 5e-3, 10e-3)
 """Seconds a transfer for which the loss is shown, to see whether the points say anything of it."""
@@ -87,11 +90,13 @@ def digest_of(profile: Profile) -> str:
 
 
 def record_of(fit: Fit, points: Sequence[MeasuredPoint], profile: Profile, others: Sequence[Fit]) -> dict[str, Any]:
-    """What is shipped: the times, what they were fitted to, and how well."""
+    """What is shipped: the times, what they were fitted to, and how well; and the fits with other lengths so far."""
+    digest = digest_of(profile)
+    earlier = json.loads(make_profiles.ENGINE_TIME.read_text(encoding="utf-8"))
     return {
         "engine_time": asdict(fit.engine_time),
         "profile": profile.name,
-        "profile_digest": digest_of(profile),
+        "profile_digest": digest,
         "fitted_to": {
             "measurement": "FastServe-FCFS of the authors' rerun (artifact_rerun_points.csv)",
             "points": {panel: sum(point.panel == panel for point in points) for panel in FITTED},
@@ -99,11 +104,24 @@ def record_of(fit: Fit, points: Sequence[MeasuredPoint], profile: Profile, other
             "seeds": SEEDS,
         },
         "rms_log_error": round(fit.rms, 4),
-        "without_one_panel": {
-            panel: [round(1e3 * time, 4) for time in (each.engine_time.per_iteration_s, each.engine_time.per_request_s)]
-            for panel, each in zip(FITTED, others, strict=True)
-        },
+        "without_one_panel": {panel: milliseconds(each) for panel, each in zip(FITTED, others, strict=True)},
+        OTHER_LENGTHS: earlier[OTHER_LENGTHS] if earlier["profile_digest"] == digest else {},
     }
+
+
+def milliseconds(fit: Fit) -> list[float]:
+    """The fitted times: ms an iteration, ms a request."""
+    return [round(1e3 * time, 4) for time in (fit.engine_time.per_iteration_s, fit.engine_time.per_request_s)]
+
+
+def record_with_other_lengths(trace: str, fit: Fit, profile: Profile) -> dict[str, Any]:
+    """What is shipped, and in it the times that other lengths need: ms an iteration, ms a request, error in log."""
+    record: dict[str, Any] = json.loads(make_profiles.ENGINE_TIME.read_text(encoding="utf-8"))
+    if record["profile_digest"] != digest_of(profile):
+        raise ConfigError(
+            f"{make_profiles.ENGINE_TIME}: the fit in it is of another {profile.name}; fit without --trace first"
+        )
+    return record | {OTHER_LENGTHS: record[OTHER_LENGTHS] | {trace: [*milliseconds(fit), round(fit.rms, 4)]}}
 
 
 def tables(fit: Fit, points: Sequence[MeasuredPoint], simulations: Simulations) -> list[str]:
@@ -148,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument(
-        "--trace", help="request lengths, as for `fastbench run`, in place of the experiment's; writes nothing"
+        "--trace", help="request lengths, as for `fastbench run`, in place of the experiment's; changes no profile"
     )
     parser.add_argument("--transfers", action="store_true", help="show FastServe's loads by a transfer's time")
     given = parser.parse_args(arguments)
@@ -156,13 +174,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     profile = base_profile(points)
     simulations = Simulations(profile)
     fit = fit_engine_time(points, simulations)
-    others = [fit_engine_time([point for point in points if point.panel != panel], simulations) for panel in FITTED]
-    record = record_of(fit, points, profile, others)
+    if given.trace:
+        record = record_with_other_lengths(given.trace, fit, profile)
+    else:
+        others = [fit_engine_time([point for point in points if point.panel != panel], simulations) for panel in FITTED]
+        record = record_of(fit, points, profile, others)
     print("\n".join([json.dumps(record, indent=2), "", *tables(fit, points, simulations)]))
     if given.transfers:
         print("\n".join(["", *transfers_table(profile, fit.engine_time)]))
-    if not (given.check or given.trace):
-        write_json(record, make_profiles.ENGINE_TIME)
+    if given.check:
+        return
+    write_json(record, make_profiles.ENGINE_TIME)
+    if not given.trace:
         make_profiles.write_artifact_profiles()
 
 

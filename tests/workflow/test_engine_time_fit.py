@@ -156,3 +156,18 @@ def test_the_recorded_fit_is_what_simulations_give() -> None:
             fitted, per_iteration_s=share * fitted.per_iteration_s, per_request_s=share * fitted.per_request_s
         )
         assert simulations.loss(points, other) > 1.1 * least
+
+
+def test_the_recorded_fits_with_other_lengths_are_what_simulations_give() -> None:
+    record = json.loads(make_profiles.ENGINE_TIME.read_text(encoding="utf-8"))
+    fits = record[tool.OTHER_LENGTHS]
+    assert set(fits) == {
+        "sharegpt-client:filter=or",
+        "sharegpt-client:share=0.45",
+        "sharegpt-client:share=0.45,filter=or",
+    }
+    simulations = Simulations(load_profile(record["profile"]))
+    for trace, (iteration_ms, request_ms, rms) in fits.items():
+        time = EngineTime(iteration_ms / 1e3, request_ms / 1e3, source="fitted")
+        errors = [simulations.error(point, time) for point in tool.points_to_fit(trace)]
+        assert math.sqrt(sum(error**2 for error in errors) / len(errors)) == pytest.approx(rms, abs=1e-3)
