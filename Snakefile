@@ -39,6 +39,7 @@ wildcard_constraints:
     batch="[a-zA-Z0-9._-]+",
     gpu="|".join(map(re.escape, RECORDED)) or "-",
     view="|".join(RECORDED_VIEWS),
+    claims="|".join(HEADLINE_PAGES),
 
 
 rule report:

@@ -5,17 +5,17 @@ import pandas as pd
 import pytest
 
 from fastserve.core.errors import ConfigError
-from harness.analysis.capacity import first_upward_crossing
 from harness.analysis.claims import COLUMNS, Claims, check_claims, claims_table
 from harness.analysis.measures import Evidence
+from harness.analysis.points import load_reported
 from harness.experiments.experiment import Experiment, Series
 from harness.experiments.files import parse_as, read_yaml
+from harness.experiments.folder import read_experiments
 from harness.report.captions import Finding, findings
 from harness.report.claims_page import claims_page
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 CLAIMS = parse_as(Claims, read_yaml(WORKFLOWS / "config" / "claims.yaml"), "claims.yaml").claims
-REPORTED = pd.read_csv(WORKFLOWS / "data" / "reported_points.csv", keep_default_na=False)
 EXPERIMENT = Experiment.model_validate(
     {
         "title": "t",
@@ -114,6 +114,22 @@ def test_other_measures():
     assert judged(claim("capacity", measure={"of": "slow"}), table)["value"] == pytest.approx(1.166, abs=0.01)
     share = claim("largest_share", measure={"metric": "mean_swapping_s", "share_of": "mean_jct_s"}, paper=5)
     assert judged(share, table)["value"] == pytest.approx(5)
+
+
+def test_the_largest_ratio_over_several_series_is_that_over_the_worst_of_them():
+    table = points([0.1, 0.2], [0.2, 0.8])
+    both = judged(claim("largest_ratio", measure={"over": ["fast", "slow"]}), table)
+    assert both["value"] == pytest.approx(judged(claim("largest_ratio"), table)["value"])
+    with pytest.raises(ConfigError, match="over 'fsat' is not in e: fast, slow"):
+        parsed(claim("largest_ratio", measure={"over": ["slow", "fsat"]}))
+
+
+def test_one_metric_over_another_of_the_same_series():
+    table = points([0.1, 0.2], [0.2, 0.8], mean_jct_s=10.0)
+    measure = {"of": "slow", "x": 2, "metric": "mean_jct_s", "over_metric": "mean_normalized_latency_s"}
+    row = claim("value", group="inconsistency", measure=measure)
+    row["measure"]["kind"] = "metric_ratio"
+    assert judged(row, table)["value"] == pytest.approx(10 / 0.8005, rel=0.01)
 
 
 def test_ratios_along_one_curve_take_x_as_number_or_text():
@@ -253,41 +269,59 @@ def test_two_claims_of_one_name_are_refused():
         parsed(claim(), claim())
 
 
-def crossing(figure, system, bound, **where):
-    rows = REPORTED[(REPORTED.figure == figure) & (REPORTED.system == system)]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    rows = rows.sort_values("request_rate_per_s")
-    return first_upward_crossing(rows.request_rate_per_s, rows.value, bound)
+EXPERIMENTS = read_experiments(WORKFLOWS / "config" / "experiments")
+PLOTTED = WORKFLOWS / "data" / "reported_points.csv", WORKFLOWS / "data" / "artifact_rerun_points.csv"
 
 
-SYSTEMS = {
-    "vllm": "vLLM",
-    "vllm-400": "vLLM",
-    "fastserve-fcfs": "FastServe-FCFS",
-    "reactive": "Reactive",
-    "recompute": "Recompute",
-}
-DATASETS = {"s": "sharegpt", "a": "alpaca"}
+def plotted(measure, kind="reported", **changes):
+    """The same measure on the points that the paper plotted."""
+    experiment = EXPERIMENTS[measure.experiment]
+    panel = measure.panel or experiment.panels[0].name
+    keys = {key: getattr(measure, key, None) for key in ("experiment", "of", "over")} | {"panel": panel, "kind": kind}
+    row = {**claim(), "group": "inconsistency", "measure": {k: v for k, v in (keys | changes).items() if v is not None}}
+    (read,) = parse_as(Claims, {"claims": [row]}, "claims.yaml").claims
+    return read.measure.estimate(Evidence(experiment, pd.DataFrame(), load_reported(*PLOTTED, experiment))).value
 
 
-@pytest.mark.parametrize("name", [row.id for row in CLAIMS if row.id[:3] in ("f11", "f12", "f15", "f17")])
-def test_the_papers_values_are_the_crossings_of_its_own_points(name):
-    row = next(row for row in CLAIMS if row.id == name)
-    measure = row.measure
-    if measure.kind == "largest_share":
-        return
-    figure = measure.experiment
-    where = {}
-    if figure in ("fig11", "fig12"):
-        model, dataset = measure.panel.rpartition("-")[::2]
-        where = {"model": model, "dataset": dataset}
-    elif figure == "fig15":
-        where = {"dataset": measure.panel}
-    system = {"fastserve": "Proactive" if figure == "fig17" else "FastServe", "run-to-completion": "FasterTransformer"}
-    of = crossing(figure, (system | SYSTEMS)[measure.of], 0.3, **where)
-    value = of if measure.kind == "capacity" else of / crossing(figure, SYSTEMS[measure.over], 0.3, **where)
-    assert row.paper == pytest.approx(value, rel=0.02, abs=0.005)
+@pytest.mark.parametrize(
+    "row", [row for row in CLAIMS if row.group == "paper" and "first crossing" in row.source], ids=lambda row: row.id
+)
+def test_the_papers_values_are_the_crossings_of_its_own_points(row):
+    assert row.measure.kind in ("capacity", "capacity_ratio")
+    assert row.paper == pytest.approx(plotted(row.measure), rel=0.005)
+
+
+def test_figures_11_12_14_15_and_18_have_a_row_for_every_system():
+    sides = {}
+    for row in CLAIMS:
+        if row.group == "paper" and row.measure.kind == "capacity_ratio":
+            sides.setdefault((row.measure.experiment, row.measure.panel), set()).add(row.measure.over)
+    for panel in EXPERIMENTS["fig11"].panels:
+        assert sides["fig11", panel.name] == {"fastserve-fcfs", "vllm-400", "run-to-completion"}
+    assert {frozenset(over) for (name, _), over in sides.items() if name in ("fig12", "fig13", "fig14")} == {
+        frozenset({"fastserve-fcfs", "vllm-400"})
+    }
+    assert {frozenset(over) for (name, _), over in sides.items() if name == "fig18"} == {
+        frozenset({"vllm-400", "vllm-chunked-400"})
+    }
+    loads = [row.measure for row in CLAIMS if row.group == "paper" and row.measure.kind == "capacity"]
+    assert len({(load.panel, load.of) for load in loads}) == len(loads) == 24
+
+
+def test_no_two_rows_of_the_paper_are_one_measurement():
+    measures = [row.measure.model_dump_json() for row in CLAIMS if row.measure.kind != "none"]
+    assert len(set(measures)) == len(measures)
+
+
+@pytest.mark.parametrize("row", [row for row in CLAIMS if row.group == "inconsistency"], ids=lambda row: row.id)
+def test_the_notebooks_numbers_come_from_sorted_points(row):
+    if row.measure.kind == "reported_sorted" and row.paper is not None:
+        assert plotted(row.measure, "reported_sorted") == pytest.approx(row.paper, rel=0.002)
+
+
+def test_claims_on_the_authors_rerun():
+    measure = next(row.measure for row in CLAIMS if row.id == "f11-13b-s-fcfs")
+    assert plotted(measure, source="rerun") == pytest.approx(1.84, abs=0.005)
 
 
 def test_every_claim_of_the_paper_has_a_value():

@@ -100,6 +100,12 @@ def inputs(kind):
     xs = (0.1, 1.0, 10.0, "never") if varied else (0.5, 1.0, 2.0, 4.0)
     if kind == "ratios":
         experiment |= {"over": "fastserve"}
+    if kind == "comparisons":
+        sides = [("vllm", "fcfs"), ("fastserve", "fcfs"), ("fastserve", "vllm")]
+        experiment |= {
+            "comparisons": [{"label": f"{of} over {over}, {way}", "of": of, "over": over} for of, over in sides
+                            for way in ("as it is", "in another way", "in a third", "in a fourth")]
+        }  # fmt: skip
     if kind == "slo":
         experiment |= {"slo": 0.95, "metric": "slo_attainment_1"}
     reported = REPORTED.assign(quantity="swapping_s") if kind == "breakdown" else REPORTED
@@ -579,41 +585,61 @@ def test_a_panel_may_lack_a_series(kind):
     assert figure.texts[0].get_text() == "A figure"
 
 
-def test_the_headline_shows_each_claim_over_the_papers_value():
-    claims = pd.DataFrame(
-        [
-            (
-                "A gain of a long name, so long that it needs a line more than one",
-                2.0,
-                2.0,
-                2.2,
-                2.1,
-                2.4,
-                "consistent",
-            ),
-            ("A range", 4.0, 9.0, 3.0, 2.0, math.inf, "attenuated"),
-            ("Never measured", 31.4, 31.4, None, None, None, "untestable"),
-            ("No number of the paper's", None, None, 7.0, 6.0, 8.0, "found"),
-        ],
-        columns=["claim", "paper_low", "paper_high", "value", "low", "high", "verdict"],
-    )
-    figure = headline_of(claims)
-    (axes,) = figure.axes
-    assert [(color, x.tolist()) for color, x, _ in dots(axes)] == [("#009E73", [1.1]), ("#E69F00", [0.5])]
-    assert [x.tolist() for _, _, x, _ in hollow(axes)] == [[1], pytest.approx([4 / 6, 9 / 6]), [1]]
-    (whisker,) = [path.vertices[:, 0] for lines in axes.collections for path in lines.get_paths()]
-    assert whisker == pytest.approx([1.05, 1.2])
-    numbers = ["2.2 [2.1, 2.4]; paper 2", "3 [2, inf]; paper 4 to 9", "no value; paper 31.4"]
-    assert [text.get_text() for text in axes.texts] == numbers
-    box = axes.get_tightbbox()
-    assert figure.bbox.x0 <= box.x0
-    assert box.x1 <= figure.bbox.x1
-    said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert said == ["consistent", "attenuated", "untestable", "hollow: reported by the paper"]
+def headline_table():
+    """Four claims of the paper, one of them a load, and a finding."""
+    rows = [
+        ("A gain", "capacity_ratio", "paper", "Fig. 11a", 2.0, 2.0, 1.9, 2.2, 2.1, 2.4, 1.8, 3.0, "consistent"),
+        ("A range", "ratio", "paper", "Fig. 16", 4.0, 9.0, None, 3.0, 2.0, math.inf, 0, math.inf, "attenuated"),
+        ("Never measured", "none", "paper", "v3", 31.4, 31.4, None, None, None, None, None, None, "untestable"),
+        ("A load", "capacity", "paper", "Fig. 11a", 0.2, 0.2, None, 0.25, 0.24, 0.27, 0.2, 0.3, "consistent"),
+        ("No claim", "ratio", "beyond", "x", None, None, None, 7.0, 6.0, 8.0, 5.0, 9.0, "found"),
+    ]
+    columns = ["label", "kind", "group", "source", "paper_low", "paper_high", "rerun", "value", "low", "high",
+               "sample_low", "sample_high", "verdict"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_the_headline_shows_claims_figure_by_figure_with_intervals_rerun_and_verdict():
+    figure = headline_of(headline_table())
+    axes, table = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A gain", "A range", "Never measured"]
+    headings = [text.get_text() for text in axes.texts]
+    assert headings == ["Figure 11", "Figure 16", "Abstracts and earlier versions"]
+    ours = {line.get_marker(): line for line in axes.lines if line.get_color() == "#009E73"}
+    assert ours["o"].get_xdata().tolist() == [2.2]
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_xdata().tolist() for line in crosses] == [[1.9]]
+    bars = [path.vertices[:, 0].tolist() for lines in axes.collections for path in lines.get_paths()]
+    low, high = axes.get_xlim()
+    assert bars == [[1.8, 3.0], [2.1, 2.4], [low, high], [2.0, high]]
+    arrows = [line.get_marker() for line in axes.lines if line.get_marker() in ("<", ">")]
+    assert arrows == ["<", ">", ">"]
+    said = [text.get_text() for text in table.texts]
+    assert said[:12] == ["2", "1.9", "2.2 [2.1, 2.4]", "consistent", "4 to 9", "", "3 [2, ∞]", "attenuated", "31.4", "",
+                         "no value", "untestable"]  # fmt: skip
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"consistent", "attenuated", "untestable"} <= set(legend)
+    assert "contradicted" not in legend
+    for each in figure.axes:
+        box = each.get_tightbbox()
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+
+
+def test_loads_have_a_page_of_their_own():
+    axes, table = headline_of(headline_table(), loads=True).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A load"]
+    assert [text.get_text() for text in table.texts][:4] == ["0.2", "", "0.25 [0.24, 0.27]", "consistent"]
+
+
+def test_a_headline_without_claims_or_without_a_column_is_refused():
+    table = headline_table()
     with pytest.raises(ConfigError, match="'verdict'"):
-        headline_of(claims.drop(columns="verdict"))
+        headline_of(table.drop(columns="verdict"))
     with pytest.raises(ConfigError, match="nothing to draw"):
-        headline_of(claims.iloc[3:])
+        headline_of(table.iloc[4:])
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        headline_of(table.drop(index=3), loads=True)
 
 
 def test_tables_may_come_from_csv_files(tmp_path):

@@ -22,6 +22,7 @@ from harness.experiments.points import points_of
 from harness.pipeline.workers import Job, Workers
 from harness.report.captions import Finding
 from harness.report.pages.render import page_name, templates
+from harness.report.plots.headline import LOADS
 from harness.studies.agreement import recorded_folders
 
 BASE = Path(workflow.basedir)
@@ -93,6 +94,7 @@ VLLM = BASE / ".venv-vllm"
 
 # What was measured on GPUs, by the name of its folder below results/recorded.
 RECORDED = {folder.name: folder for folder in recorded_folders(Path("results"))}
+HEADLINE_PAGES = {"headline": "Claims of the paper", "headline-loads": "Claims of the paper: loads"}
 RECORDED_VIEWS = ("latency", "agreement")
 NOTHING_RECORDED = "nothing is recorded: make gpu, on a machine with a GPU, writes results/recorded"
 
@@ -130,11 +132,13 @@ def written():
 
 
 def headline_results():
-    """The table of claims, as numbers, as a page and as a figure."""
+    """The table of claims, as numbers, as a page, and as a figure of the comparisons and one of the loads."""
     if not CLAIMS.claims:
         return []
     tables = [f"results/headline/{name}" for name in ("claims.csv", "claims.html", "a-a.csv")]
-    return [*tables, "figures/headline.png"]
+    are_loads = {claim.measure.kind == LOADS for claim in CLAIMS.claims if claim.group == "paper"}
+    pages = [page for page in HEADLINE_PAGES if (page == "headline-loads") in are_loads]
+    return [*tables, *(f"figures/{page}.png" for page in pages)]
 
 
 # Pages of docs with fresh numbers (workflows/report/pages); they are about the shipped experiments.

@@ -33,15 +33,16 @@ rule draw_headline:
         table="results/headline/claims.csv",
     output:
         png=report(
-            "figures/headline.png",
+            "figures/{claims}.png",
             category="Headline",
-            labels={"result": "Ours over the paper's"},
+            labels=lambda wildcards: {"result": HEADLINE_PAGES[wildcards.claims]},
             caption="../report/headline.rst",
         ),
-        pdf="figures/headline.pdf",
+        pdf="figures/{claims}.pdf",
     log:
-        "results/logs/headline-draw.log",
+        "results/logs/{claims}-draw.log",
     params:
         code=code_of("draw_headline.py"),
+        loads=lambda wildcards: wildcards.claims == "headline-loads",
     run:
         WORKERS.script("draw_headline.py", Job(input, output, params, wildcards, log))

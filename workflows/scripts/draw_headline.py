@@ -1,4 +1,4 @@
-"""Snakemake job: every claim's value over the paper's, with its interval and verdict."""
+"""Snakemake job: the claims of the paper, or of its loads, beside ours, with intervals and verdicts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,5 +12,6 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with logged(snakemake.log[0]):
-    for path in draw_headline(pd.read_csv(snakemake.input.table), Path(snakemake.output.png).with_suffix("")):
+    table = pd.read_csv(snakemake.input.table)
+    for path in draw_headline(table, Path(snakemake.output.png).with_suffix(""), snakemake.params.loads):
         print(f"wrote {path}")

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from fastserve.core.errors import ConfigError
 from harness.analysis.intervals import LEAST_SEEDS, Estimate
-from harness.analysis.measures import Evidence, Measure, NoMeasure
+from harness.analysis.measures import Evidence, Measure, NoMeasure, names_of
 from harness.analysis.verdicts import (
     FOUND,
     RETEST_SPREAD,
@@ -33,6 +33,8 @@ COLUMNS = (
     "id",
     "group",
     "claim",
+    "label",
+    "kind",
     "source",
     "experiment",
     "panel",
@@ -66,6 +68,8 @@ class Claim(Keys):
     """paper: claims that get a verdict. inconsistency: the authors' own numbers against each other."""
     claim: Text
     """In a sentence."""
+    label: Omittable[Text] = None
+    """In a few words, below the name of its figure; left out: the sentence."""
     source: Text
     """Where it is made."""
     paper: Omittable[Annotated[int | float | list[int | float], rule("must be a number, or a list of them")]] = None
@@ -89,9 +93,10 @@ class Claim(Keys):
         """How far, in log, the authors' own measurements of it differ."""
         if self.retest_spread is not None:
             return self.retest_spread
-        over = getattr(self.measure, "over", "")
-        policies = {series.name: series.policy for series in experiment.series}
-        return RETEST_SPREAD_OVER_VLLM if policies.get(over, "").startswith("vllm") else RETEST_SPREAD
+        over = names_of(getattr(self.measure, "over", None))
+        policies = {series.policy for series in experiment.series if series.name in over}
+        is_over_vllm = any(policy.startswith("vllm") for policy in policies)
+        return RETEST_SPREAD_OVER_VLLM if is_over_vllm else RETEST_SPREAD
 
     @property
     def paper_range(self) -> Range | None:
@@ -147,9 +152,9 @@ def check_claims(claims: Claims, experiments: Mapping[str, Experiment], source: 
         panels = [panel.name for panel in experiment.panels]
         series = [series.name for series in experiment.series]
         for key, names in (("panel", panels), ("of", series), ("over", series)):
-            name = getattr(measure, key, None)
-            if name is not None and name not in names:
-                raise ConfigError(f"{where}: {key} {name!r} is not in {measure.experiment}: {', '.join(names)}")
+            for name in names_of(getattr(measure, key, None)):
+                if name not in names:
+                    raise ConfigError(f"{where}: {key} {name!r} is not in {measure.experiment}: {', '.join(names)}")
 
 
 def claims_table(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> pd.DataFrame:
@@ -173,6 +178,8 @@ def claims_table(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> p
                 "id": claim.id,
                 "group": claim.group,
                 "claim": claim.claim,
+                "label": claim.label or claim.claim,
+                "kind": claim.measure.kind,
                 "source": claim.source,
                 "experiment": getattr(claim.measure, "experiment", None),
                 "panel": getattr(claim.measure, "panel", None),

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from harness.analysis.capacity import capacity_estimate, capacity_of, ratio_of_capacities
 from harness.analysis.intervals import Estimate, largest_ratio_of_means, mean_estimate, ratio_of_means
-from harness.analysis.points import FALLING, PAPER, RERUN, by_seed
+from harness.analysis.points import FALLING, RERUN, by_seed
 from harness.experiments.experiment import Experiment, x_key
 from harness.experiments.files import Keys, Number, NumberOrText, Omittable
 
@@ -24,6 +24,11 @@ class Evidence:
     experiment: Experiment
     points: pd.DataFrame
     reported: pd.DataFrame
+
+
+def names_of(series: str | list[str] | None) -> list[str]:
+    """The names of one series, several or none, as a list."""
+    return [series] if isinstance(series, str) else list(series or ())
 
 
 class OnPoints(Keys):
@@ -171,17 +176,38 @@ class XRatio(OnPoints):
         return ratio_of_means(values[x_key(self.x)].to_numpy(), values[x_key(self.over_x)].to_numpy())
 
 
+class MetricRatio(OnPoints):
+    """One metric over another of the same series, at x."""
+
+    kind: Literal["metric_ratio"]
+    over_metric: str
+    x: NumberOrText
+
+    def estimate(self, on: Evidence) -> Estimate:
+        """Without a unit, if both metrics have the same."""
+        over, under = (
+            self.curves(on, self.of, metric).rename(columns=x_key)[x_key(self.x)].to_numpy()
+            for metric in (self.metric, self.over_metric)
+        )
+        return ratio_of_means(over, under)
+
+
 class LargestRatio(OnPoints):
-    """The largest ratio over all x."""
+    """The largest ratio over all x, and over several series if `over` lists them."""
 
     is_ratio: ClassVar[bool] = True
 
     kind: Literal["largest_ratio"]
-    over: str
+    over: str | list[str]
 
     def estimate(self, on: Evidence) -> Estimate:
-        """Without a unit; the interval holds the largest true ratio, whichever x has it."""
-        return _largest_ratio(self.curves(on, self.over), self.curves(on, self.of))
+        """Without a unit; the interval holds the largest true ratio, whichever x and series have it."""
+        of = self.curves(on, self.of)
+        over = {series: self.curves(on, series) for series in names_of(self.over)}
+        shared = {series: [x for x in curves if x in of] for series, curves in over.items()}
+        pairs = [(over[series][x], of[x]) for series, xs in shared.items() for x in xs]
+        columns = range(len(pairs))
+        return _largest_ratio(*(pd.concat(side, axis=1).set_axis(columns, axis=1) for side in zip(*pairs, strict=True)))
 
 
 class LargestShare(OnPoints):
@@ -197,38 +223,53 @@ class LargestShare(OnPoints):
         return _largest_ratio(100 * part, whole, on_logs=False)
 
 
-class Reported(AtBound):
-    """The capacity in the paper's own points: at the first crossing of the bound."""
+class OnPlotted(AtBound):
+    """A measure on the authors' own points: a load, or with `over` the ratio of two."""
 
-    kind: Literal["reported"]
     panel: str
+    over: Omittable[str] = None
+    source: Literal["paper", "rerun"] = "paper"
+    """The paper's points, or those of its authors' rerun."""
+
+    @abstractmethod
+    def load(self, theirs: pd.DataFrame, bound: float) -> tuple[float | None, str]:
+        """The load in the points of one series; or None, and why."""
 
     def num_seeds(self, on: Evidence) -> None:
         """Unknown: how many runs a point of the paper has is not said."""
 
     def estimate(self, on: Evidence) -> Estimate:
-        """In requests per second; the paper gives no intervals."""
-        theirs = _plotted_points(self.panel, self.of, on, PAPER)
-        value, note = capacity_of(theirs["rate"], theirs["value"], self.bound_on(on))
-        return Estimate(value, note=note)
+        """In requests per second, or without a unit; the authors give no intervals."""
+        sides = [_plotted_points(self.panel, name, on, self.source) for name in (self.of, self.over) if name]
+        found = [self.load(theirs, self.bound_on(on)) for theirs in sides]
+        loads = [load for load, _ in found if load is not None]
+        if len(loads) < len(found):
+            return Estimate(None, note="; ".join(why for _, why in found if why))
+        return Estimate(loads[0] / loads[1] if self.over else loads[0])
 
 
-class ReportedSorted(AtBound):
+class Reported(OnPlotted):
+    """At the first crossing of the bound."""
+
+    kind: Literal["reported"]
+
+    def load(self, theirs: pd.DataFrame, bound: float) -> tuple[float | None, str]:
+        """The load in the points of one series; or None, and why."""
+        return capacity_of(theirs["rate"], theirs["value"], bound)
+
+
+class ReportedSorted(OnPlotted):
     """The same after sorting the points by latency, as the released scripts do.
 
     Where a curve falls, that joins points that are not neighbours.
     """
 
     kind: Literal["reported_sorted"]
-    panel: str
 
-    def num_seeds(self, on: Evidence) -> None:
-        """Unknown, as above."""
-
-    def estimate(self, on: Evidence) -> Estimate:
-        """In requests per second; the paper gives no intervals."""
-        theirs = _plotted_points(self.panel, self.of, on, PAPER).sort_values("value", kind="stable")
-        return Estimate(float(np.interp(self.bound_on(on), theirs["value"], theirs["rate"])))
+    def load(self, theirs: pd.DataFrame, bound: float) -> tuple[float | None, str]:
+        """The load in the points of one series."""
+        rising = theirs.sort_values("value", kind="stable")
+        return float(np.interp(bound, rising["value"], rising["rate"])), ""
 
 
 class NoMeasure(Keys):
@@ -243,6 +284,7 @@ Measure = Annotated[
     | Value
     | Ratio
     | XRatio
+    | MetricRatio
     | LargestRatio
     | LargestShare
     | Reported

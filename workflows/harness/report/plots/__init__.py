@@ -106,20 +106,20 @@ def figure_of(
         return KINDS[kind](Tables(experiment, points, capacity, reported)).finish(flags, caption)
 
 
-def draw_headline(claims: pd.DataFrame, stem: Path) -> list[Path]:
-    """Draw each claim's value over the paper's to `stem`.png and `stem`.pdf and return the two paths.
+def draw_headline(claims: pd.DataFrame, stem: Path, loads: bool = False) -> list[Path]:
+    """Draw the claims of the paper, or those of `loads`, to `stem`.png and `stem`.pdf and return the two paths.
 
     Raises ConfigError for a table that lacks a column, OutputError if the files cannot be written.
     """
-    figure = headline_of(claims)
+    figure = headline_of(claims, loads)
     with matplotlib.rc_context(RC):
         return save(figure, stem)
 
 
-def headline_of(claims: pd.DataFrame) -> Figure:
+def headline_of(claims: pd.DataFrame, loads: bool = False) -> Figure:
     """Make the figure that `draw_headline` writes."""
     with sns.axes_style("whitegrid", rc=RC), matplotlib.rc_context(RC):
-        return draw_claims(claims).finish([], "")
+        return draw_claims(claims, loads).finish([], "")
 
 
 def draw_recorded(view: str, table: pd.DataFrame, title: str, caption: str, stem: Path) -> list[Path]:
