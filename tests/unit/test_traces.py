@@ -467,9 +467,6 @@ def test_list_traces_covers_what_load_trace_takes():
             "sharegpt",
             "sharegpt-opt",
             "sharegpt-client",
-            "sharegpt-published",
-            "sharegpt-filtered",
-            "sharegpt-reweighted",
             "alpaca",
             "azure-conv",
             "zipf",
@@ -494,24 +491,6 @@ def test_the_artifacts_filter_drops_a_request_only_if_both_lengths_are_short_or_
     assert not CLIENT_FILTER.keeps(prompt, output).any()
 
 
-@pytest.mark.parametrize(
-    ("trace", "means"),
-    [
-        ("sharegpt-filtered", {"prompt": 228, "output": 196}),
-        ("sharegpt-reweighted:output=240", {"output": 240}),
-        ("sharegpt-reweighted:prompt=228,output=196,inverse_output=0.035", {"prompt": 228, "output": 196}),
-    ],
-)
-def test_reweighted_lengths_have_the_means_asked_for_and_keep_the_filter(trace, means) -> None:
-    prompt, output = load_trace(trace).sample(200_000, np.random.default_rng(0))
-    measured = {"prompt": prompt.mean(), "output": output.mean()}
-    for name, mean in means.items():
-        assert measured[name] == pytest.approx(mean, rel=0.02)
-    if "inverse" in trace:
-        assert (1 / output).mean() == pytest.approx(0.035, rel=0.02)
-    assert ARTIFACT_FILTER.keeps(prompt, output).all()
-
-
 def test_zipf_lengths_of_a_ratio_are_tied_or_independent_with_the_same_marginals() -> None:
     spec = "zipf:theta=1.0,min=16,max=2048,ratio=4"
     tied, free = (load_trace(each).sample(50_000, np.random.default_rng(0)) for each in (spec, f"{spec},independent=1"))
@@ -521,23 +500,3 @@ def test_zipf_lengths_of_a_ratio_are_tied_or_independent_with_the_same_marginals
     for own, other in zip(tied, free, strict=True):
         assert own.mean() == pytest.approx(other.mean(), rel=0.02)
         assert other.min() >= 1
-
-
-def test_reweighting_to_the_means_there_are_changes_nothing() -> None:
-    table = load_trace("sharegpt")
-    outputs = (table.lowest[:, 1] + table.highest[:, 1]) / 2
-    same = table.reweighted(output=float(np.average(outputs, weights=table.counts)))
-    assert same.counts / same.counts.sum() == pytest.approx(table.counts / table.counts.sum(), rel=1e-5)
-
-
-@pytest.mark.parametrize("means", ["", "output=-1", "output=1", "output=5000", "outptu=3"])
-def test_means_that_cannot_be_are_refused(means) -> None:
-    with pytest.raises(ConfigError):
-        load_trace(f"sharegpt-reweighted:{means}")
-
-
-def test_sharegpt_published_has_the_published_means() -> None:
-    prompt, output = load_trace("sharegpt-published").sample(200_000, np.random.default_rng(0))
-    assert prompt.mean() == pytest.approx(161, rel=0.03)  # Prompts near the filter's 1,024 are clipped.
-    assert output.mean() == pytest.approx(338, rel=0.02)
-    assert ARTIFACT_FILTER.keeps(prompt, output).all()

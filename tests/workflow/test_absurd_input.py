@@ -46,7 +46,7 @@ TEXTS = (
 SPECS = (
     "fixed:prompt=-1", "fixed:prompt=1e99", "fixed:prompt=nan", "fixed:output=0", "fixed:x=1", "fixed:", "fixed:prompt",
     "zipf:theta=nan", "zipf:theta=1e300", "zipf:min=5,max=1", "zipf:max=1e18", "bimodal:cv=1e300", "bimodal:share=2",
-    "sharegpt-reweighted:prompt=0,output=0,inverse_output=0", "csv:/", "csv:/dev/null", "sharegpt:/",
+    "sharegpt-client:share=2", "sharegpt-client:filter=no", "csv:/", "csv:/dev/null", "sharegpt:/",
     "gamma:cv=0", "gamma:cv=nan", "gamma:cv=1e300", "gamma:cv=1e-300", "gamma:", "constant:x", "trace",
 )  # fmt: skip
 NOT_FUZZED = ("--out", "--timeline", "--help", "--version", "--url", "--torch-threads")

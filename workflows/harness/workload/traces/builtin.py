@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 from fastserve.core.errors import ConfigError
 from harness.workload.options import parse_options
-from harness.workload.traces.histogram import HistogramLengths, ScaledLengths, read_table
+from harness.workload.traces.histogram import HistogramLengths, read_table
 from harness.workload.traces.lengths import LengthFilter, LengthSource
 from harness.workload.traces.measured import KIND, open_measured
 from harness.workload.traces.sharegpt import CLIENT_SHARE, FITTED_SHARE, open_client, open_first_turns
@@ -27,46 +26,6 @@ def _histogram(stem: str) -> Callable[[str], LengthSource]:
         return HistogramLengths.from_table(read_table(stem))
 
     return open_table
-
-
-SHAREGPT_FILTERED_MEANS = (228.0, 196.0)
-"""ShareGPT's mean prompt and output under the filter of vLLM's benchmark client (two turns,
-at least 4 tokens each, prompt up to 1024, both up to 2048), from logs of that client: 229.7 and 203.1 over 1,000
-requests (vllm-project/vllm, pull request 18566), 226.8 and 188.2 over 2,000 (sgl-project/sglang, issue 1639)."""
-
-
-@cache
-def _sharegpt_filtered(options: str) -> LengthSource:
-    parse_options("trace 'sharegpt-filtered'", options, {})
-    prompt, output = SHAREGPT_FILTERED_MEANS
-    return HistogramLengths.from_table(read_table("sharegpt")).reweighted(prompt=prompt, output=output)
-
-
-@cache
-def _sharegpt_reweighted(options: str) -> LengthSource:
-    owner = "trace 'sharegpt-reweighted'"
-    values = parse_options(owner, options, {"prompt": 0.0, "output": 0.0, "inverse_output": 0.0})
-    means = {name: mean for name, mean in values.items() if mean}
-    if not means or min(means.values()) < 0:
-        raise ConfigError(f"{owner} needs a mean above 0 for one of {', '.join(values)}, as in output=200")
-    return HistogramLengths.from_table(read_table("sharegpt")).reweighted(**means)
-
-
-SHAREGPT_PUBLISHED_MEANS = (161.0, 338.0)
-"""ShareGPT's mean prompt and output in tokens as vLLM's paper gives them (Kwon et al., SOSP'23, figure 11)."""
-
-
-def _sharegpt_published(options: str) -> LengthSource:
-    parse_options("trace 'sharegpt-published'", options, {})
-    table = read_table("sharegpt")
-    prompt_mean, output_mean = SHAREGPT_PUBLISHED_MEANS
-    return ScaledLengths(
-        description=f"{table['description']}; scaled to the published means, {prompt_mean:g} in, {output_mean:g} out",
-        source=HistogramLengths.from_table(table),
-        prompt_factor=prompt_mean / table["statistics"]["mean_prompt"],
-        output_factor=output_mean / table["statistics"]["mean_output"],
-        limits=LengthFilter(**table["filter"]),
-    )
 
 
 def _alpaca(options: str) -> LengthSource:
@@ -137,21 +96,6 @@ BUILTIN = {
         "the same mixed with a share of entries that begin with an answer, as the paper's clients read them; "
         f"share={FITTED_SHARE} is fitted to the paper's points; filter=and is the artifact's, or vLLM's client's",
         open_client,
-    ),
-    "sharegpt-published": Builtin(
-        "sharegpt-published",
-        "sharegpt scaled to ShareGPT's published means of 161 in and 338 out",
-        _sharegpt_published,
-    ),
-    "sharegpt-filtered": Builtin(
-        "sharegpt-filtered",
-        "sharegpt reweighted to ShareGPT's means under the filter of vLLM's client, 228 in and 196 out",
-        _sharegpt_filtered,
-    ),
-    "sharegpt-reweighted": Builtin(
-        "sharegpt-reweighted:prompt=,output=,inverse_output=",
-        "sharegpt reweighted as little as possible to the means given",
-        _sharegpt_reweighted,
     ),
     "alpaca": Builtin("alpaca", "Alpaca, geometric lengths with the published means of 19 in and 58 out", _alpaca),
     "azure-conv": Builtin("azure-conv", "Azure 2023 conversations, from a shipped histogram", _histogram("azure_conv")),

@@ -1,4 +1,4 @@
-"""Lengths drawn from a histogram of real requests: the shipped tables, and other weights or scales of them."""
+"""Lengths drawn from a histogram of real requests: the shipped tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastserve.core.errors import ConfigError, TraceError
-from harness.workload.traces.lengths import FloatArray, IntArray, LengthFilter, LengthSource
+from fastserve.core.errors import TraceError
+from harness.workload.traces.lengths import FloatArray, IntArray, LengthFilter
 
 TABLES = files("harness.workload.traces") / "tables"
 """The shipped tables, which tools/build_trace_tables.py makes; data of the package."""
-_WEIGHT_OF_ALL = 10**12
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -67,63 +66,6 @@ class HistogramLengths:
         if self.limits:
             output_high = np.minimum(output_high, self.limits.max_total - prompt)
         return prompt, _uniform(output_low, output_high, draws[:, 2])
-
-    def reweighted(self, **means: float) -> HistogramLengths:
-        """Reweight the bins to these means (`prompt`, `output`, `inverse_output`) with the least change.
-
-        The change is measured by relative entropy; at its minimum, a weight is exponential in the bin's own means.
-        Raises ConfigError if no weights have these means.
-        """
-        from scipy.optimize import root  # Slow to import, and most traces do not need it.
-
-        averages = {
-            "prompt": (self.lowest[:, 0] + self.highest[:, 0]) / 2,
-            "output": (self.lowest[:, 1] + self.highest[:, 1]) / 2,
-            "inverse_output": np.array(
-                [
-                    (1 / np.arange(low, high + 1)).mean()
-                    for low, high in zip(self.lowest[:, 1], self.highest[:, 1], strict=True)
-                ]
-            ),
-        }
-        features = np.stack([averages[name] / mean for name, mean in means.items()], axis=1)
-
-        def weights(multipliers: FloatArray) -> FloatArray:
-            exponents = features @ multipliers
-            weight: FloatArray = self.counts * np.exp(exponents - exponents.max())
-            return weight / weight.sum()
-
-        solution = root(lambda multipliers: weights(multipliers) @ features - 1, np.zeros(len(means)))
-        if not solution.success:
-            wanted = ", ".join(f"{name}={mean:g}" for name, mean in means.items())
-            raise ConfigError(f"no weights of the histogram's bins have the means {wanted}; take others")
-        changed = ", ".join(f"mean {name.replace('_', ' ')} {mean:g}" for name, mean in means.items())
-        return HistogramLengths(
-            description=f"{self.description}; bins reweighted to {changed}",
-            lowest=self.lowest,
-            highest=self.highest,
-            counts=np.rint(weights(solution.x) * _WEIGHT_OF_ALL).astype(np.int64),
-            limits=self.limits,
-        )
-
-
-@dataclass(frozen=True)
-class ScaledLengths:
-    """Lengths of another source, with one factor for prompts and one for outputs, kept within a filter."""
-
-    description: str
-    source: LengthSource
-    prompt_factor: float
-    output_factor: float
-    limits: LengthFilter
-
-    def sample(self, n: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-        """Draw `n` requests of the source and scale them."""
-        prompt, output = self.source.sample(n, rng)
-        limits = self.limits
-        prompt = np.clip(np.rint(prompt * self.prompt_factor).astype(np.int64), limits.min_prompt, limits.max_prompt)
-        output = np.maximum(np.rint(output * self.output_factor).astype(np.int64), limits.min_output)
-        return prompt, np.minimum(output, limits.max_total - prompt)
 
 
 def _uniform(low: IntArray, high: IntArray, draws: FloatArray) -> IntArray:
