@@ -720,6 +720,8 @@ def test_flags_of_attainment_and_of_the_papers_curves():
     load = make_experiment("load")
     capacity = make_capacity(load).assign(paper_monotone=[False, None, True, None], paper_system=["vLLM", "", "F", ""])
     assert flags_of(load, make_points(load), capacity) == ["Not monotone in the paper: OPT-13B, ShareGPT: vLLM"]
+    twice = capacity.assign(paper_monotone=[False, False, True, None], paper_system=["vLLM", "vLLM", "F", ""])
+    assert flags_of(load, make_points(load), twice) == ["Not monotone in the paper: OPT-13B, ShareGPT: vLLM"]
     fidelity = make_experiment("fidelity")
     assert flags_of(fidelity, make_comparison().assign(processor_share=0.99), None) == []
     crowded = make_comparison().assign(processor_share=[1.0, 0.97, 0.33, 1.0])
