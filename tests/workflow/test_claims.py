@@ -157,6 +157,15 @@ def test_sorting_the_papers_points_by_latency_gives_another_capacity_than_their_
     assert table["value"].tolist() == pytest.approx([1.5, 3.5])
 
 
+def test_two_variants_of_one_system_have_no_rerun():
+    series = [Series(name=name, label=name, policy="fastserve", paper_system="Fast") for name in ("fast", "slow")]
+    experiment = EXPERIMENT.model_copy(update={"series": series})
+    curve = {"panel": "", "source": "rerun", "system": "Fast", "rate": [1, 2], "value": [0.1, 0.5]}
+    ours = points(fast=[0.0, 0.4], slow=[0.2, 1.2])
+    row = claims_table(parsed(claim(paper=2)), evidence(ours, pd.DataFrame(curve), experiment))
+    assert row["rerun"].isna().all()
+
+
 def test_what_cannot_be_measured_says_why():
     with pytest.raises(ConfigError, match="give a reason"):
         parsed(claim("none"))

@@ -132,7 +132,10 @@ class CapacityRatio(AtBound):
         return ratio_of_capacities(*curves, self.bound_on(on), falling=self.is_falling(on))
 
     def rerun(self, on: Evidence) -> float | None:
-        """Above 1, `of` carries more."""
+        """Above 1, `of` carries more; None for two variants of one of the authors' systems."""
+        systems = {each.paper_system for each in on.experiment.series if each.name in (self.of, self.over)}
+        if len(systems) < 2:
+            return None
         of, over = (self.rerun_load(on, series) for series in (self.of, self.over))
         return None if of is None or over is None else of / over
 
