@@ -42,7 +42,7 @@ _NEEDED = (
 )  # fmt: skip
 _ROW, _HEADING = 0.235, 0.36
 """Heights in inches."""
-_COLUMNS = (("paper", 0.0), ("rerun", 0.215), ("ours [95 %]", 0.335), ("verdict", 0.765))
+_COLUMNS = (("paper", 0.0), ("rerun", 0.2), ("ours [95 %]", 0.335), ("verdict", 0.765))
 """Columns of the table at the right, and where they begin, in its widths."""
 _GREY = "#444444"
 _CLAIM: dict[str, Any] = {"color": "black", "markerfacecolor": "white", "markeredgewidth": 1.5}
