@@ -272,7 +272,7 @@ def artifact(options: dict | None = None, **sizes: int) -> Scheduler:
 
 
 def waiting(**sizes: int) -> Scheduler:
-    """One whose batch runs without the requests whose caches are away."""
+    """A scheduler that decides without the requests whose caches are swapped out or moving."""
     return artifact({"wait_for_swaps": True}, **sizes)
 
 
@@ -387,7 +387,7 @@ def test_artifact_swaps_in_in_queue_order() -> None:
     assert names(transfer.request for transfer in iteration.swap_in) == ("b", "d", "c")
 
 
-def test_artifact_brings_nobody_in_who_would_take_the_reserve_or_overtake() -> None:
+def test_artifact_swaps_in_no_request_that_would_take_the_reserve_or_overtake() -> None:
     scheduler = waiting(num_gpu_blocks=16, max_batch_size=2)
     big = place(scheduler, "big", 0, 11, SWAPPED_OUT, level=1)  # 3 blocks
     place(scheduler, "small", 0, 3, SWAPPED_OUT, level=2)  # 1 block
@@ -398,8 +398,8 @@ def test_artifact_brings_nobody_in_who_would_take_the_reserve_or_overtake() -> N
     assert scheduler.kv.location(big) is Location.HOST
 
 
-def test_artifact_swaps_out_who_is_due_and_found_no_room() -> None:
-    """Else nobody could leave where every request is due, and caches would be dropped."""
+def test_artifact_swaps_out_a_request_that_is_due_and_found_no_room() -> None:
+    """Where every request is due, caches would be dropped otherwise."""
     scheduler = waiting(num_gpu_blocks=8, max_batch_size=4)
     # 8 of 8 blocks are taken, and each needs another for its next token.
     for name in "ab":
@@ -422,7 +422,7 @@ def test_artifact_starts_no_request_while_the_host_is_nearly_full(gate: float, s
     assert names(scheduler.schedule(0.0).requests) == (("new", "runs") if starts else ("runs", "lost"))
 
 
-def test_artifact_runs_who_is_away_at_once() -> None:
+def test_artifact_runs_a_swapped_out_request_at_once() -> None:
     scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
     kv = scheduler.kv
     away = place(scheduler, "away", 0, 3, SWAPPED_OUT, level=0)

@@ -62,7 +62,7 @@ def busy(processes=2 * CORES):
 
 def test_a_busy_machine_is_refused_with_value_bound_and_remedy():
     with busy():
-        assert probe(CORES) < 0.6  # A third, but for what the system counts to whom.
+        assert probe(CORES) < 0.6  # A third, with room for how the system accounts time.
         with pytest.raises(BusyMachineError) as refused:
             require_processors(CORES, 0.95)
         names = busiest()

@@ -360,7 +360,7 @@ def test_the_page_and_the_captions_hold_every_claim(tmp_path):
     assert captions["e"].count("\n* ") == 3
     assert "10 seeds a side: 0.0 % of 10 intervals" in captions["e"]
     assert findings(table, itself.iloc[:0])["e"].count("\n* ") == 1
-    assert "(the <skew> was tuned on these points)" in captions["e"]
+    assert "(tuned on these points: the <skew>)" in captions["e"]
     path = tmp_path / "captions.json"
     finding = Finding("e", str(path))
     assert (finding.text(), repr(finding)) == ("", "Finding('e')")

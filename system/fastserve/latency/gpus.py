@@ -27,7 +27,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class RatedGpu(Gpu):
-    """One whose speed is known too, as the roofline needs it."""
+    """A GPU whose speed is known too, as the roofline needs it."""
 
     bandwidth_bytes_per_s: float
     """Of its memory."""

@@ -57,14 +57,14 @@ def estimate_of(statistic: Statistic, num_seeds: int, *, on_logs: bool = True) -
     truth whenever that of the truly largest setting is. An end is open if the statistic of all seeds, or of all but
     one, has no bound on that side; an end for a sample, if that of one seed has none.
     """
-    everyone = np.arange(num_seeds)
-    whole = np.array(statistic(everyone[np.newaxis]))[:, 0]
+    all_seeds = np.arange(num_seeds)
+    whole = np.array(statistic(all_seeds[np.newaxis]))[:, 0]
     least, most = whole.max(axis=1)
     value = float(least) if least == most else None
     if num_seeds < LEAST_SEEDS:
         return Estimate(value)
     left_out = np.array(statistic(leave_one_out(num_seeds)))
-    samples = np.array(statistic(everyone[:, np.newaxis])).max(axis=2)
+    samples = np.array(statistic(all_seeds[:, np.newaxis])).max(axis=2)
     are_positive = all(map(_are_positive, (whole, left_out, samples)))
     low, high, p_value = _jackknife_t(whole, left_out, on_logs and are_positive)
     sample_low, sample_high = _prediction(samples, on_logs and are_positive)

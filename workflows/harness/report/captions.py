@@ -147,7 +147,7 @@ def findings(claims: pd.DataFrame, itself: pd.DataFrame) -> dict[str, str]:
             if pd.notna(row.paper_low):
                 line += f", the paper {claimed(row)}: *{row.verdict}*"
                 if isinstance(row.tuned, str):
-                    line += f" ({row.tuned} was tuned on these points)"
+                    line += f" (tuned on these points: {row.tuned})"
             lines.append(f"{line}. {row.reason if isinstance(row.reason, str) else ''}".rstrip())
         lines += [f"* {line}" for line in false_alarms(itself[itself["experiment"] == experiment])]
         texts[str(experiment)] = "\n".join(lines)

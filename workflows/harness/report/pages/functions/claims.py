@@ -8,12 +8,10 @@ from typing import Any
 import pandas as pd
 
 from fastserve.core.errors import ConfigError
+from harness.analysis.verdicts import VERDICTS
 from harness.report.captions import false_alarms
 from harness.report.pages.numbers import claimed, interval, percent, short, with_interval, without_empty_columns
 from harness.report.pages.source import Names, Source, find, only
-
-VERDICTS = ("consistent", "attenuated", "inflated", "direction only", "contradicted", "untestable", "found")
-"""In the order in which they are counted (docs/verdicts.md)."""
 
 
 class ClaimFunctions:

@@ -11,7 +11,7 @@ from fastserve.core.errors import ConfigError
 from harness.report.pages.numbers import markdown, percent, short, with_interval, without_empty_columns
 from harness.report.pages.source import Source, find
 
-FITTED = {"vllm-same-times": "vllm", "fastserve-artifact": "fastserve"}
+HELD_AGAINST = {"vllm-same-times": "vllm", "fastserve-artifact": "fastserve"}
 """Series without points of the authors' own, and the series whose points they are to meet."""
 _LOADS = {"ours": "capacity", "paper": "paper_capacity", "rerun": "rerun_capacity"}
 
@@ -31,7 +31,7 @@ class LoadFunctions:
         """The load as a number: `ours`, the `paper`'s or the `rerun`'s."""
         find(_LOADS, of, "load")
         if of != "ours":
-            series = FITTED.get(series, series)
+            series = HELD_AGAINST.get(series, series)
         value = self._load(experiment, panel, series)[_LOADS[of]]
         if pd.isna(value):
             raise ConfigError(f"{experiment}, panel {panel!r}, series {series!r} has no load of {of}")
@@ -85,7 +85,7 @@ class LoadFunctions:
         theirs, lines, last = whole.set_index(["panel", "series"]), [], None
         for row in whole.to_dict("records"):
             place = row["panel"], row["series"]
-            fitted = row["panel"], FITTED.get(row["series"], row["series"])
+            fitted = row["panel"], HELD_AGAINST.get(row["series"], row["series"])
             truth = theirs.loc[fitted if fitted in theirs.index else place]
             title = "" if row["panel"] == last else f"{_title(row)}: {row['slo']:g} s/token"
             last = row["panel"]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fastserve.core.errors import ConfigError
 from harness.report.pages.numbers import markdown, short, with_interval
-from harness.report.pages.source import OVERALL, Source, find
+from harness.report.pages.source import OVERALL, Row, Source, find
 
 
 class MeasureFunctions:
@@ -48,17 +48,12 @@ class MeasureFunctions:
 
     def measured(self, kind: str, experiment: str, **keys: Any) -> str:
         """A measure with the keys of a claim's, and its interval: measured("ratio", "fig16", of=…, over=…, x=2)."""
-        row = self._source.estimate({"kind": kind, "experiment": experiment, **keys})
-        if pd.isna(row["value"]):
-            raise ConfigError(f"the measure {kind} on {experiment} with {keys} has no value")
+        row = self._measure(kind, experiment, keys)
         return with_interval(row["value"], row["low"], row["high"])
 
     def measured_number(self, kind: str, experiment: str, **keys: Any) -> float:
         """The same as a number."""
-        row = self._source.estimate({"kind": kind, "experiment": experiment, **keys})
-        if pd.isna(row["value"]):
-            raise ConfigError(f"the measure {kind} on {experiment} with {keys} has no value")
-        return float(row["value"])
+        return float(self._measure(kind, experiment, keys)["value"])
 
     def ratio(
         self,
@@ -110,6 +105,12 @@ class MeasureFunctions:
         if not 1 <= number <= len(tables):
             raise ConfigError(f"{experiment} has {len(tables)} tables, not a table {number}")
         return tables[number - 1]
+
+    def _measure(self, kind: str, experiment: str, keys: Mapping[str, Any]) -> Row:
+        row = self._source.estimate({"kind": kind, "experiment": experiment, **keys})
+        if pd.isna(row["value"]):
+            raise ConfigError(f"the measure {kind} on {experiment} with {keys} has no value")
+        return row
 
     def _target(self, experiment: str, claim: str) -> dict[str, Any]:
         table = self._source.table("targets", experiment)
