@@ -1,9 +1,9 @@
 """Time of one scheduling decision at batch 16 with 10,000 and with 100,000 requests in the system.
 
-OPT-13B on an A100-80GB, ShareGPT lengths, everyone there from the start. The engine runs as it does in a simulation, in
+OPT-13B on an A100-80GB, ShareGPT lengths, all requests there from the start. The engine runs as in a simulation, in
 virtual time and without jumps; the clock of these benchmarks is the time spent in `Scheduler.schedule`.
 
-A preempting policy first computes everyone's prompt and only then decodes, and a decision costs more while prompts
+A preempting policy first computes all prompts and only then decodes, and a decision costs more while prompts
 last. So both sizes are measured after the same share of the queue has passed, never after the same number of decisions,
 and the tokens that a decision schedules are printed: a ratio means something only where these are alike.
 

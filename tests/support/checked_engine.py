@@ -104,9 +104,8 @@ class CheckedEngine(Engine):
         """I8, for the requests that each policy calls ready.
 
         A request is ready if its cache is on the GPU. Requests without a cache that the policy admits are ready in
-        order, up to the first that
-        finds no room (a later request must not take what that one waits for) or until too many exceed the token
-        budget. Where prompts go first, no other request is ready during an iteration for prompts.
+        order, up to the first that finds no room (a later request must not take what that one waits for) or until too
+        many exceed the token budget. Where prompts go first, no other request is ready during an iteration for prompts.
         """
         scheduler = self.scheduler
         if len(iteration.requests) >= scheduler.config.max_batch_size or scheduler.policy.name == "run-to-completion":
