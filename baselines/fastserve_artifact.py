@@ -43,7 +43,7 @@ class ArtifactOptions(SkipJoinMLFQOptions):
     """With swap=proactive: a request that has never run does not start while a smaller share of the host's blocks is
     free; 0: no gate."""
     wait_for_swaps: bool = False
-    """With swap=proactive: whether the batch runs without requests whose caches are away or on their way, as under
+    """With swap=proactive: whether the batch runs without requests whose caches are swapped out or moving, as under
     `fastserve`. The released engine's step never waits for a copy: a request runs at once, whatever its copy does."""
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class ArtifactOptions(SkipJoinMLFQOptions):
             raise ConfigError(f"admission_gate must be a share from 0 to 1, got {self.admission_gate!r}")
 
     @property
-    def only_simulated(self) -> str:
+    def simulation_only_reason(self) -> str:
         """A real engine would compute with caches that are not there."""
         if self.wait_for_swaps or self.swap != "proactive":
             return ""
@@ -80,14 +80,7 @@ class MoveTail(MoveAhead):
         reserve = self.reserve(self.now)
         short = reserve + self.claimed_blocks - kv.num_free_gpu_blocks - kv.num_vacating_blocks
         if short > 0:
-            for victim in self._need.victims(self.now):
-                if self._may_leave(victim):
-                    blocks = kv.num_blocks(victim)
-                    if not self.evict(victim, or_drop=False):
-                        return
-                    short -= blocks
-                    if short <= 0:
-                        return
+            self._swap_out_tail(short)
             return
         quota = self._max_batch_size
         for request in self._need.swapped_out(self.now):
@@ -98,16 +91,26 @@ class MoveTail(MoveAhead):
                 if not self._start(request, kv.blocks_for(request.num_tokens), reserve):
                     return
 
+    def _swap_out_tail(self, num_blocks: int, *, behind: Request | None = None) -> None:
+        """Swap out the last requests of the order until so many blocks are freed; only those behind a request."""
+        for victim in self._need.victims(self.now):
+            if behind is not None and not self._queue.is_before(behind, victim):
+                return
+            if self._may_leave(victim):
+                num_blocks -= self._kv.num_blocks(victim)
+                if not self.evict(victim, or_drop=False) or num_blocks <= 0:
+                    return
+
     def _may_leave(self, victim: Request) -> bool:
-        """A request that is due and found no room may leave, too: all that run are in the batch."""
+        """A request that is due and found no room may be swapped out, too: all that run are in the batch."""
         return not (victim.in_flight or victim in self.batch.requests or victim in self.batch.lost)
 
 
 class MoveAtOnce(MoveTail):
     """The same where no step waits for a copy: a cache counts as moved when its copy starts.
 
-    So requests get their places whatever their caches do: an offered request is swapped in and runs at once, in room
-    that the tail of the order leaves at once. The copies take their time on the link, and nothing depends on it.
+    So the order alone gives places. A request is swapped in and runs at once, in room of requests at the tail that were
+    swapped out by the same decision. The copies take their time on the link, and nothing depends on it.
     """
 
     offers_swapped_out = True
@@ -120,13 +123,7 @@ class MoveAtOnce(MoveTail):
         needed = kv.blocks_to_hold(request, num_tokens)
         short = needed + self.reserve(self.now) - kv.num_free_gpu_blocks
         if short > 0:
-            for victim in self._need.victims(self.now):
-                if not self._queue.is_before(request, victim):
-                    break
-                if self._may_leave(victim):
-                    short -= kv.num_blocks(victim)
-                    if not self.evict(victim, or_drop=False) or short <= 0:
-                        break
+            self._swap_out_tail(short, behind=request)
         if needed > kv.num_free_gpu_blocks:
             return False
         if request.cache_state == SWAPPED_OUT:

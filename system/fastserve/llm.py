@@ -119,7 +119,8 @@ class LLM:
             tensor_parallel_size, pipeline_parallel_size, None if stage_layers is None else tuple(stage_layers)
         )
         policy_class = find_policy(policy)
-        if reason := build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}").only_simulated:
+        checked_options = build_options(policy_class.Options, policy_options or {}, f"policy {policy!r}")
+        if reason := checked_options.simulation_only_reason:
             raise ConfigError(f"policy {policy!r}: {reason}")
         self.model_config, model_dir = resolve_model(model, load_format)
         directory = Path(model) if Path(model).is_dir() else None

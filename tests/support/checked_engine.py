@@ -26,7 +26,7 @@ class CheckedEngine(Engine):
 
         self.scheduler.decide = look_and_decide  # type: ignore[method-assign]
         # `wait_for_swaps=false` of fastserve-artifact: then it is known which request has a block, not what is in it.
-        self._waits_for_copies = not self.scheduler.policy.options.only_simulated
+        self._waits_for_copies = not self.scheduler.policy.options.simulation_only_reason
         self._held: dict[tuple[Direction, int], tuple[Request, int, int]] = {}
         """What each block holds, on the side that a transfer in this direction leaves: so many tokens of the request's
         block with this index."""

@@ -28,7 +28,7 @@ class PolicyOptions:
         """Raise ConfigError for a value out of range; subclasses call `super().__post_init__()`."""
 
     @property
-    def only_simulated(self) -> str:
+    def simulation_only_reason(self) -> str:
         """Why only a simulation can run the policy with these options, for people; empty: a real engine can too."""
         return ""
 

@@ -84,7 +84,7 @@ class CacheMover(ABC):
         for victim in self._queue.victims():
             if needed <= self._kv.num_free_gpu_blocks:
                 break
-            # A cache may have left by this decision already.
+            # This decision may have swapped it out already.
             if victim is not request and not victim.in_flight and victim.cache_state == RESIDENT:
                 self._drop(victim)
         self.batch.offer(request)
