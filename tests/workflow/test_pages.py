@@ -49,6 +49,7 @@ ONE_EXPERIMENT = {
     "comparison",
     "comparisons_table",
     "ratio",
+    "wins",
     "ratios_table",
     "value_at",
     "target",
@@ -164,6 +165,7 @@ EVERYTHING = """{{ provenance }}
 {{ measured("ratio", "tiny", panel="a", of="fastserve", over="fcfs", x=4) }}
 {{ value_at("tiny", "b", "fcfs", 4, "mean_jct_s") }}; {{ ratio("tiny", of="fastserve", over="fcfs", at=4) }}
 {{ ratio("tiny", of="fastserve", over="fcfs", panels="b", statistic="largest") }}
+{{ wins("tiny", of="fastserve", over="fcfs", panels=["a", "b"], at=[1, 4]) }}
 {{ ratios_table("tiny", {"FastServe": "fastserve"}, "fcfs", {"A": "a", "B": "b"}, at=4) }}
 {{ comparison("tiny", "a", "over FCFS") }}
 {{ comparisons_table("tiny") }}
@@ -227,6 +229,7 @@ def test_every_function_gives_what_is_in_the_tables(results, rendered):
     assert "1.00 (1.00 to 1.00) met 1.00" in text
     # The metric of `over` over that of `of`, as in a claim: 0.7 over 0.4. Then the mean completion time of FCFS.
     assert "\n1.75 (1.75 to 1.75)\n70.0; 0.57 (0.57 to 0.57)\n1.00 (1.00 to 1.00)\n" in text
+    assert "\n2 of 4 (in 2 the whole interval is below 1)\n" in text  # At x = 1 both are equal.
     assert "| A | 0.57 (0.57 to 0.57) |\n| B | 0.57 (0.57 to 0.57) |\n| all of these | 0.57 (0.57 to 0.57) |" in text
     assert text.endswith("| two |")
 
@@ -237,7 +240,7 @@ def test_what_a_page_takes_is_recorded_and_gives_the_same_page(results, rendered
     write_recorded(NO_PAIRS, "Nothing.", tmp_path / "tables/fidelity.csv")
     recorded = Recorded(tmp_path / "tables")
     assert rendered(EVERYTHING, recorded) == fresh
-    assert len(read_recorded(tmp_path / "tables/measures.csv")[0]) == 7  # Each measure once.
+    assert len(read_recorded(tmp_path / "tables/measures.csv")[0]) == 9  # Each measure once.
     with pytest.raises(ConfigError, match=r"no measure .* needs fresh tables: `make reproduce`, then `python tools"):
         rendered('{{ value_at("tiny", "b", "fcfs", 1) }}', recorded)
     with pytest.raises(ConfigError, match="no capacity of experiment 'tine'; did you mean 'tiny'"):

@@ -69,10 +69,23 @@ class MeasureFunctions:
 
         It is over all panels and x that both series have, or those named: their `geometric_mean`, or the `largest`.
         """
-        keys: dict[str, Any] = {"metric": metric, "of": of, "over": over, "statistic": statistic}
-        keys |= {"at": _listed(at)} if at is not None else {}
-        keys |= {"panels": _listed(panels)} if panels is not None else {}
-        return self.measured(OVERALL, experiment, **keys)
+        return self.measured(OVERALL, experiment, **_keys(of, over, metric, at, panels, statistic))
+
+    def wins(
+        self,
+        experiment: str,
+        of: str,
+        over: str,
+        panels: Sequence[str],
+        at: Sequence[float | str],
+        metric: str = "mean_normalized_latency_s",
+    ) -> str:
+        """In how many settings (panels and x) `ratio` is below 1, and in how many its whole interval is."""
+        settings = [_keys(of, over, metric, x, panel) for panel in panels for x in at]
+        below = sum(self.measured_number(OVERALL, experiment, **keys) < 1 for keys in settings)
+        ends = [self._source.estimate({"kind": OVERALL, "experiment": experiment, **keys})["high"] for keys in settings]
+        shown = sum(pd.notna(end) and end < 1 for end in ends)
+        return f"{below} of {len(settings)} (in {shown} the whole interval is below 1)"
 
     def ratios_table(
         self,
@@ -120,6 +133,20 @@ class MeasureFunctions:
 
 def _listed(given: Sequence[Any] | float | str) -> list[Any]:
     return [given] if isinstance(given, str | float | int) else list(given)
+
+
+def _keys(
+    of: str,
+    over: str,
+    metric: str,
+    at: Sequence[float | str] | float | str | None,
+    panels: Sequence[str] | str | None,
+    statistic: str = "geometric_mean",
+) -> dict[str, Any]:
+    """The keys of a measure of kind `overall`."""
+    keys: dict[str, Any] = {"metric": metric, "of": of, "over": over, "statistic": statistic}
+    keys |= {"at": _listed(at)} if at is not None else {}
+    return keys | ({"panels": _listed(panels)} if panels is not None else {})
 
 
 def _met(row: Mapping[Any, Any]) -> str:
