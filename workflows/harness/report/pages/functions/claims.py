@@ -61,7 +61,7 @@ class ClaimFunctions:
 
     def retained(self, name: str) -> str:
         """How much of the claimed effect is there: "0.41"."""
-        return f"{self.number(name, 'retained_effect'):.2f}"
+        return f"{self.number(name, 'retained_effect'):z.2f}"
 
     def verdict(self, name: str) -> str:
         """The verdict, as docs/verdicts.md defines it."""
@@ -105,10 +105,10 @@ class ClaimFunctions:
             rows = pd.DataFrame([self._claim(name) for name in ids])
         lines = []
         for row in rows.to_dict("records"):
-            tuned = f" (tuned: {row['tuned']})" if isinstance(row["tuned"], str) else ""
+            tuned = " (tuned)" if isinstance(row["tuned"], str) else ""
             ours = with_interval(row["value"], row["low"], row["high"]) or "not measured"
             sample = interval(row["sample_low"], row["sample_high"])
-            retained = "" if pd.isna(row["retained_effect"]) else f"{row['retained_effect']:.2f}"
+            retained = "" if pd.isna(row["retained_effect"]) else f"{row['retained_effect']:z.2f}"
             theirs = claimed(row["paper_low"], row["paper_high"])
             lines.append(
                 [row["claim"], theirs, short(row["rerun"]), ours, sample, retained, f"{row['verdict']}{tuned}"]
@@ -117,13 +117,14 @@ class ClaimFunctions:
         return without_empty_columns(header, lines)
 
     def findings_table(self, group: Names = "beyond", experiment: Names = None) -> str:
-        """A row for each finding that is no claim of the paper: what was measured, and why."""
+        """A row for each finding that gets no verdict: the authors' number, if there is one, the value, and a note."""
         rows = self._claims(group, experiment).to_dict("records")
         return without_empty_columns(
-            ["finding", "ours (95 %)", "note"],
+            ["finding", "paper", "value (95 %)", "note"],
             [
                 [
                     row["claim"],
+                    claimed(row["paper_low"], row["paper_high"]),
                     with_interval(row["value"], row["low"], row["high"]) or "not measured",
                     row["reason"] if isinstance(row["reason"], str) else "",
                 ]

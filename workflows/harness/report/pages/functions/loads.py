@@ -105,20 +105,25 @@ class LoadFunctions:
         row = own[own["label"] == label].iloc[0]
         return with_interval(row["ratio"], row["low"], row["high"]) or str(row["note"])
 
-    def comparisons_table(self, experiment: str, labels: Sequence[str] | None = None) -> str:
-        """A row for each panel and comparison: the paper's ratio, the rerun's, ours, and both distances."""
-        lines, last = [], None
-        for row in self._source.table("comparisons", experiment).to_dict("records"):
-            if labels is not None and row["label"] not in labels:
-                continue
-            ours = with_interval(row["ratio"], row["low"], row["high"]) or str(row["note"])
-            theirs = [row["paper_ratio"], row["rerun_ratio"]]
-            distances = ["" if pd.isna(each) else percent(row["ratio"] / each - 1) for each in theirs]
-            title = "" if row["panel"] == last else _title(row)
-            last = row["panel"]
-            lines.append([title, row["label"], *map(short, theirs), ours, *distances])
-        header = ["panel", "load of one over another", "paper", "rerun", "ours (95 %)", "to paper", "to rerun"]
-        return without_empty_columns(header, lines)
+    def comparisons_table(self, experiment: str) -> str:
+        """A row for each comparison of loads, a column for each panel; above, what the paper and its rerun give."""
+        table = self._source.table("comparisons", experiment)
+        titles = {row["panel"]: _title(row) for row in table.to_dict("records")}
+        lines: list[list[str]] = []
+        last = None
+        for label, rows in table.groupby("label", sort=False):
+            own = {row["panel"]: row for row in rows.to_dict("records")}
+            theirs = {
+                name: [short(own[panel][ratio]) if panel in own else "" for panel in titles]
+                for name, ratio in (("**paper**", "paper_ratio"), ("**rerun**", "rerun_ratio"))
+            }
+            held_against = [next(filter(None, ratios), "") for ratios in theirs.values()]
+            if held_against != last:
+                lines += [[name, *ratios] for name, ratios in theirs.items() if any(ratios)]
+                last = held_against
+            ours = [short(own[panel]["ratio"]) or str(own[panel]["note"]) if panel in own else "" for panel in titles]
+            lines.append([str(label), *ours])
+        return markdown(["load of one over another", *titles.values()], lines)
 
     def _load(self, experiment: str, panel: str, series: str) -> dict[str, Any]:
         table = self._source.table("capacity", experiment)
