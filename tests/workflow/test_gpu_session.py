@@ -207,7 +207,7 @@ def test_the_cache_of_a_smaller_gpu_is_that_of_its_profile(dry_run, monkeypatch)
     design = Design(device="cpu", traces=("alpaca",), max_batch_sizes=(4,), loads=(0.5, 2.0), policies=("vllm",))
     plan = make_plan(design, out / "profile.json")
     assert [(each.memory, each.config.settings["num_gpu_blocks"]) for each in plan.runs] == [
-        ("a100-40g", 785), ("a100-40g", 785), ("all", 6000), ("all", 6000)
+        ("a100-40g", 911), ("a100-40g", 911), ("all", 6000), ("all", 6000)
     ]  # fmt: skip
     for slow, fast in (plan.runs[:2], plan.runs[2:]):
         assert fast.config.rate == pytest.approx(4 * slow.config.rate, rel=0.01)
