@@ -355,12 +355,18 @@ def test_artifact_reserves_a_block_for_each_place(blocks: int, batch: int, reser
     assert scheduler.mover.reserve(0.0) == reserve
 
 
-def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:
-    scheduler = waiting(num_gpu_blocks=16, max_batch_size=2)
-    kv = scheduler.kv
+def fill_the_gpu(scheduler: Scheduler) -> Request:
+    """Place requests that take all 16 blocks, in three queues; return one of the first queue that is swapped out."""
     away = place(scheduler, "away", 0, 3, SWAPPED_OUT, level=0)
     for name, level, prompt in (("a", 0, 7), ("b", 0, 7), ("x", 1, 15), ("y", 2, 15), ("z", 2, 15)):
         place(scheduler, name, 0, prompt, RESIDENT, level)
+    return away
+
+
+def test_artifact_swaps_out_the_tail_of_the_lowest_queue() -> None:
+    scheduler = waiting(num_gpu_blocks=16, max_batch_size=2)
+    kv = scheduler.kv
+    away = fill_the_gpu(scheduler)
     # 16 of 16 blocks are taken, 2 are to be kept: z, 4 blocks, goes. Nobody comes in.
     iteration = scheduler.schedule(0.0)
     assert names(iteration.requests) == ("a", "b")
@@ -425,9 +431,7 @@ def test_artifact_starts_no_request_while_the_host_is_nearly_full(gate: float, s
 def test_artifact_runs_a_swapped_out_request_at_once() -> None:
     scheduler = artifact(num_gpu_blocks=16, max_batch_size=2)
     kv = scheduler.kv
-    away = place(scheduler, "away", 0, 3, SWAPPED_OUT, level=0)
-    for name, level, prompt in (("a", 0, 7), ("b", 0, 7), ("x", 1, 15), ("y", 2, 15), ("z", 2, 15)):
-        place(scheduler, name, 0, prompt, RESIDENT, level)
+    away = fill_the_gpu(scheduler)
     # No block is free; 1 is needed and 2 are to be kept. z leaves 4, and its room is there.
     iteration = scheduler.schedule(0.0)
     assert names(iteration.requests) == ("away", "a")
