@@ -6,7 +6,7 @@ import pandas as pd
 
 from harness.analysis.capacity import Curves, capacity_of, ratio_of_capacities
 from harness.analysis.intervals import mean_over_seeds
-from harness.analysis.points import FALLING, PAPER, RERUN, by_seed
+from harness.analysis.points import FALLING, PAPER, RERUN, by_seed, plotted_load, plotted_points
 from harness.experiments.experiment import Experiment
 
 COLUMNS = (
@@ -62,7 +62,8 @@ def comparisons_table(experiment: Experiment, points: pd.DataFrame, reported: pd
             }
             for source in (PAPER, RERUN):
                 of_load, over_load = (
-                    _their_load(reported, source, panel.name, series[side].paper_system, slo, falling) for side in sides
+                    plotted_load(plotted_points(reported, source, panel.name, series[side].paper_system), slo, falling)
+                    for side in sides
                 )
                 row |= {
                     f"{source}_ratio": of_load / over_load if of_load and over_load else None,
@@ -75,10 +76,3 @@ def comparisons_table(experiment: Experiment, points: pd.DataFrame, reported: pd
 def _load(curves: Curves, slo: float, falling: bool) -> float | None:
     rates, values = curves
     return capacity_of(rates, mean_over_seeds(values), slo, falling=falling)[0]
-
-
-def _their_load(
-    reported: pd.DataFrame, source: str, panel: str, system: str | None, slo: float, falling: bool
-) -> float | None:
-    theirs = reported[(reported["source"] == source) & (reported["panel"] == panel) & (reported["system"] == system)]
-    return None if theirs.empty else capacity_of(theirs["rate"], theirs["value"], slo, falling=falling)[0]

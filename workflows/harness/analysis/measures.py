@@ -12,7 +12,7 @@ from pydantic import Field
 
 from harness.analysis.capacity import capacity_estimate, capacity_of, ratio_of_capacities
 from harness.analysis.intervals import Estimate, largest_ratio_of_means, mean_estimate, ratio_of_means
-from harness.analysis.points import FALLING, RERUN, by_seed
+from harness.analysis.points import FALLING, RERUN, by_seed, plotted_load, plotted_points
 from harness.experiments.experiment import Experiment, x_key
 from harness.experiments.files import Keys, Number, NumberOrText, Omittable
 
@@ -98,10 +98,7 @@ class AtBound(OnPoints):
         panel = on.experiment.panels[0].name if self.panel is None else self.panel
         if self.metric_on(on) != on.experiment.metric:
             return None
-        theirs = _plotted_points(panel, series, on, RERUN)
-        if theirs.empty:
-            return None
-        return capacity_of(theirs["rate"], theirs["value"], self.bound_on(on), falling=self.is_falling(on))[0]
+        return plotted_load(_plotted_points(panel, series, on, RERUN), self.bound_on(on), self.is_falling(on))
 
 
 class Capacity(AtBound):
@@ -307,7 +304,4 @@ def _largest_ratio(over: pd.DataFrame, under: pd.DataFrame, *, on_logs: bool = T
 def _plotted_points(panel: str, series: str, on: Evidence, source: str) -> pd.DataFrame:
     """What the paper, or its authors' rerun, has for a series; empty if nothing."""
     systems = {each.name: each.paper_system for each in on.experiment.series}
-    if on.reported.empty or systems[series] is None:
-        return on.reported.iloc[:0]
-    theirs = on.reported[on.reported["source"] == source]
-    return theirs[(theirs["panel"] == panel) & (theirs["system"] == systems[series])]
+    return plotted_points(on.reported, source, panel, systems[series])

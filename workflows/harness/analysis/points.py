@@ -156,8 +156,9 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
                 "paper_system": series.paper_system,
                 "note": estimate.note,
             }
-            theirs = reported[(reported["panel"] == panel.name) & (reported["system"] == series.paper_system)]
-            of_paper, of_rerun = (theirs[theirs["source"] == source] for source in (PAPER, RERUN))
+            of_paper, of_rerun = (
+                plotted_points(reported, source, panel.name, series.paper_system) for source in (PAPER, RERUN)
+            )
             if len(of_paper):
                 capacity, difference = _their_capacity(of_paper, estimate.value, slo, falling)
                 row |= {
@@ -172,9 +173,21 @@ def capacity_table(name: str, experiment: Experiment, points: pd.DataFrame, repo
     return pd.DataFrame(rows, columns=list(CAPACITY_COLUMNS))
 
 
+def plotted_points(reported: pd.DataFrame, source: str, panel: str, system: str | None) -> pd.DataFrame:
+    """What the paper, or its authors' rerun, has for a system in a panel; empty if nothing, or for no system."""
+    if reported.empty or system is None:
+        return reported.iloc[:0]
+    return reported[(reported["source"] == source) & (reported["panel"] == panel) & (reported["system"] == system)]
+
+
+def plotted_load(theirs: pd.DataFrame, slo: float, falling: bool) -> float | None:
+    """The load at which a curve of the authors leaves the bound; None without points or crossing."""
+    return None if theirs.empty else capacity_of(theirs["rate"], theirs["value"], slo, falling=falling)[0]
+
+
 def _their_capacity(
     theirs: pd.DataFrame, ours: float | None, slo: float, falling: bool
 ) -> tuple[float | None, float | None]:
     """The load at which a curve of the authors leaves the bound, and ours over it, less 1; None if unknown."""
-    capacity, _ = capacity_of(theirs["rate"], theirs["value"], slo, falling=falling)
+    capacity = plotted_load(theirs, slo, falling)
     return capacity, ours / capacity - 1 if ours and capacity else None
